@@ -1,0 +1,99 @@
+"""The loss as functions: torch.nn.functional's signatures and values, computed by the fused kernels."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn import _reduction as _Reduction
+
+from ._extension import load
+
+load()
+
+__all__ = ["cross_entropy"]
+
+_cross_entropy = torch.ops.cross_entropy_ext.cross_entropy.default
+
+# What the operators understand: plain tensors and those that compilers trace with. Any other subclass means something
+# of its own by an operation, and gets the native one to express it in.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor, type(None)})
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    loss_dtype: torch.dtype | None = None,
+    empty: Literal["nan", "zero"] = "nan",
+    inplace: bool = False,
+) -> Tensor:
+    r"""Cross entropy between logits and target: :func:`torch.nn.functional.cross_entropy` in one pass.
+
+    With coefficients :math:`a_c` from the target, the loss of one position is :math:`\sum_c a_c (\mathrm{lse}(x) - x_c)`:
+    for a class index :math:`y`, :math:`a_c = (1 - \varepsilon) w_y [c = y] + \frac{\varepsilon}{C} w_c`; for
+    probabilities :math:`q`, :math:`a_c = w_c ((1 - \varepsilon) q_c + \frac{\varepsilon}{C})`. The reduction ``'mean'``
+    divides by the sum of :math:`w_y` over the positions that are not ignored, or for probabilities by the number of
+    positions.
+
+    Args:
+        input: logits of shape (C), (N, C) or (N, C, d1, ..., dK), in float16, bfloat16, float32 or float64 and with any
+            strides, which are read as they are. The gradient has the input's memory format.
+        target: class indices of shape (), (N) or (N, d1, ..., dK) in int64, int32, int16, int8 or uint8; or
+            probabilities of the input's shape in any floating dtype, which may require a gradient.
+        weight: one factor per class, of shape (C).
+        size_average, reduce: deprecated, as in PyTorch; see ``reduction``.
+        ignore_index: target value whose positions add nothing to the loss, are not counted by ``'mean'`` and have a
+            gradient of zero; their logits are not used, so they may be NaN. Class indices only.
+        reduction: ``'none'``, ``'mean'`` or ``'sum'``.
+        label_smoothing: :math:`\varepsilon` in [0, 1], the share of the target that is spread evenly over the classes.
+        loss_dtype: dtype of the result. Default: the input's, promoted with probabilities and their weights; float32
+            for half logits under autocast. Sums are formed in float32 or better whatever it is.
+        empty: what a mean over nothing (0 / 0) is: ``'nan'``, as in PyTorch, or ``'zero'``.
+        inplace: let the gradient take the logits' storage in the backward, which then needs no memory of its own. The
+            logits are intact until then; autograd raises an error for whatever would use them afterwards. Without
+            effect where it cannot be done (expanded logits, ``create_graph=True``, under ``torch.compile``).
+
+    Returns:
+        A scalar, or for ``reduction='none'`` a tensor of shape (), (N) or (N, d1, ..., dK).
+
+    Raises:
+        IndexError: a target is neither a class nor ``ignore_index``.
+        RuntimeError, ValueError, TypeError: as PyTorch's own function, with its messages.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if (
+        type(input) in _PLAIN
+        and type(target) in _PLAIN
+        and type(weight) in _PLAIN
+        and reduction in ("mean", "sum", "none")
+        and type(ignore_index) is int
+        and type(label_smoothing) is float
+        and empty in ("nan", "zero")
+        and input is not None
+        and target is not None
+    ):
+        return _cross_entropy(
+            input,
+            target,
+            weight,
+            _REDUCTIONS[reduction],
+            ignore_index,
+            label_smoothing,
+            loss_dtype=loss_dtype,
+            empty_is_zero=empty == "zero",
+            inplace=inplace,
+        )
+    return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)

@@ -1,0 +1,313 @@
+// The CPU operators: tensors become a Problem, positions are shared out among threads, errors are raised.
+#include <ATen/EmptyTensor.h>
+#include <ATen/ExpandUtils.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
+#include <ATen/ops/result_type.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/Version.h>
+#include <torch/csrc/stable/c/shim.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "../cross_entropy.h"
+#include "gradient_memory.h"
+#include "kernels.h"
+
+namespace xent {
+namespace {
+
+const Kernels& kernels() {
+  static const Kernels& chosen = kernels_for(at::get_cpu_capability().c_str());
+  return chosen;
+}
+
+ElementType element_type(at::ScalarType type) {
+  switch (type) {
+    case at::kHalf: return ElementType::kFloat16;
+    case at::kBFloat16: return ElementType::kBFloat16;
+    case at::kFloat: return ElementType::kFloat32;
+    case at::kDouble: return ElementType::kFloat64;
+    case at::kByte: return ElementType::kUInt8;
+    case at::kChar: return ElementType::kInt8;
+    case at::kShort: return ElementType::kInt16;
+    case at::kInt: return ElementType::kInt32;
+    case at::kLong: return ElementType::kInt64;
+    default: TORCH_CHECK(false, "cross_entropy_ext: no kernel for ", type);
+  }
+}
+
+// ---- tensors -> Problem ---------------------------------------------------------------------------------------------
+
+void* data_of(const at::Tensor& tensor) {
+  // Kernels write only through views of tensors that are theirs to write.
+  return const_cast<void*>(tensor.const_data_ptr());
+}
+
+// A tensor of the logits' shape.
+View view_with_classes(const at::Tensor& tensor) {
+  View view{data_of(tensor), element_type(tensor.scalar_type())};
+  const int64_t dim = class_dim(tensor);
+  view.class_stride = tensor.stride(dim);
+  for (int64_t d = 0, at = 0; d < tensor.dim(); ++d) {
+    if (d != dim) view.stride[at++] = tensor.stride(d);
+  }
+  return view;
+}
+
+// A tensor with one element for each position.
+View view_of_positions(const at::Tensor& tensor) {
+  View view{data_of(tensor), element_type(tensor.scalar_type())};
+  for (int64_t d = 0; d < tensor.dim(); ++d) view.stride[d] = tensor.stride(d);
+  return view;
+}
+
+// Drops dimensions of size one and merges neighbours that all views step through as through one.
+void merge_dimensions(Problem& problem, std::initializer_list<View*> views) {
+  int last = -1;
+  for (int d = 0; d < problem.dims; ++d) {
+    const int64_t size = problem.size[d];
+    if (size == 1) continue;
+    const bool merges = last >= 0 && std::all_of(views.begin(), views.end(), [&](const View* view) {
+      return view->stride[last] == size * view->stride[d];
+    });
+    if (merges) {
+      problem.size[last] *= size;
+    } else {
+      problem.size[++last] = size;
+    }
+    for (View* view : views) view->stride[last] = view->stride[d];
+  }
+  if (last < 0) {
+    problem.size[++last] = 1;
+    for (View* view : views) view->stride[last] = 0;
+  }
+  problem.dims = last + 1;
+}
+
+Lanes choose_lanes(const Problem& problem) {
+  constexpr int64_t kFewClasses = 64;
+  if (problem.classes < kFewClasses) return Lanes::kPositions;
+  if (problem.logits.class_stride == 1) return Lanes::kClasses;
+  const int inner = problem.dims - 1;
+  const bool neighbours = problem.logits.stride[inner] == 1 && problem.size[inner] >= kShortRun;
+  return neighbours ? Lanes::kPositions : Lanes::kClasses;
+}
+
+// The weights as the kernels want them: contiguous, in the type of arithmetic.
+OptionalTensor weight_for_kernel(const OptionalTensor& weight, at::ScalarType arithmetic) {
+  if (!weight || !weight->defined()) return std::nullopt;
+  return weight->to(arithmetic).contiguous();
+}
+
+void describe(Problem& problem, const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+              at::ScalarType arithmetic, const at::Tensor& lse, int64_t ignore_index, double label_smoothing) {
+  const bool soft = is_soft(logits, target);
+  const int64_t dim = class_dim(logits);
+  problem.classes = logits.size(dim);
+  problem.positions = 1;
+  for (int64_t d = 0; d < logits.dim(); ++d) {
+    if (d == dim) continue;
+    problem.size[problem.dims++] = logits.size(d);
+    problem.positions *= logits.size(d);
+  }
+  problem.kind = soft                  ? TargetKind::kSoft
+                 : label_smoothing > 0 ? TargetKind::kSmoothedIndex
+                                       : TargetKind::kIndex;
+  problem.arithmetic_in_double = arithmetic == at::kDouble;
+  problem.label_smoothing = label_smoothing;
+  problem.ignore_index = ignore_index;
+  problem.logits = view_with_classes(logits);
+  problem.target = soft ? view_with_classes(target) : view_of_positions(target);
+  problem.weight = weight ? data_of(*weight) : nullptr;
+  problem.lse = data_of(lse);
+  if (problem.kind == TargetKind::kSmoothedIndex) {
+    double weight_sum = weight ? 0 : double(problem.classes);
+    for (int64_t c = 0; weight && c < problem.classes; ++c) {
+      weight_sum += problem.arithmetic_in_double ? weight->const_data_ptr<double>()[c]
+                                                 : double(weight->const_data_ptr<float>()[c]);
+    }
+    problem.smoothed_total = label_smoothing / double(problem.classes) * weight_sum;
+  }
+}
+
+// ---- threads --------------------------------------------------------------------------------------------------------
+
+// Positions are cut into pieces of a size that follows from the shape alone, so that the order in which sums are formed,
+// and with it every bit of the result, is the same for any number of threads.
+int64_t piece_size(const Problem& problem) {
+  constexpr int64_t kElements = 16384;
+  const int64_t positions = std::max<int64_t>(1, kElements / std::max<int64_t>(1, problem.classes));
+  return problem.lanes == Lanes::kClasses ? positions : (positions + kTile - 1) / kTile * kTile;
+}
+
+// Calls function(piece, begin, end) for every piece, on libtorch's own threads.
+template <class Function>
+void for_each_piece(const Problem& problem, const Function& function) {
+  constexpr int64_t kElementsWorthAThread = 16384;
+  const int64_t size = piece_size(problem), pieces = (problem.positions + size - 1) / size;
+  struct Context {
+    const Function& function;
+    int64_t size, positions;
+  } context{function, size, problem.positions};
+  const auto run = [](int64_t first, int64_t last, void* opaque) {
+    const auto& context = *static_cast<Context*>(opaque);
+    for (int64_t piece = first; piece < last; ++piece) {
+      const int64_t begin = piece * context.size;
+      context.function(piece, begin, std::min(begin + context.size, context.positions));
+    }
+  };
+  const int64_t grain = std::max<int64_t>(1, kElementsWorthAThread / std::max<int64_t>(1, size * problem.classes));
+  if (pieces <= grain) {
+    run(0, pieces, &context);
+  } else {
+    TORCH_CHECK(torch_parallel_for(0, pieces, grain, run, &context) == 0, "cross_entropy_ext: a thread failed");
+  }
+}
+
+constexpr int64_t kNoPosition = std::numeric_limits<int64_t>::max();
+
+void raise_bad_target(const at::Tensor& target, int64_t position) {
+  if (position == kNoPosition) return;
+  int64_t offset = 0;
+  for (int64_t d = target.dim() - 1; d >= 0; --d) {
+    offset += position % target.size(d) * target.stride(d);
+    position /= target.size(d);
+  }
+  const auto value = target.as_strided({}, {}, target.storage_offset() + offset).item<int64_t>();
+  TORCH_CHECK_INDEX(false, "Target ", value, " is out of bounds.");
+}
+
+// ---- operators ------------------------------------------------------------------------------------------------------
+
+ForwardResult forward_cpu(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                          int64_t reduction, int64_t ignore_index, double label_smoothing, at::ScalarType loss_dtype,
+                          bool empty_is_zero) {
+  TORCH_CHECK(is_supported(logits, target, weight, ignore_index, label_smoothing, loss_dtype),
+              "cross_entropy_ext::_forward: arguments that cross_entropy_ext::cross_entropy does not pass on");
+  const bool soft = is_soft(logits, target);
+  const auto arithmetic = arithmetic_type(logits, target, weight);
+  const auto weights = weight_for_kernel(weight, arithmetic);
+  const int64_t positions = logits.numel() / std::max<int64_t>(1, logits.size(class_dim(logits)));
+  at::Tensor lse = at::empty({soft ? 3 : 2, positions}, logits.options().dtype(arithmetic));
+  at::Tensor denominator = at::empty({}, logits.options().dtype(at::kDouble));
+
+  Forward problem;
+  describe(problem, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
+  merge_dimensions(problem, {&problem.logits, &problem.target});
+  problem.lanes = choose_lanes(problem);
+  int64_t bad_position = kNoPosition;
+  problem.first_bad_position = &bad_position;
+
+  at::Tensor loss;
+  if (reduction == kNone) {
+    at::DimVector shape(logits.sizes());
+    shape.erase(shape.begin() + class_dim(logits));
+    loss = at::empty(shape, logits.options().dtype(loss_dtype));
+    problem.loss = View{data_of(loss), element_type(loss_dtype)};
+  }
+
+  std::vector<Sums> pieces(size_t(problem.positions / piece_size(problem) + 1));
+  for_each_piece(problem, [&](int64_t piece, int64_t begin, int64_t end) {
+    kernels().forward(problem, begin, end, pieces[size_t(piece)]);
+  });
+  raise_bad_target(target, bad_position);
+
+  double divide_by = 1;
+  if (reduction != kNone) {
+    Sums sums;
+    for (const Sums& piece : pieces) {
+      sums.loss += piece.loss;
+      sums.weight += piece.weight;
+    }
+    if (reduction == kMean) {
+      divide_by = soft ? double(problem.positions) : sums.weight;
+      if (empty_is_zero && divide_by == 0 && sums.loss == 0) divide_by = 1;
+    }
+    loss = at::scalar_tensor(sums.loss / divide_by, logits.options().dtype(loss_dtype));
+  }
+  *denominator.mutable_data_ptr<double>() = divide_by;
+  return {loss, lse, denominator};
+}
+
+// A tensor for the gradient of `tensor`, in its memory format.
+at::Tensor empty_gradient(const at::Tensor& tensor) {
+  if (tensor.numel() * tensor.element_size() < int64_t(kLargeGradient)) return at::empty_like(tensor);
+  const auto strides = tensor.is_non_overlapping_and_dense()
+                           ? tensor.strides().vec()
+                           : at::infer_dense_strides(tensor.sizes(), tensor.strides());
+  return at::detail::empty_strided_generic(tensor.sizes(), strides, gradient_memory(),
+                                           c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.scalar_type());
+}
+
+void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const at::Tensor& grad_output,
+                   const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                   const at::Tensor& lse, const at::Tensor& denominator, int64_t reduction, int64_t ignore_index,
+                   double label_smoothing) {
+  TORCH_CHECK(is_supported(logits, target, weight, ignore_index, label_smoothing, std::nullopt) ||
+                  is_supported(logits, target, weight, ignore_index, label_smoothing, at::kFloat),
+              "cross_entropy_ext::_backward: arguments that _forward does not accept");
+  const bool soft = is_soft(logits, target);
+  const auto arithmetic = arithmetic_type(logits, target, weight);
+  const int64_t positions = logits.numel() / std::max<int64_t>(1, logits.size(class_dim(logits)));
+  TORCH_CHECK(lse.is_contiguous() && lse.scalar_type() == arithmetic && lse.numel() == (soft ? 3 : 2) * positions,
+              "cross_entropy_ext::_backward: lse is not what _forward returned");
+  TORCH_CHECK(reduction == kNone ? grad_output.numel() == positions && grad_output.dim() == logits.dim() - 1
+                                 : grad_output.numel() == 1,
+              "cross_entropy_ext::_backward: grad_output of shape ", grad_output.sizes(), " is not the loss's");
+  const auto weights = weight_for_kernel(weight, arithmetic);
+
+  Backward problem;
+  describe(problem, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
+  problem.grad_output = reduction == kNone ? view_of_positions(grad_output)
+                                           : View{data_of(grad_output), element_type(grad_output.scalar_type())};
+  problem.scale = 1 / denominator.item<double>();
+  if (grad_logits.defined()) problem.grad_logits = view_with_classes(grad_logits);
+  if (grad_target.defined()) problem.grad_target = view_with_classes(grad_target);
+  merge_dimensions(problem, {&problem.logits, &problem.target, &problem.grad_output, &problem.grad_logits,
+                             &problem.grad_target});
+  problem.lanes = choose_lanes(problem);
+  int64_t bad_position = kNoPosition;
+  problem.first_bad_position = &bad_position;
+
+  for_each_piece(problem,
+                 [&](int64_t, int64_t begin, int64_t end) { kernels().backward(problem, begin, end); });
+  raise_bad_target(target, bad_position);
+}
+
+BackwardResult backward_cpu(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
+                            const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
+                            int64_t reduction, int64_t ignore_index, double label_smoothing,
+                            std::array<bool, 2> wanted) {
+  const at::Tensor grad_logits = wanted[0] ? empty_gradient(logits) : at::Tensor();
+  const at::Tensor grad_target = wanted[1] ? empty_gradient(target) : at::Tensor();
+  backward_into(grad_logits, grad_target, grad_output, logits, target, weight, lse, denominator, reduction,
+                ignore_index, label_smoothing);
+  const auto or_empty = [](const at::Tensor& gradient, const at::Tensor& like) {
+    return gradient.defined() ? gradient : at::empty({0}, like.options());
+  };
+  return {or_empty(grad_logits, logits), or_empty(grad_target, target)};
+}
+
+at::Tensor backward_cpu_(const at::Tensor& grad_output, at::Tensor& logits, const at::Tensor& target,
+                         const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
+                         int64_t reduction, int64_t ignore_index, double label_smoothing, bool target_wanted) {
+  const at::Tensor grad_target = target_wanted ? empty_gradient(target) : at::Tensor();
+  backward_into(logits, grad_target, grad_output, logits, target, weight, lse, denominator, reduction, ignore_index,
+                label_smoothing);
+  return grad_target.defined() ? grad_target : at::empty({0}, target.options());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, CPU, m) {
+  m.impl("_forward", &forward_cpu);
+  m.impl("_backward", &backward_cpu);
+  m.impl("_backward_", &backward_cpu_);
+}
+
+}  // namespace xent

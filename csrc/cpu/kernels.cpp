@@ -1,0 +1,64 @@
+// The CPU kernels, compiled once for each instruction set. simd.h says how and why.
+#include "kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "simd.h"
+
+// `forward` and `backward` of one instruction set.
+#define XENT_DEFINE_KERNELS(name)                                                              \
+  static void forward(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {        \
+    problem.arithmetic_in_double ? forward_positions<double>(problem, begin, end, sums)        \
+                                 : forward_positions<float>(problem, begin, end, sums);        \
+  }                                                                                            \
+  static void backward(const Backward& problem, int64_t begin, int64_t end) {                  \
+    problem.arithmetic_in_double ? backward_positions<double>(problem, begin, end)             \
+                                 : backward_positions<float>(problem, begin, end);             \
+  }                                                                                            \
+  constexpr Kernels kKernels{name, SIMD_BYTES, forward, backward};
+
+namespace xent {
+namespace {
+
+#if SIMD_X86
+#define SIMD_BYTES 64
+SIMD_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
+namespace avx512 {
+#include "all.inl"
+XENT_DEFINE_KERNELS("AVX512")
+}  // namespace avx512
+SIMD_TARGET_END
+#undef SIMD_BYTES
+
+#define SIMD_BYTES 32
+SIMD_TARGET_BEGIN("avx2,fma")
+namespace avx2 {
+#include "all.inl"
+XENT_DEFINE_KERNELS("AVX2")
+}  // namespace avx2
+SIMD_TARGET_END
+#undef SIMD_BYTES
+#endif
+
+#define SIMD_BYTES 16
+namespace baseline {
+#include "all.inl"
+XENT_DEFINE_KERNELS("baseline")
+}  // namespace baseline
+
+}  // namespace
+
+const Kernels& kernels_for(const char* cpu_capability) {
+#if SIMD_X86
+  if (!std::strcmp(cpu_capability, "AVX512")) return avx512::kKernels;
+  if (!std::strcmp(cpu_capability, "AVX2")) return avx2::kKernels;
+#endif
+  (void)cpu_capability;
+  return baseline::kKernels;
+}
+
+}  // namespace xent

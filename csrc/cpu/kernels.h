@@ -1,0 +1,22 @@
+// The kernels of one instruction set, as pointers: the wall between torch and arithmetic.
+#pragma once
+
+#include "../problem.h"
+
+namespace xent {
+
+constexpr int64_t kTile = 256;    // positions that the position-lane kernels take at a time
+constexpr int64_t kShortRun = 8;  // fewer neighbours than this are not worth a vector of positions
+
+// Each works on the positions [begin, end); the sums over them are added in order to `sums`.
+struct Kernels {
+  const char* instruction_set;
+  int64_t vector_bytes;
+  void (*forward)(const Forward&, int64_t begin, int64_t end, Sums& sums);
+  void (*backward)(const Backward&, int64_t begin, int64_t end);
+};
+
+// "AVX512", "AVX2", or anything else for what every machine of this architecture has.
+const Kernels& kernels_for(const char* cpu_capability);
+
+}  // namespace xent

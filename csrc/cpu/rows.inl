@@ -1,0 +1,266 @@
+// Kernels whose vector lanes are classes: one position after the other, its logits in blocks of kBlock. For logits that
+// are contiguous along the class dimension ((N, C), channels_last, a transposed (B, V, T)) and, through the staging
+// buffer, for any other stride.
+//
+// The forward reads the logits from memory once: a block's maximum and then its sum of exponentials are taken while the
+// block is in the first-level cache, and the sums so far are rescaled when a block raises the maximum. The backward reads
+// them once more and writes the gradient, softmax(x) = exp(x - lse).
+
+// A block of logits and what is made from it must fit the first-level cache: 3 buffers of 8 KB.
+template <class T>
+constexpr int64_t kBlock = 8192 / sizeof(T);
+
+// Sums over the classes seen so far, relative to their maximum. `max` starts at the least finite number rather than at
+// -inf: a leading block of masked logits then sums to zero instead of to NaN.
+template <class T>
+struct RowSums {
+  T max = std::numeric_limits<T>::lowest();
+  double ties = 0;    // logits equal to the maximum
+  double rest = 0;    // sum of exp(x - max) of the others
+  double spread = 0;  // sum of a (max - x)
+  double mass = 0;    // sum of a
+
+  XENT_INLINE_MEMBER void raise_max(T new_max) {
+    const double raised = double(new_max) - double(max);
+    rest = (rest + ties) * ::exp(-raised);
+    ties = 0;
+    if (mass != 0) spread += mass * raised;
+    max = new_max;
+  }
+};
+
+template <class T>
+XENT_INLINE T block_maximum(const T* x, int64_t n) {
+  constexpr int W = kLanes<T>;
+  const Vector<T> lowest = broadcast(std::numeric_limits<T>::lowest());
+  Vector<T> m0 = lowest, m1 = lowest, m2 = lowest, m3 = lowest;  // four chains hide the latency
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) {
+    m0 = maximum(load(x + i), m0);
+    m1 = maximum(load(x + i + W), m1);
+    m2 = maximum(load(x + i + 2 * W), m2);
+    m3 = maximum(load(x + i + 3 * W), m3);
+  }
+  for (; i + W <= n; i += W) m0 = maximum(load(x + i), m0);
+  if (i < n) m1 = maximum(load_partial(x + i, n - i, std::numeric_limits<T>::lowest()), m1);
+  return maximum_of_lanes<T>(maximum(maximum(m0, m1), maximum(m2, m3)));
+}
+
+template <class T, bool dense>
+struct LaneSums {
+  Vector<T> ties{}, rest{}, spread{}, mass{};
+
+  // A coefficient of zero adds nothing, even at a logit of -inf; nor does the maximum itself, even at a coefficient of
+  // infinity.
+  XENT_INLINE_MEMBER void add(Vector<T> x, Vector<T> max, Vector<T> a) {
+    const Vector<T> zero{}, one = broadcast(T(1));
+    const Vector<T> difference = x - max;
+    const auto tie = difference == zero;
+    rest += select(tie, zero, exp(difference));
+    ties += select(tie, one, zero);
+    if constexpr (dense) {
+      spread -= select(tie | (a == zero), zero, a * difference);
+      mass += a;
+    }
+  }
+};
+
+// `a` holds the coefficients of the block where they are dense.
+template <class T, bool dense>
+XENT_INLINE void add_block(RowSums<T>& sums, const T* x, const T* a, int64_t n) {
+  constexpr int W = kLanes<T>;
+  const T block_max = block_maximum(x, n);
+  if (block_max > sums.max) sums.raise_max(block_max);
+  const Vector<T> max = broadcast(sums.max);
+  LaneSums<T, dense> lanes;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) lanes.add(load(x + i), max, dense ? load(a + i) : Vector<T>{});
+  if (i < n) {
+    lanes.add(load_partial(x + i, n - i, -std::numeric_limits<T>::infinity()), max,
+              dense ? load_partial(a + i, n - i, T(0)) : Vector<T>{});
+  }
+  sums.ties += sum_of_lanes<T>(lanes.ties);
+  sums.rest += sum_of_lanes<T>(lanes.rest);
+  if constexpr (dense) {
+    sums.spread += sum_of_lanes<T>(lanes.spread);
+    sums.mass += sum_of_lanes<T>(lanes.mass);
+  }
+}
+
+// The dense part of the coefficients, for the classes [c, c + n) of a position:
+// w_c for a smoothed index (its share of e / C is applied to the sums), w_c ((1 - e) q_c + e / C) for a soft target.
+template <class T>
+XENT_INLINE const T* dense_coefficients(T* buffer, const Problem& problem, int64_t target_offset, int64_t c, int64_t n) {
+  const T* weight = static_cast<const T*>(problem.weight);
+  if (problem.kind == TargetKind::kSoft) {
+    const int64_t stride = problem.target.class_stride;
+    const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.classes));
+    const T* q = read_or_point(buffer, problem.target, target_offset + c * stride, stride, n);
+    if (keep == 1 && !weight) return q;
+    for (int64_t i = 0; i < n; ++i) buffer[i] = (weight ? weight[c + i] : T(1)) * (keep * q[i] + share);
+    return buffer;
+  }
+  if (weight) return weight + c;
+  for (int64_t i = 0; i < n; ++i) buffer[i] = 1;
+  return buffer;
+}
+
+template <class T, bool dense>
+static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
+  alignas(64) T logits_buffer[kBlock<T>], coefficient_buffer[kBlock<T>];
+  const T* weight = static_cast<const T*>(problem.weight);
+  T* const lse = static_cast<T*>(problem.lse);
+  const bool soft = problem.kind == TargetKind::kSoft;
+  const double share = problem.label_smoothing / double(problem.classes);
+  Cursor cursor(problem, begin);
+  for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
+    const int64_t x = cursor.offset(problem.logits), t = cursor.offset(problem.target);
+    const int64_t y = soft ? 0 : target_class(problem, p, t);
+    double loss = 0;
+    T lse_rounded = 0, lse_lost = 0, mass = 0;
+    if (y >= 0) {
+      RowSums<T> row;
+      for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
+        const int64_t n = std::min(kBlock<T>, problem.classes - c);
+        const int64_t stride = problem.logits.class_stride;
+        const T* block = read_or_point(logits_buffer, problem.logits, x + c * stride, stride, n);
+        add_block<T, dense>(row, block, dense ? dense_coefficients(coefficient_buffer, problem, t, c, n) : nullptr, n);
+      }
+      const double log_sum = log_of_sum(row.ties, row.rest);
+      double sum, lost;
+      two_sum(double(row.max), log_sum, sum, lost);
+      lse_rounded = T(sum);
+      lse_lost = T(sizeof(T) == sizeof(double) ? lost : (double(row.max) - double(lse_rounded)) + log_sum);
+      mass = T(row.mass);
+      if (soft) {
+        loss = index_loss(0., 1., 0., row.spread, row.mass, log_sum);
+      } else {
+        const double w = weight ? double(weight[y]) : 1;
+        const double gap = double(row.max) - double(read_one<T>(problem.logits, x + y * problem.logits.class_stride));
+        loss = index_loss((1 - problem.label_smoothing) * w, share, gap, row.spread, row.mass, log_sum);
+        sums.weight += w;
+      }
+    }
+    lse[p] = lse_rounded;
+    lse[problem.positions + p] = lse_lost;
+    if (soft) lse[2 * problem.positions + p] = mass;
+    sums.loss += loss;
+    if (problem.loss) {
+      const T rounded = T(loss);
+      write_from(&rounded, problem.loss, p, 1, 1);
+    }
+  }
+}
+
+template <class T>
+static void forward_rows(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
+  if (problem.kind == TargetKind::kIndex) {
+    forward_rows_of<T, false>(problem, begin, end, sums);
+  } else {
+    forward_rows_of<T, true>(problem, begin, end, sums);
+  }
+}
+
+// What a position's gradient is made of; `scale` is grad_output / denominator.
+template <class T>
+struct GradientTerms {
+  T scale, total;  // total: A
+  T share;         // what multiplies the dense coefficients
+  T lse_rounded, lse_lost;
+
+  template <class V>
+  XENT_INLINE_MEMBER V log_softmax(V x) const {
+    return (x - lse_rounded) - lse_lost;
+  }
+};
+
+// scale * (A softmax - a) for one vector of classes.
+template <class T, TargetKind kind>
+XENT_INLINE Vector<T> gradient(const GradientTerms<T>& terms, Vector<T> x, Vector<T> a) {
+  const Vector<T> log_softmax = terms.log_softmax(x);
+  if constexpr (kind == TargetKind::kSoft) {
+    return terms.scale * soft_gradient(broadcast(terms.total), log_softmax, a);
+  } else if constexpr (kind == TargetKind::kSmoothedIndex) {
+    return terms.scale * plain_gradient(broadcast(terms.total), exp(log_softmax), terms.share * a);
+  } else {
+    return (terms.scale * terms.total) * exp(log_softmax);
+  }
+}
+
+template <class T, TargetKind kind>
+XENT_INLINE void gradient_block(T* out, const GradientTerms<T>& terms, const T* x, const T* a, int64_t n) {
+  constexpr int W = kLanes<T>;
+  constexpr bool dense = kind != TargetKind::kIndex;
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(out + i, gradient<T, kind>(terms, load(x + i), dense ? load(a + i) : Vector<T>{}));
+  if (i < n) {
+    const Vector<T> last = dense ? load_partial(a + i, n - i, T(0)) : Vector<T>{};
+    store_partial(out + i, gradient<T, kind>(terms, load_partial(x + i, n - i, T(0)), last), n - i);
+  }
+}
+
+template <class T>
+XENT_INLINE T one_target_gradient(T hit, T rest_of_total, T smoothed, T log_softmax) {
+  return target_gradient(broadcast(hit), broadcast(rest_of_total), broadcast(smoothed), broadcast(log_softmax))[0];
+}
+
+template <class T, TargetKind kind>
+static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end) {
+  constexpr bool soft = kind == TargetKind::kSoft, dense = kind != TargetKind::kIndex;
+  alignas(64) T logits_buffer[kBlock<T>], coefficient_buffer[kBlock<T>], gradient_buffer[kBlock<T>];
+  const T* weight = static_cast<const T*>(problem.weight);
+  const T* const lse = static_cast<const T*>(problem.lse);
+  const T keep = T(1 - problem.label_smoothing);
+  const T share = T(problem.label_smoothing / double(problem.classes));
+  Cursor cursor(problem, begin);
+  for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
+    const int64_t x = cursor.offset(problem.logits), t = cursor.offset(problem.target);
+    const int64_t dx = cursor.offset(problem.grad_logits), dq = cursor.offset(problem.grad_target);
+    const int64_t y = soft ? 0 : target_class(problem, p, t);
+    const T scale = T(read_one<double>(problem.grad_output, cursor.offset(problem.grad_output)) * problem.scale);
+    const T hit = soft || y < 0 ? T(0) : keep * (weight ? weight[y] : T(1));
+    const T rest_of_total = soft ? lse[2 * problem.positions + p] : T(problem.smoothed_total);
+    const GradientTerms<T> terms{scale, hit + rest_of_total, soft ? T(1) : share, lse[p], lse[problem.positions + p]};
+    for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
+      const int64_t n = std::min(kBlock<T>, problem.classes - c);
+      if (y < 0) {
+        for (int64_t i = 0; i < n; ++i) gradient_buffer[i] = 0;
+        write_from(gradient_buffer, problem.grad_logits, dx + c * problem.grad_logits.class_stride,
+                   problem.grad_logits.class_stride, n);
+        continue;
+      }
+      const int64_t stride = problem.logits.class_stride;
+      const T* block = read_or_point(logits_buffer, problem.logits, x + c * stride, stride, n);
+      if (problem.grad_target) {
+        for (int64_t i = 0; i < n; ++i) {
+          gradient_buffer[i] = -scale * keep * (weight ? weight[c + i] : T(1)) * terms.log_softmax(block[i]);
+        }
+        write_from(gradient_buffer, problem.grad_target, dq + c * problem.grad_target.class_stride,
+                   problem.grad_target.class_stride, n);
+      }
+      if (problem.grad_logits) {
+        const T* a = dense ? dense_coefficients(coefficient_buffer, problem, t, c, n) : nullptr;
+        const int64_t out_stride = problem.grad_logits.class_stride, out = dx + c * out_stride;
+        gradient_block<T, kind>(gradient_buffer, terms, block, a, n);
+        if (!soft && c <= y && y < c + n) {
+          const T smoothed = dense ? share * a[y - c] : T(0);
+          gradient_buffer[y - c] =
+              scale * one_target_gradient(hit, rest_of_total, smoothed, terms.log_softmax(block[y - c]));
+        }
+        write_from(gradient_buffer, problem.grad_logits, out, out_stride, n);
+      }
+    }
+  }
+}
+
+template <class T>
+static void backward_rows(const Backward& problem, int64_t begin, int64_t end) {
+  switch (problem.kind) {
+    case TargetKind::kIndex:
+      return backward_rows_of<T, TargetKind::kIndex>(problem, begin, end);
+    case TargetKind::kSmoothedIndex:
+      return backward_rows_of<T, TargetKind::kSmoothedIndex>(problem, begin, end);
+    case TargetKind::kSoft:
+      return backward_rows_of<T, TargetKind::kSoft>(problem, begin, end);
+  }
+}

@@ -1,0 +1,31 @@
+// One body of code for several instruction sets, in one translation unit and without compiler flags: kernels.cpp includes
+// the .inl files once inside a namespace per target, between SIMD_TARGET_BEGIN and SIMD_TARGET_END, with SIMD_BYTES set
+// to the width of a register.
+//
+// Two rules keep code for a newer machine out of an older one: every standard header is included before the first target
+// begins (an inline function of theirs compiled for AVX-512 could be the copy that the linker keeps), and everything
+// inside has internal linkage.
+#pragma once
+
+#define SIMD_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define SIMD_TARGET_BEGIN(isa) \
+  SIMD_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define SIMD_TARGET_END SIMD_PRAGMA(clang attribute pop)
+#else
+#define SIMD_TARGET_BEGIN(isa) SIMD_PRAGMA(GCC push_options) SIMD_PRAGMA(GCC target(isa))
+#define SIMD_TARGET_END SIMD_PRAGMA(GCC pop_options)
+#endif
+
+#define XENT_INLINE static inline __attribute__((always_inline))
+#define XENT_INLINE_MEMBER inline __attribute__((always_inline))
+
+// Stores that go past the caches: a gradient larger than they are would only push out what is still needed, and a plain
+// store reads the line before it is overwritten. SIMD_FENCE orders them before what follows.
+#if defined(__x86_64__)
+#define SIMD_X86 1
+#define SIMD_FENCE() __builtin_ia32_sfence()
+#else
+#define SIMD_X86 0
+#define SIMD_FENCE()
+#endif

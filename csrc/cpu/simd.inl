@@ -1,0 +1,182 @@
+// Vectors of SIMD_BYTES bytes (GNU vector extensions) and the elementary functions on them.
+
+typedef float FloatVector __attribute__((vector_size(SIMD_BYTES)));
+typedef double DoubleVector __attribute__((vector_size(SIMD_BYTES)));
+typedef int32_t Int32Vector __attribute__((vector_size(SIMD_BYTES)));
+typedef int64_t Int64Vector __attribute__((vector_size(SIMD_BYTES)));
+
+template <class T>
+struct VectorOf;
+template <>
+struct VectorOf<float> {
+  using type = FloatVector;
+  using ints = Int32Vector;
+};
+template <>
+struct VectorOf<double> {
+  using type = DoubleVector;
+  using ints = Int64Vector;
+};
+template <class T>
+using Vector = typename VectorOf<T>::type;
+template <class T>
+constexpr int kLanes = SIMD_BYTES / sizeof(T);
+
+template <class T>
+XENT_INLINE Vector<T> broadcast(T x) {
+  return Vector<T>{} + x;
+}
+
+template <class T>
+XENT_INLINE Vector<T> load(const T* p) {
+  Vector<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+XENT_INLINE void store(T* p, Vector<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// The first `count` lanes; `fill` in the others, so that nothing past the end is read.
+template <class T>
+XENT_INLINE Vector<T> load_partial(const T* p, int64_t count, T fill) {
+  T lanes[kLanes<T>];
+  for (int k = 0; k < kLanes<T>; ++k) lanes[k] = k < count ? p[k] : fill;
+  return load(lanes);
+}
+
+template <class T>
+XENT_INLINE void store_partial(T* p, Vector<T> v, int64_t count) {
+  for (int64_t k = 0; k < count; ++k) p[k] = v[k];
+}
+
+template <class Mask, class V>
+XENT_INLINE V select(Mask mask, V a, V b) {
+  return mask ? a : b;
+}
+
+// A NaN in `a` yields `b`: the sum that follows carries it, the maximum need not.
+template <class V>
+XENT_INLINE V maximum(V a, V b) {
+  return a > b ? a : b;
+}
+
+template <class T>
+XENT_INLINE double sum_of_lanes(Vector<T> v) {
+  double sum = 0;
+  for (int k = 0; k < kLanes<T>; ++k) sum += double(v[k]);
+  return sum;
+}
+
+template <class T>
+XENT_INLINE T maximum_of_lanes(Vector<T> v) {
+  T largest = v[0];
+  for (int k = 1; k < kLanes<T>; ++k) largest = v[k] > largest ? v[k] : largest;
+  return largest;
+}
+
+// exp(x) = 2^n (1 + p), n = round(x / ln 2), r = x - n ln 2, p = exp(r) - 1 = r + r^2 P(r).
+// For x <= 0, as every exponent here is (the maximum, or the logarithm of the sum, has been subtracted); what is smaller
+// than half the least subnormal becomes zero, so exp(-inf) = 0. A NaN stays one.
+// P: minimax of the relative error of exp on [-ln 2 / 2, ln 2 / 2] with the first two terms fixed (Remez): 3.1e-9.
+XENT_INLINE FloatVector expm1_of_remainder(FloatVector r) {
+  FloatVector p = r * 0.00138143207f + 0.00836885107f;
+  p = p * r + 0.0416684011f;
+  p = p * r + 0.166665195f;
+  p = p * r + 0.499999934f;
+  return p * (r * r) + r;
+}
+
+// Taylor's series; its first missing term, r^14 / 14!, is below 5e-18 relative to exp(r).
+XENT_INLINE DoubleVector expm1_of_remainder(DoubleVector r) {
+  DoubleVector p = r * (1.0 / 6227020800) + 1.0 / 479001600;
+  p = p * r + 1.0 / 39916800;
+  p = p * r + 1.0 / 3628800;
+  p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 1.0 / 2;
+  return p * (r * r) + r;
+}
+
+// The two factors of 2^n: one shifted up by 2^64 to stay normal, one constant, so that the product can be subnormal.
+template <class T>
+struct PowerOfTwo {
+  Vector<T> shifted;
+  T rest;
+};
+
+// Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves it in the low bits.
+XENT_INLINE FloatVector reduce_exponent(FloatVector x, PowerOfTwo<float>& power) {
+  x = x < -104.f ? broadcast(-104.f) : x;
+  const FloatVector rounded = x * 1.44269504f + 0x1.8p23f;
+  const FloatVector n = rounded - 0x1.8p23f;
+  power = {(FloatVector)(((Int32Vector)rounded << 23) + ((127 + 64) << 23)), 0x1p-64f};
+  return (x - n * 0.693145752f) - n * 1.42860682e-6f;  // ln 2 in two parts, the first exact when multiplied by n
+}
+
+XENT_INLINE DoubleVector reduce_exponent(DoubleVector x, PowerOfTwo<double>& power) {
+  x = x < -746. ? broadcast(-746.) : x;
+  const DoubleVector rounded = x * 1.4426950408889634 + 0x1.8p52;
+  const DoubleVector n = rounded - 0x1.8p52;
+  power = {(DoubleVector)(((Int64Vector)rounded << 52) + (int64_t(1023 + 64) << 52)), 0x1p-64};
+  return (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10;
+}
+
+template <class V>
+XENT_INLINE V exp(V x) {
+  using T = decltype(x[0] + x[0]);
+  PowerOfTwo<T> power;
+  const V p = expm1_of_remainder(reduce_exponent(x, power));
+  return ((p + T(1)) * power.shifted) * power.rest;
+}
+
+// Both, for little more than one: expm1(x) = 2^n p + (2^n - 1) keeps its relative accuracy for small x, where n = 0.
+template <class V>
+XENT_INLINE void exp_and_expm1(V x, V& exp_x, V& expm1_x) {
+  using T = decltype(x[0] + x[0]);
+  PowerOfTwo<T> power;
+  const V p = expm1_of_remainder(reduce_exponent(x, power));
+  exp_x = ((p + T(1)) * power.shifted) * power.rest;
+  const V two_to_n = power.shifted * power.rest;
+  expm1_x = p * two_to_n + (two_to_n - T(1));
+}
+
+// log(x) for x >= 1: x = 2^n f with f in [sqrt(1/2), sqrt(2)), log f = 2 atanh(s), s = (f - 1) / (f + 1), by the series
+// of atanh up to s^(2 terms + 1); |s| < 0.172. NaN and infinity come back as NaN.
+template <int terms, class V, class T>
+XENT_INLINE V log_of_fraction(V f, T one) {
+  const V s = (f - one) / (f + one);
+  const V square = s * s;
+  V series = broadcast(one / T(2 * terms + 1));
+  for (int k = terms - 1; k > 0; --k) series = series * square + one / T(2 * k + 1);
+  return (s + s) + (s + s) * (square * series);
+}
+
+XENT_INLINE FloatVector log(FloatVector x) {
+  const Int32Vector bits = (Int32Vector)x;
+  const Int32Vector n = (bits - 0x3f3504f3) >> 23;  // 0x3f3504f3: sqrt(1/2)
+  const FloatVector f = (FloatVector)(bits - (n << 23));
+  const FloatVector exponent = __builtin_convertvector(n, FloatVector);
+  const FloatVector result = exponent * 0.693145752f + (log_of_fraction<5>(f, 1.f) + exponent * 1.42860682e-6f);
+  return x < __builtin_inff() ? result : x * 0.f;
+}
+
+XENT_INLINE DoubleVector log(DoubleVector x) {
+  const Int64Vector bits = (Int64Vector)x;
+  const Int64Vector n = (bits - 0x3fe6a09e667f3bcd) >> 52;
+  const DoubleVector f = (DoubleVector)(bits - (n << 52));
+  const DoubleVector exponent = __builtin_convertvector(n, DoubleVector);
+  const DoubleVector result =
+      exponent * 0.69314718036912382 + (log_of_fraction<11>(f, 1.) + exponent * 1.9082149292705877e-10);
+  return x < __builtin_inf() ? result : x * 0.;
+}
+
+// Where a kernel finishes one position at a time.
+XENT_INLINE double log(double x) { return ::log(x); }

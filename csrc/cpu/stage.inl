@@ -1,0 +1,207 @@
+// Between memory and arithmetic. Tensors come in four types and any stride; the kernels compute on short contiguous
+// buffers of T = float or double that stay in the first-level cache. Everything that depends on a tensor's type or
+// stride is in this file, so that no kernel is written twice for it.
+
+typedef uint16_t Uint16Lanes __attribute__((vector_size(SIMD_BYTES / 2)));
+typedef uint32_t Uint32Lanes __attribute__((vector_size(SIMD_BYTES)));
+
+XENT_INLINE FloatVector to_float(Uint16Lanes bits, BFloat16) {
+  return (FloatVector)(__builtin_convertvector(bits, Uint32Lanes) << 16);
+}
+
+// The vector forms of the conversions in scalar_types.h.
+XENT_INLINE FloatVector to_float(Uint16Lanes bits, Float16) {
+  const Uint32Lanes wide = __builtin_convertvector(bits, Uint32Lanes);
+  const Uint32Lanes magnitude = wide & 0x7fffu;
+  Uint32Lanes result = (magnitude << 13) + (112u << 23);
+  result = magnitude >= 0x7c00u ? result + (112u << 23) : result;
+  const FloatVector subnormal = __builtin_convertvector((Int32Vector)magnitude, FloatVector) * 0x1p-24f;
+  result = magnitude < 0x0400u ? (Uint32Lanes)subnormal : result;
+  return (FloatVector)(result | ((wide & 0x8000u) << 16));
+}
+
+XENT_INLINE Uint16Lanes from_float(FloatVector x, BFloat16) {
+  const Uint32Lanes bits = (Uint32Lanes)x;
+  const Uint32Lanes rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const Uint32Lanes nan = Uint32Lanes{} + 0x7fc0u;
+  return __builtin_convertvector(x == x ? rounded : nan, Uint16Lanes);
+}
+
+XENT_INLINE Uint16Lanes from_float(FloatVector x, Float16) {
+  const Uint32Lanes bits = (Uint32Lanes)x;
+  const Uint32Lanes magnitude = bits & 0x7fffffffu;
+  const Uint32Lanes subnormal = (Uint32Lanes)((FloatVector)magnitude + 0.5f) - 0x3f000000u;
+  Uint32Lanes half = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
+  half = magnitude < 0x38800000u ? subnormal : half;
+  half = magnitude >= 0x477ff000u ? Uint32Lanes{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? Uint32Lanes{} + 0x7e00u : half;
+  return __builtin_convertvector(half | ((bits >> 16) & 0x8000u), Uint16Lanes);
+}
+
+XENT_INLINE double widen(Float16 x) { return to_float(x); }
+XENT_INLINE double widen(BFloat16 x) { return to_float(x); }
+XENT_INLINE double widen(float x) { return x; }
+XENT_INLINE double widen(double x) { return x; }
+
+XENT_INLINE void narrow(float x, Float16& out) { out = to_float16(x); }
+XENT_INLINE void narrow(float x, BFloat16& out) { out = to_bfloat16(x); }
+XENT_INLINE void narrow(double x, float& out) { out = float(x); }
+XENT_INLINE void narrow(double x, double& out) { out = x; }
+
+// n elements, `stride` apart.
+template <class T, class S>
+XENT_INLINE void read_elements(T* out, const S* in, int64_t stride, int64_t n) {
+  int64_t i = 0;
+  if constexpr (sizeof(S) == 2 && sizeof(T) == 4) {
+    if (stride == 1) {
+      for (; i + kLanes<T> <= n; i += kLanes<T>) {
+        Uint16Lanes bits;
+        __builtin_memcpy(&bits, in + i, sizeof bits);
+        store(out + i, to_float(bits, S{}));
+      }
+    }
+  } else if constexpr (sizeof(S) == sizeof(T)) {
+    if (stride == 1) {
+      for (; i + kLanes<T> <= n; i += kLanes<T>) store(out + i, load(in + i));
+    }
+  }
+  for (; i < n; ++i) out[i] = T(widen(in[i * stride]));
+}
+
+template <class S, class T>
+XENT_INLINE void write_elements(S* out, const T* in, int64_t stride, int64_t n) {
+  int64_t i = 0;
+  if constexpr (sizeof(S) == 2 && sizeof(T) == 4) {
+    if (stride == 1) {
+      for (; i + kLanes<T> <= n; i += kLanes<T>) {
+        const Uint16Lanes bits = from_float(load(in + i), S{});
+        __builtin_memcpy(out + i, &bits, sizeof bits);
+      }
+    }
+  } else if constexpr (sizeof(S) == sizeof(T)) {
+    if (stride == 1) {
+      for (; i + kLanes<T> <= n; i += kLanes<T>) store(out + i, load(in + i));
+    }
+  }
+  for (; i < n; ++i) narrow(in[i], out[i * stride]);
+}
+
+// Reads n elements of `view` from `offset` on into `buffer`.
+template <class T>
+static void read_into(T* buffer, const View& view, int64_t offset, int64_t stride, int64_t n) {
+  switch (view.type) {
+    case ElementType::kFloat16:
+      return read_elements(buffer, static_cast<const Float16*>(view.data) + offset, stride, n);
+    case ElementType::kBFloat16:
+      return read_elements(buffer, static_cast<const BFloat16*>(view.data) + offset, stride, n);
+    case ElementType::kFloat32:
+      return read_elements(buffer, static_cast<const float*>(view.data) + offset, stride, n);
+    default:
+      return read_elements(buffer, static_cast<const double*>(view.data) + offset, stride, n);
+  }
+}
+
+template <class T>
+static void write_from(const T* buffer, const View& view, int64_t offset, int64_t stride, int64_t n) {
+  switch (view.type) {
+    case ElementType::kFloat16:
+      return write_elements(static_cast<Float16*>(view.data) + offset, buffer, stride, n);
+    case ElementType::kBFloat16:
+      return write_elements(static_cast<BFloat16*>(view.data) + offset, buffer, stride, n);
+    case ElementType::kFloat32:
+      return write_elements(static_cast<float*>(view.data) + offset, buffer, stride, n);
+    default:
+      return write_elements(static_cast<double*>(view.data) + offset, buffer, stride, n);
+  }
+}
+
+template <class T>
+constexpr ElementType kElementTypeOf = sizeof(T) == 4 ? ElementType::kFloat32 : ElementType::kFloat64;
+
+// The elements themselves where they already are contiguous and of type T, else a copy in `buffer`.
+template <class T>
+XENT_INLINE const T* read_or_point(T* buffer, const View& view, int64_t offset, int64_t stride, int64_t n) {
+  if (stride == 1 && view.type == kElementTypeOf<T>) return static_cast<const T*>(view.data) + offset;
+  read_into(buffer, view, offset, stride, n);
+  return buffer;
+}
+
+template <class T>
+XENT_INLINE T read_one(const View& view, int64_t offset) {
+  T value;
+  read_into(&value, view, offset, 1, 1);
+  return value;
+}
+
+static int64_t read_index(const View& view, int64_t offset) {
+  switch (view.type) {
+    case ElementType::kUInt8:
+      return static_cast<const uint8_t*>(view.data)[offset];
+    case ElementType::kInt8:
+      return static_cast<const int8_t*>(view.data)[offset];
+    case ElementType::kInt16:
+      return static_cast<const int16_t*>(view.data)[offset];
+    case ElementType::kInt32:
+      return static_cast<const int32_t*>(view.data)[offset];
+    default:
+      return static_cast<const int64_t*>(view.data)[offset];
+  }
+}
+
+// Walks the positions in order; knows where the current one lies in every view.
+struct Cursor {
+  const Problem& problem;
+  int64_t index[kMaxDims];
+
+  XENT_INLINE_MEMBER Cursor(const Problem& problem, int64_t position) : problem(problem) {
+    for (int d = problem.dims - 1; d > 0; --d) {
+      index[d] = position % problem.size[d];
+      position /= problem.size[d];
+    }
+    index[0] = position;
+  }
+
+  XENT_INLINE_MEMBER int64_t offset(const View& view) const {
+    int64_t offset = 0;
+    for (int d = 0; d < problem.dims; ++d) offset += index[d] * view.stride[d];
+    return offset;
+  }
+
+  // How many of the next `limit` positions follow along the innermost dimension.
+  XENT_INLINE_MEMBER int64_t run(int64_t limit) const {
+    const int d = problem.dims - 1;
+    return problem.size[d] - index[d] < limit ? problem.size[d] - index[d] : limit;
+  }
+
+  // By at most run() positions.
+  XENT_INLINE_MEMBER void advance(int64_t count) {
+    int d = problem.dims - 1;
+    index[d] += count;
+    while (d > 0 && index[d] == problem.size[d]) {
+      index[d] = 0;
+      ++index[--d];
+    }
+  }
+
+  // By any number.
+  XENT_INLINE_MEMBER void skip(int64_t count) {
+    while (count > 0) {
+      const int64_t step = run(count);
+      advance(step);
+      count -= step;
+    }
+  }
+};
+
+// What an index target says of a position: its class, or that it is ignored or no class (then remembered).
+XENT_INLINE int64_t target_class(const Problem& problem, int64_t position, int64_t offset) {
+  constexpr int64_t kNone = -1;
+  const int64_t target = read_index(problem.target, offset);
+  if (target == problem.ignore_index) return kNone;
+  if (target >= 0 && target < problem.classes) return target;
+  int64_t first = __atomic_load_n(problem.first_bad_position, __ATOMIC_RELAXED);
+  while (position < first && !__atomic_compare_exchange_n(problem.first_bad_position, &first, position, false,
+                                                          __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+  return kNone;
+}

@@ -1,0 +1,63 @@
+// The mathematics of the loss, once for every kernel. `T` is float or double in a CUDA thread, a vector of either on the
+// CPU. No branches: `select(mask, a, b)` chooses lane by lane. The including file provides
+//   XENT_INLINE, select(mask, a, b), log(x), exp_and_expm1(x, &exp, &expm1)
+// for T, and includes this file inside the namespace of each instruction set (hence no include guard).
+//
+// With m = max x, L = log sum exp(x - m), lse = m + L and coefficients a_c >= 0, A = sum_c a_c:
+//
+//   loss    = sum_c a_c (lse - x_c) = sum_c a_c (m - x_c) + A L       every term >= 0: nothing cancels
+//   d/dx_c  = A softmax_c - a_c
+//   d/dq_c  = (1 - e) w_c (lse - x_c)
+
+// a + b and what rounding lost of it (Knuth, TAOCP 4.2.2).
+template <class T>
+XENT_INLINE void two_sum(T a, T b, T& sum, T& lost) {
+  sum = a + b;
+  const T b_in_sum = sum - a;
+  lost = (a - (sum - b_in_sum)) + (b - b_in_sum);
+}
+
+// log(ties + rest), where `ties` counts the logits that equal the maximum (each adds exp(0) = 1) and `rest` sums the
+// exponentials of the others. Apart, they keep log(1 + 1e-9), which a single sum would round to log(1) = 0.
+template <class T>
+XENT_INLINE T log_of_sum(T ties, T rest) {
+  T sum, lost;
+  two_sum(ties, rest, sum, lost);
+  return log(sum) + lost / sum;
+}
+
+// The coefficients of an index target: `hit` for the target's class, and `share` of each class's weight.
+// The loss where `gap` = m - x_y, `spread` = sum_c w_c (m - x_c), `mass` = sum_c w_c. A coefficient of zero contributes
+// zero even where its logit is -inf.
+template <class T>
+XENT_INLINE T index_loss(T hit, T share, T gap, T spread, T mass, T log_sum) {
+  const T zero = T{};
+  const T own = select(hit == zero, zero, hit * (gap + log_sum));
+  const T smoothed = select(share == zero, zero, share * (spread + mass * log_sum));
+  return own + smoothed;
+}
+
+// A softmax - a for any class whose softmax is not near one, or whose coefficient is zero.
+template <class T>
+XENT_INLINE T plain_gradient(T total, T softmax, T coefficient) {
+  return total * softmax - coefficient;
+}
+
+// A softmax - a without cancellation where softmax is near one: there A softmax - a = A (softmax - 1) + (A - a), and
+// softmax - 1 = expm1(x - lse). `near_one` is -ln 2: above it the softmax exceeds a half.
+template <class T>
+XENT_INLINE T soft_gradient(T total, T log_softmax, T coefficient) {
+  T softmax, softmax_minus_one;
+  exp_and_expm1(log_softmax, softmax, softmax_minus_one);
+  const T near_one = T{} - 0.693147180559945309f;
+  return select(log_softmax > near_one, total * softmax_minus_one + (total - coefficient),
+                plain_gradient(total, softmax, coefficient));
+}
+
+// The same for the class of an index target, where A = hit + rest_of_total and a = hit + smoothed.
+template <class T>
+XENT_INLINE T target_gradient(T hit, T rest_of_total, T smoothed, T log_softmax) {
+  T softmax, softmax_minus_one;
+  exp_and_expm1(log_softmax, softmax, softmax_minus_one);
+  return hit * softmax_minus_one + (rest_of_total * softmax - smoothed);
+}

@@ -1,0 +1,323 @@
+// The operators of torch.ops.cross_entropy_ext: their schemas, what they accept, and the kernels that belong to no
+// device (Meta, autocast, transforms). Also the extension's own Python module.
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/ne.h>
+#include <ATen/ops/where.h>
+#include <ATen/Version.h>
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "cpu/gradient_memory.h"
+#include "cpu/kernels.h"
+#include "cross_entropy.h"
+#include "problem.h"
+
+namespace xent {
+namespace {
+
+bool is_index_type(at::ScalarType type) {
+  return type == at::kLong || type == at::kInt || type == at::kShort || type == at::kChar || type == at::kByte;
+}
+
+bool is_logits_type(at::ScalarType type) {
+  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
+}
+
+bool has_value(const OptionalTensor& tensor) { return tensor && tensor->defined(); }
+
+// (N, C, d1..dK) against (N, d1..dK), or (C) against ().
+bool is_shape_of_positions(const at::Tensor& logits, const at::Tensor& target) {
+  if (target.dim() != logits.dim() - 1) return false;
+  const int64_t dim = class_dim(logits);
+  for (int64_t d = 0; d < target.dim(); ++d) {
+    if (target.sym_size(d) != logits.sym_size(d < dim ? d : d + 1)) return false;
+  }
+  return true;
+}
+
+bool is_plain(const at::Tensor& tensor, const at::Tensor& logits) {
+  return tensor.layout() == at::kStrided && tensor.device() == logits.device();
+}
+
+const auto& forward_operator() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("cross_entropy_ext::_forward", "").typed<decltype(forward)>();
+  return op;
+}
+
+const auto& backward_operator() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("cross_entropy_ext::_backward", "").typed<decltype(backward)>();
+  return op;
+}
+
+const auto& backward_inplace_operator() {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("cross_entropy_ext::_backward_", "").typed<decltype(backward_)>();
+  return op;
+}
+
+const auto& cross_entropy_operator() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cross_entropy_ext::cross_entropy", "")
+                             .typed<decltype(cross_entropy)>();
+  return op;
+}
+
+// Whether this build has kernels for the device.
+bool has_kernel(c10::Device device) {
+  if (device.is_cpu() || device.is_meta()) return true;
+  if (!device.is_cuda()) return false;
+  static const bool cuda = forward_operator().hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  return cuda;
+}
+
+}  // namespace
+
+// ---- what is accepted -----------------------------------------------------------------------------------------------
+
+bool is_soft(const at::Tensor& logits, const at::Tensor& target) {
+  return logits.dim() == target.dim() && logits.sym_sizes() == target.sym_sizes();
+}
+
+at::ScalarType default_loss_dtype(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight) {
+  auto type = logits.scalar_type();
+  if (!is_soft(logits, target)) return type;
+  type = c10::promoteTypes(type, target.scalar_type());
+  return has_value(weight) ? c10::promoteTypes(type, weight->scalar_type()) : type;
+}
+
+at::ScalarType arithmetic_type(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight) {
+  return default_loss_dtype(logits, target, weight) == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+void check_label_smoothing(double label_smoothing) {
+  TORCH_CHECK(label_smoothing >= 0, "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+}
+
+bool is_supported(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                  int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> loss_dtype) {
+  constexpr int64_t kMostDims = kMaxDims + 1;
+  if (!is_plain(logits, logits) || !is_plain(target, logits) || !has_kernel(logits.device())) return false;
+  if (!is_logits_type(logits.scalar_type()) || logits.dim() < 1 || logits.dim() > kMostDims) return false;
+  if (!(label_smoothing >= 0 && label_smoothing <= 1)) return false;
+  const bool soft = is_soft(logits, target);
+  if (soft && (!is_logits_type(target.scalar_type()) || ignore_index >= 0)) return false;
+  if (!soft && (!is_index_type(target.scalar_type()) || !is_shape_of_positions(logits, target))) return false;
+  const auto classes = logits.sym_size(class_dim(logits));
+  if (classes == 0) return false;
+  if (!has_value(weight)) return true;
+  if (!is_plain(*weight, logits) || weight->dim() != 1 || weight->sym_size(0) != classes) return false;
+  if (soft) return !weight->is_complex();
+  // Native asks for the logits' type; where the loss is wanted in float32, weights of that type go with it.
+  const bool type_matches = weight->scalar_type() == logits.scalar_type() ||
+                            (weight->scalar_type() == at::kFloat && loss_dtype == at::kFloat &&
+                             logits.scalar_type() != at::kDouble);
+  return type_matches && !(c10::GradMode::is_enabled() && weight->requires_grad());
+}
+
+at::Tensor native_cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                                int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                std::optional<at::ScalarType> loss_dtype, bool empty_is_zero) {
+  const bool widen = is_index_type(target.scalar_type()) && !is_soft(logits, target);
+  const at::Tensor native_target = widen ? target.to(at::kLong) : target;
+  const auto native = [&](int64_t reduction) {
+    return at::cross_entropy_loss(logits, native_target, weight, reduction, ignore_index, label_smoothing);
+  };
+  at::Tensor loss = native(reduction);
+  if (empty_is_zero && reduction == kMean) {
+    const bool soft = is_soft(logits, target);
+    const at::Tensor nothing = soft ? target.new_zeros({}, at::kBool).fill_(target.sym_numel() == 0)
+                                    : native_target.ne(ignore_index).any().logical_not();
+    loss = at::where(nothing, loss.new_zeros({}), loss);
+  }
+  return loss_dtype ? loss.to(*loss_dtype) : loss;
+}
+
+// ---- the operators, for callers in C++ ------------------------------------------------------------------------------
+
+at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                         int64_t reduction, int64_t ignore_index, double label_smoothing,
+                         std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace) {
+  return cross_entropy_operator().call(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
+                                       empty_is_zero, inplace);
+}
+
+ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                      int64_t reduction, int64_t ignore_index, double label_smoothing, at::ScalarType loss_dtype,
+                      bool empty_is_zero) {
+  return forward_operator().call(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
+                                 empty_is_zero);
+}
+
+BackwardResult backward(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
+                        const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
+                        int64_t reduction, int64_t ignore_index, double label_smoothing, std::array<bool, 2> wanted) {
+  return backward_operator().call(grad_output, logits, target, weight, lse, denominator, reduction, ignore_index,
+                                  label_smoothing, wanted);
+}
+
+at::Tensor backward_(const at::Tensor& grad_output, at::Tensor& logits, const at::Tensor& target,
+                     const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
+                     int64_t reduction, int64_t ignore_index, double label_smoothing, bool target_wanted) {
+  return backward_inplace_operator().call(grad_output, logits, target, weight, lse, denominator, reduction,
+                                          ignore_index, label_smoothing, target_wanted);
+}
+
+namespace {
+
+// ---- without autograd -----------------------------------------------------------------------------------------------
+
+at::Tensor cross_entropy_without_grad(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                                      int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                      std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool) {
+  check_label_smoothing(label_smoothing);
+  if (!is_supported(logits, target, weight, ignore_index, label_smoothing, loss_dtype)) {
+    return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
+                                empty_is_zero);
+  }
+  return std::get<0>(forward(logits, target, weight, reduction, ignore_index, label_smoothing,
+                             loss_dtype.value_or(default_loss_dtype(logits, target, weight)), empty_is_zero));
+}
+
+// ---- Meta: shapes, types and strides --------------------------------------------------------------------------------
+
+ForwardResult forward_meta(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                           int64_t reduction, int64_t, double, at::ScalarType loss_dtype, bool) {
+  const int64_t dim = class_dim(logits);
+  c10::SymDimVector shape;
+  c10::SymInt positions = 1;
+  for (int64_t d = 0; d < logits.dim(); ++d) {
+    if (d == dim) continue;
+    shape.push_back(logits.sym_size(d));
+    positions = positions * logits.sym_size(d);
+  }
+  if (reduction != kNone) shape.clear();
+  const auto arithmetic = arithmetic_type(logits, target, weight);
+  return {at::empty_symint(shape, logits.options().dtype(loss_dtype)),
+          at::empty_symint({is_soft(logits, target) ? 3 : 2, positions}, logits.options().dtype(arithmetic)),
+          at::empty({}, logits.options().dtype(at::kDouble))};
+}
+
+at::Tensor gradient_meta(const at::Tensor& tensor, bool wanted) {
+  return wanted ? at::empty_like(tensor) : at::empty({0}, tensor.options());
+}
+
+BackwardResult backward_meta(const at::Tensor&, const at::Tensor& logits, const at::Tensor& target,
+                             const OptionalTensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, double,
+                             std::array<bool, 2> wanted) {
+  return {gradient_meta(logits, wanted[0]), gradient_meta(target, wanted[1])};
+}
+
+at::Tensor backward_meta_(const at::Tensor&, at::Tensor&, const at::Tensor& target, const OptionalTensor&,
+                          const at::Tensor&, const at::Tensor&, int64_t, int64_t, double, bool target_wanted) {
+  return gradient_meta(target, target_wanted);
+}
+
+// ---- autocast: half logits are read as they are, the loss is float32 ------------------------------------------------
+
+template <c10::DeviceType device, c10::DispatchKey key>
+at::Tensor cross_entropy_autocast(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                                  int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                  std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace) {
+  const auto widened = [](at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type; };
+  OptionalTensor wide_weight = weight;
+  if (logits.device().type() == device) {
+    if (has_value(weight)) wide_weight = weight->to(widened(weight->scalar_type()));
+    if (!loss_dtype) {
+      auto type = widened(logits.scalar_type());
+      if (is_soft(logits, target)) {
+        type = c10::promoteTypes(type, widened(target.scalar_type()));
+        if (has_value(weight)) type = c10::promoteTypes(type, wide_weight->scalar_type());
+      }
+      loss_dtype = type;
+    }
+    if (!is_supported(logits, target, wide_weight, ignore_index, label_smoothing, loss_dtype)) {
+      return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, std::nullopt,
+                                  empty_is_zero);
+    }
+  }
+  const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
+  return cross_entropy(logits, target, wide_weight, reduction, ignore_index, label_smoothing, loss_dtype,
+                       empty_is_zero, inplace);
+}
+
+// ---- torch.func: vmap, grad, jvp and their compositions -------------------------------------------------------------
+
+at::Tensor cross_entropy_functorch(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                                   int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                   std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool) {
+  check_label_smoothing(label_smoothing);
+  return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
+                              empty_is_zero);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(cross_entropy_ext, m) {
+  m.def(
+      "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
+      "float label_smoothing=0.0, *, ScalarType? loss_dtype=None, bool empty_is_zero=False, bool inplace=False) "
+      "-> Tensor");
+  m.def(
+      "_forward(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing, "
+      "ScalarType loss_dtype, bool empty_is_zero) -> (Tensor loss, Tensor lse, Tensor denominator)");
+  m.def(
+      "_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor lse, Tensor denominator, "
+      "int reduction, int ignore_index, float label_smoothing, bool[2] wanted) "
+      "-> (Tensor grad_logits, Tensor grad_target)");
+  m.def(
+      "_backward_(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, Tensor lse, "
+      "Tensor denominator, int reduction, int ignore_index, float label_smoothing, bool target_wanted) "
+      "-> Tensor grad_target");
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) {
+  m.impl("cross_entropy", &cross_entropy_without_grad);
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, Meta, m) {
+  m.impl("_forward", &forward_meta);
+  m.impl("_backward", &backward_meta);
+  m.impl("_backward_", &backward_meta_);
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, AutocastCPU, m) {
+  m.impl("cross_entropy", &cross_entropy_autocast<c10::kCPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, AutocastCUDA, m) {
+  m.impl("cross_entropy", &cross_entropy_autocast<c10::kCUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, FuncTorchDynamicLayerFrontMode, m) {
+  m.impl("cross_entropy", &cross_entropy_functorch);
+}
+
+namespace {
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["torch"] = TORCH_VERSION;
+  info["instruction_set"] = kernels_for(at::get_cpu_capability().c_str()).instruction_set;
+  info["cuda_archs"] = pybind11::none();
+  return info;
+}
+
+}  // namespace
+}  // namespace xent
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("build_info", &xent::build_info);
+  m.def("empty_cache", &xent::release_gradient_memory);
+}
