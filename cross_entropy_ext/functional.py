@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Literal
 
 import torch
@@ -21,8 +22,9 @@ _cross_entropy = torch.ops.cross_entropy_ext.cross_entropy.default
 
 # What the operators understand: plain tensors and those that compilers trace with. Any other subclass means something
 # of its own by an operation, and gets the native one to express it in.
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor, type(None)})
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+_EMPTY = ("nan", "zero")
 
 
 def cross_entropy(
@@ -74,26 +76,75 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
-    if (
+    if not (
         type(input) in _PLAIN
         and type(target) in _PLAIN
-        and type(weight) in _PLAIN
+        and (weight is None or type(weight) in _PLAIN)
         and reduction in ("mean", "sum", "none")
         and type(ignore_index) is int
         and type(label_smoothing) is float
-        and empty in ("nan", "zero")
-        and input is not None
-        and target is not None
+        and empty in _EMPTY
     ):
-        return _cross_entropy(
-            input,
-            target,
-            weight,
-            _REDUCTIONS[reduction],
-            ignore_index,
-            label_smoothing,
-            loss_dtype=loss_dtype,
-            empty_is_zero=empty == "zero",
-            inplace=inplace,
+        return _unusual(
+            input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty, inplace
         )
-    return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    return _cross_entropy(
+        input,
+        target,
+        weight,
+        _REDUCTIONS[reduction],
+        ignore_index,
+        label_smoothing,
+        loss_dtype=loss_dtype,
+        empty_is_zero=empty == "zero",
+        inplace=inplace,
+    )
+
+
+def _unusual(
+    input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty, inplace
+) -> Tensor:
+    """What the operator's own parser would refuse or misread: other types of arguments, and tensor subclasses."""
+    if empty not in _EMPTY:
+        raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
+    tensors = [input, target] if weight is None else [input, target, weight]
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        # Raises PyTorch's own TypeError.
+        return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    if not all(type(tensor) in _PLAIN for tensor in tensors):
+        return _native(
+            input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero"
+        )
+    # PyTorch's own parser judges the other arguments; what it accepts (numbers of other types) is then converted.
+    F.cross_entropy(
+        torch.zeros(1, 1), torch.zeros(1).long(), None, None, ignore_index, None, reduction, label_smoothing
+    )
+    if reduction == "elementwise_mean":
+        reduction = "mean"
+    return cross_entropy(
+        input,
+        target,
+        weight,
+        None,
+        operator.index(ignore_index),
+        None,
+        reduction,
+        float(label_smoothing),
+        loss_dtype=loss_dtype,
+        empty=empty,
+        inplace=inplace,
+    )
+
+
+def _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty_is_zero) -> Tensor:
+    """The composite of PyTorch's own operations, with what this package adds to it."""
+    if not label_smoothing >= 0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    indices = input.shape != target.shape
+    if indices and target.dtype in (torch.int8, torch.int16, torch.int32, torch.uint8):
+        target = target.long()
+    loss = F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    if empty_is_zero and reduction == "mean":
+        nothing = (target == ignore_index).all() if indices else target.numel() == 0
+        loss = torch.where(torch.as_tensor(nothing), 0, loss)
+    return loss if loss_dtype is None else loss.to(loss_dtype)

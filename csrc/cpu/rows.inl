@@ -22,7 +22,7 @@ struct RowSums {
 
   XENT_INLINE_MEMBER void raise_max(T new_max) {
     const double raised = double(new_max) - double(max);
-    rest = (rest + ties) * ::exp(-raised);
+    if (ties != 0) rest = (rest + ties) * ::exp(-raised);  // before the first finite logit, both are zero
     ties = 0;
     if (mass != 0) spread += mass * raised;
     max = new_max;
@@ -42,7 +42,8 @@ XENT_INLINE T block_maximum(const T* x, int64_t n) {
     m3 = maximum(load(x + i + 3 * W), m3);
   }
   for (; i + W <= n; i += W) m0 = maximum(load(x + i), m0);
-  if (i < n) m1 = maximum(load_partial(x + i, n - i, std::numeric_limits<T>::lowest()), m1);
+  if (i < n && n >= W) m1 = maximum(load(x + n - W), m1);  // some twice, which changes no maximum
+  if (i < n && n < W) m1 = maximum(load_partial(x, n, std::numeric_limits<T>::lowest()), m1);
   return maximum_of_lanes<T>(maximum(maximum(m0, m1), maximum(m2, m3)));
 }
 
@@ -56,14 +57,20 @@ struct LaneSums {
     const Vector<T> zero{}, one = broadcast(T(1));
     const Vector<T> difference = x - max;
     const auto tie = difference == zero;
-    rest += select(tie, zero, exp(difference));
-    ties += select(tie, one, zero);
+    rest = select(tie, rest, rest + exp(difference));
+    ties = select(tie, ties + one, ties);
     if constexpr (dense) {
       spread -= select(tie | (a == zero), zero, a * difference);
       mass += a;
     }
   }
 };
+
+// The last vector of a block, whose other lanes hold `fill`.
+template <class T>
+XENT_INLINE Vector<T> load_last(const T* p, int64_t n, T fill) {
+  return n >= kLanes<T> ? load_rest(p, n, fill) : load_partial(p, n, fill);
+}
 
 // `a` holds the coefficients of the block where they are dense.
 template <class T, bool dense>
@@ -74,10 +81,12 @@ XENT_INLINE void add_block(RowSums<T>& sums, const T* x, const T* a, int64_t n) 
   const Vector<T> max = broadcast(sums.max);
   LaneSums<T, dense> lanes;
   int64_t i = 0;
-  for (; i + W <= n; i += W) lanes.add(load(x + i), max, dense ? load(a + i) : Vector<T>{});
+  for (; i + W <= n; i += W) {
+    __builtin_prefetch(x + i + kBlock<T>);  // while this block is summed, the next one comes from memory
+    lanes.add(load(x + i), max, dense ? load(a + i) : Vector<T>{});
+  }
   if (i < n) {
-    lanes.add(load_partial(x + i, n - i, -std::numeric_limits<T>::infinity()), max,
-              dense ? load_partial(a + i, n - i, T(0)) : Vector<T>{});
+    lanes.add(load_last(x, n, -std::numeric_limits<T>::infinity()), max, dense ? load_last(a, n, T(0)) : Vector<T>{});
   }
   sums.ties += sum_of_lanes<T>(lanes.ties);
   sums.rest += sum_of_lanes<T>(lanes.rest);
@@ -115,7 +124,8 @@ static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, 
   Cursor cursor(problem, begin);
   for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
     const int64_t x = cursor.offset(problem.logits), t = cursor.offset(problem.target);
-    const int64_t y = soft ? 0 : target_class(problem, p, t);
+    int64_t y = 0;
+    if (!soft) read_targets(&y, problem, cursor, p, 1);
     double loss = 0;
     T lse_rounded = 0, lse_lost = 0, mass = 0;
     if (y >= 0) {
@@ -193,9 +203,13 @@ XENT_INLINE void gradient_block(T* out, const GradientTerms<T>& terms, const T* 
   constexpr bool dense = kind != TargetKind::kIndex;
   int64_t i = 0;
   for (; i + W <= n; i += W) store(out + i, gradient<T, kind>(terms, load(x + i), dense ? load(a + i) : Vector<T>{}));
-  if (i < n) {
-    const Vector<T> last = dense ? load_partial(a + i, n - i, T(0)) : Vector<T>{};
-    store_partial(out + i, gradient<T, kind>(terms, load_partial(x + i, n - i, T(0)), last), n - i);
+  if (i == n) return;
+  if (n >= W) {  // the last whole vector covers some lanes again
+    i = n - W;
+    store(out + i, gradient<T, kind>(terms, load(x + i), dense ? load(a + i) : Vector<T>{}));
+  } else {
+    const Vector<T> last = dense ? load_partial(a, n, T(0)) : Vector<T>{};
+    store_partial(out, gradient<T, kind>(terms, load_partial(x, n, T(0)), last), n);
   }
 }
 
@@ -216,7 +230,8 @@ static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end
   for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
     const int64_t x = cursor.offset(problem.logits), t = cursor.offset(problem.target);
     const int64_t dx = cursor.offset(problem.grad_logits), dq = cursor.offset(problem.grad_target);
-    const int64_t y = soft ? 0 : target_class(problem, p, t);
+    int64_t y = 0;
+    if (!soft) read_targets(&y, problem, cursor, p, 1);
     const T scale = T(read_one<double>(problem.grad_output, cursor.offset(problem.grad_output)) * problem.scale);
     const T hit = soft || y < 0 ? T(0) : keep * (weight ? weight[y] : T(1));
     const T rest_of_total = soft ? lse[2 * problem.positions + p] : T(problem.smoothed_total);

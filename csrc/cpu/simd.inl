@@ -49,7 +49,17 @@ XENT_INLINE Vector<T> load_partial(const T* p, int64_t count, T fill) {
 
 template <class T>
 XENT_INLINE void store_partial(T* p, Vector<T> v, int64_t count) {
+  if (count >= kLanes<T>) return store(p, v);
   for (int64_t k = 0; k < count; ++k) p[k] = v[k];
+}
+
+// The last kLanes of n >= kLanes elements, with `fill` in those that the whole vectors before have covered.
+template <class T>
+XENT_INLINE Vector<T> load_rest(const T* p, int64_t n, T fill) {
+  typename VectorOf<T>::ints lane;
+  for (int k = 0; k < kLanes<T>; ++k) lane[k] = k;
+  const auto covered = kLanes<T> - n % kLanes<T>;
+  return lane >= decltype(lane[0] + 0)(covered) ? load(p + n - kLanes<T>) : broadcast(fill);
 }
 
 template <class Mask, class V>
@@ -57,7 +67,7 @@ XENT_INLINE V select(Mask mask, V a, V b) {
   return mask ? a : b;
 }
 
-// A NaN in `a` yields `b`: the sum that follows carries it, the maximum need not.
+// `b` where either is NaN.
 template <class V>
 XENT_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
@@ -77,20 +87,19 @@ XENT_INLINE T maximum_of_lanes(Vector<T> v) {
   return largest;
 }
 
-// exp(x) = 2^n (1 + p), n = round(x / ln 2), r = x - n ln 2, p = exp(r) - 1 = r + r^2 P(r).
+// exp(x) = 2^n exp(r), n = round(x / ln 2), r = x - n ln 2, exp(r) = 1 + r + r^2 P(r).
 // For x <= 0, as every exponent here is (the maximum, or the logarithm of the sum, has been subtracted); what is smaller
 // than half the least subnormal becomes zero, so exp(-inf) = 0. A NaN stays one.
 // P: minimax of the relative error of exp on [-ln 2 / 2, ln 2 / 2] with the first two terms fixed (Remez): 3.1e-9.
-XENT_INLINE FloatVector expm1_of_remainder(FloatVector r) {
+XENT_INLINE FloatVector exp_polynomial(FloatVector r) {
   FloatVector p = r * 0.00138143207f + 0.00836885107f;
   p = p * r + 0.0416684011f;
   p = p * r + 0.166665195f;
-  p = p * r + 0.499999934f;
-  return p * (r * r) + r;
+  return p * r + 0.499999934f;
 }
 
 // Taylor's series; its first missing term, r^14 / 14!, is below 5e-18 relative to exp(r).
-XENT_INLINE DoubleVector expm1_of_remainder(DoubleVector r) {
+XENT_INLINE DoubleVector exp_polynomial(DoubleVector r) {
   DoubleVector p = r * (1.0 / 6227020800) + 1.0 / 479001600;
   p = p * r + 1.0 / 39916800;
   p = p * r + 1.0 / 3628800;
@@ -101,50 +110,63 @@ XENT_INLINE DoubleVector expm1_of_remainder(DoubleVector r) {
   p = p * r + 1.0 / 120;
   p = p * r + 1.0 / 24;
   p = p * r + 1.0 / 6;
-  p = p * r + 1.0 / 2;
-  return p * (r * r) + r;
+  return p * r + 1.0 / 2;
 }
 
-// The two factors of 2^n: one shifted up by 2^64 to stay normal, one constant, so that the product can be subnormal.
-template <class T>
-struct PowerOfTwo {
-  Vector<T> shifted;
-  T rest;
+// x = n ln 2 + r, with |r| <= ln 2 / 2. Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves it in the low
+// bits of `rounded`. ln 2 comes in two parts, the first of which is exact when multiplied by n.
+template <class V>
+struct Reduced {
+  V r, n, rounded;
 };
 
-// Adding 1.5 * 2^(mantissa bits) rounds to an integer and leaves it in the low bits.
-XENT_INLINE FloatVector reduce_exponent(FloatVector x, PowerOfTwo<float>& power) {
-  x = x < -104.f ? broadcast(-104.f) : x;
+XENT_INLINE Reduced<FloatVector> reduce_exponent(FloatVector x) {
+  x = maximum(broadcast(-104.f), x);
   const FloatVector rounded = x * 1.44269504f + 0x1.8p23f;
   const FloatVector n = rounded - 0x1.8p23f;
-  power = {(FloatVector)(((Int32Vector)rounded << 23) + ((127 + 64) << 23)), 0x1p-64f};
-  return (x - n * 0.693145752f) - n * 1.42860682e-6f;  // ln 2 in two parts, the first exact when multiplied by n
+  return {(x - n * 0.693145752f) - n * 1.42860682e-6f, n, rounded};
 }
 
-XENT_INLINE DoubleVector reduce_exponent(DoubleVector x, PowerOfTwo<double>& power) {
-  x = x < -746. ? broadcast(-746.) : x;
+XENT_INLINE Reduced<DoubleVector> reduce_exponent(DoubleVector x) {
+  x = maximum(broadcast(-746.), x);
   const DoubleVector rounded = x * 1.4426950408889634 + 0x1.8p52;
   const DoubleVector n = rounded - 0x1.8p52;
-  power = {(DoubleVector)(((Int64Vector)rounded << 52) + (int64_t(1023 + 64) << 52)), 0x1p-64};
-  return (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10;
+  return {(x - n * 0.69314718036912382) - n * 1.9082149292705877e-10, n, rounded};
 }
+
+// p 2^n, which may be subnormal: 2^n by its bits is shifted up by 2^64 to stay normal, and down again by a product.
+#if SIMD_X86 && SIMD_BYTES == 64
+XENT_INLINE FloatVector times_power_of_two(FloatVector p, const Reduced<FloatVector>& x) {
+  return __builtin_ia32_scalefps512_mask(p, x.n, p, -1, 4);
+}
+XENT_INLINE DoubleVector times_power_of_two(DoubleVector p, const Reduced<DoubleVector>& x) {
+  return __builtin_ia32_scalefpd512_mask(p, x.n, p, -1, 4);
+}
+#else
+XENT_INLINE FloatVector times_power_of_two(FloatVector p, const Reduced<FloatVector>& x) {
+  return p * (FloatVector)(((Int32Vector)x.rounded << 23) + ((127 + 64) << 23)) * 0x1p-64f;
+}
+XENT_INLINE DoubleVector times_power_of_two(DoubleVector p, const Reduced<DoubleVector>& x) {
+  return p * (DoubleVector)(((Int64Vector)x.rounded << 52) + (int64_t(1023 + 64) << 52)) * 0x1p-64;
+}
+#endif
 
 template <class V>
 XENT_INLINE V exp(V x) {
   using T = decltype(x[0] + x[0]);
-  PowerOfTwo<T> power;
-  const V p = expm1_of_remainder(reduce_exponent(x, power));
-  return ((p + T(1)) * power.shifted) * power.rest;
+  const auto reduced = reduce_exponent(x);
+  return times_power_of_two((exp_polynomial(reduced.r) * reduced.r + T(1)) * reduced.r + T(1), reduced);
 }
 
-// Both, for little more than one: expm1(x) = 2^n p + (2^n - 1) keeps its relative accuracy for small x, where n = 0.
+// Both, for little more than one: with p = exp(r) - 1, expm1(x) = 2^n p + (2^n - 1) keeps its relative accuracy for
+// small x, where n = 0.
 template <class V>
 XENT_INLINE void exp_and_expm1(V x, V& exp_x, V& expm1_x) {
   using T = decltype(x[0] + x[0]);
-  PowerOfTwo<T> power;
-  const V p = expm1_of_remainder(reduce_exponent(x, power));
-  exp_x = ((p + T(1)) * power.shifted) * power.rest;
-  const V two_to_n = power.shifted * power.rest;
+  const auto reduced = reduce_exponent(x);
+  const V p = exp_polynomial(reduced.r) * (reduced.r * reduced.r) + reduced.r;
+  exp_x = times_power_of_two(p + T(1), reduced);
+  const V two_to_n = times_power_of_two(V{} + T(1), reduced);
   expm1_x = p * two_to_n + (two_to_n - T(1));
 }
 

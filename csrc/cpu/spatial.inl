@@ -15,6 +15,13 @@ XENT_INLINE int64_t whole_vectors(int64_t count) {
   return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
+// Each plane is read in short runs, too short for the hardware to see them coming: ask for the next tile's.
+XENT_INLINE void prefetch_after(const View& view, int64_t offset, int64_t n) {
+  const int64_t size = view.type == ElementType::kFloat64 ? 8 : view.type == ElementType::kFloat32 ? 4 : 2;
+  const char* p = static_cast<const char*>(view.data) + offset * size;
+  for (int64_t i = 0; i < n * size; i += 64) __builtin_prefetch(p + i);
+}
+
 // The classes [c, c + classes) of the `count` positions from `cursor` on. Lanes past the end become zero. Runs along the
 // innermost dimension that are shorter than kShortRun are read one position after the other, all classes of each.
 template <class T>
@@ -25,6 +32,7 @@ static void read_tile(T* tile, Cursor cursor, int64_t count, const View& view, i
     if (run >= kShortRun) {
       for (int64_t k = 0; k < classes; ++k) {
         read_into(tile + k * kTile + done, view, offset + k * view.class_stride, inner, run);
+        if (inner == 1) prefetch_after(view, offset + k * view.class_stride + run, run);
       }
     } else {
       for (int64_t i = 0; i < run; ++i) {
@@ -69,21 +77,20 @@ struct TileTargets {
   T hit[kTile], valid[kTile];
   bool any_valid = false;
 
-  TileTargets(const Problem& problem, Cursor cursor, int64_t first, int64_t count) {
+  TileTargets(const Problem& problem, const Cursor& cursor, int64_t first, int64_t count) {
     const T* weight = static_cast<const T*>(problem.weight);
     const T keep = T(1 - problem.label_smoothing);
     const bool soft = problem.kind == TargetKind::kSoft;
+    for (int64_t i = 0; i < whole_vectors<T>(count); ++i) y[i] = -1;
+    if (!soft) read_targets(y, problem, cursor, first, count);
     for (int64_t i = 0; i < whole_vectors<T>(count); ++i) {
-      y[i] = -1;
-      hit[i] = valid[i] = 0;
-      if (i >= count) continue;
-      if (!soft) y[i] = target_class(problem, first + i, cursor.offset(problem.target));
-      cursor.advance(1);
-      if (!soft && y[i] < 0) continue;
-      valid[i] = 1;
-      any_valid = true;
-      if (!soft) hit[i] = keep * (weight ? weight[y[i]] : T(1));
+      const bool counts = soft ? i < count : y[i] >= 0;
+      any_valid |= counts;
+      valid[i] = counts;
+      hit[i] = soft ? T(0) : valid[i] * keep;
     }
+    if (soft || !weight) return;
+    for (int64_t i = 0; i < count; ++i) hit[i] *= weight[y[i] < 0 ? 0 : y[i]];
   }
 };
 
@@ -140,6 +147,18 @@ struct TileSums {
   }
 };
 
+// In double, and in eight chains that do not wait for each other.
+template <class T>
+XENT_INLINE double sum_of(const T* x, int64_t n) {
+  double chains[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int k = 0; k < 8; ++k) chains[k] += double(x[i + k]);
+  }
+  for (; i < n; ++i) chains[0] += double(x[i]);
+  return ((chains[0] + chains[1]) + (chains[2] + chains[3])) + ((chains[4] + chains[5]) + (chains[6] + chains[7]));
+}
+
 template <class T, TargetKind kind>
 static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, int64_t count, Sums& sums) {
   constexpr bool soft = kind == TargetKind::kSoft;
@@ -177,11 +196,13 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
         index_loss(load(targets.hit + v), share, gap, load(tile.spread + v), load(tile.mass + v), log_sum);
     store(losses + v, select(valid, loss, zero));
   }
-  for (int64_t i = 0; i < count; ++i) sums.loss += double(losses[i]);
+  sums.loss += sum_of<T>(losses, count);
   if constexpr (!soft) {
+    T weights[kTile];
     for (int64_t i = 0; i < count; ++i) {
-      if (targets.y[i] >= 0) sums.weight += weight ? double(weight[targets.y[i]]) : 1;
+      weights[i] = targets.valid[i] * (weight ? weight[targets.y[i] < 0 ? 0 : targets.y[i]] : T(1));
     }
+    sums.weight += sum_of<T>(weights, count);
   }
   if (problem.loss) write_from(losses, problem.loss, first, 1, count);
 }
@@ -199,17 +220,13 @@ static void backward_tile(const Backward& problem, Cursor cursor, int64_t first,
   // The positions' terms as in rows.inl, one array each; ignored positions have a scale of zero.
   alignas(64) T scale[kTile], rest_of_total[kTile], lse_rounded[kTile], lse_lost[kTile];
   const T* const lse = static_cast<const T*>(problem.lse) + first;
-  Cursor at = cursor;
-  for (int64_t i = 0; i < whole_vectors<T>(count); ++i) {
-    scale[i] = rest_of_total[i] = lse_rounded[i] = lse_lost[i] = 0;
-    if (i >= count) continue;
-    if (targets.valid[i] != 0) {
-      scale[i] = T(read_one<double>(problem.grad_output, at.offset(problem.grad_output)) * problem.scale);
-    }
+  for (int64_t i = count; i < whole_vectors<T>(count); ++i) scale[i] = rest_of_total[i] = lse_rounded[i] = lse_lost[i] = 0;
+  read_positions(scale, cursor, count, problem.grad_output);
+  for (int64_t i = 0; i < count; ++i) {
+    scale[i] = targets.valid[i] != 0 ? T(double(scale[i]) * problem.scale) : T(0);
     rest_of_total[i] = soft ? lse[2 * problem.positions + i] : T(problem.smoothed_total);
     lse_rounded[i] = lse[i];
     lse_lost[i] = lse[problem.positions + i];
-    at.advance(1);
   }
 
   for (int64_t c = 0; c < problem.classes; c += kClassBlock<T>) {

@@ -133,21 +133,6 @@ XENT_INLINE T read_one(const View& view, int64_t offset) {
   return value;
 }
 
-static int64_t read_index(const View& view, int64_t offset) {
-  switch (view.type) {
-    case ElementType::kUInt8:
-      return static_cast<const uint8_t*>(view.data)[offset];
-    case ElementType::kInt8:
-      return static_cast<const int8_t*>(view.data)[offset];
-    case ElementType::kInt16:
-      return static_cast<const int16_t*>(view.data)[offset];
-    case ElementType::kInt32:
-      return static_cast<const int32_t*>(view.data)[offset];
-    default:
-      return static_cast<const int64_t*>(view.data)[offset];
-  }
-}
-
 // Walks the positions in order; knows where the current one lies in every view.
 struct Cursor {
   const Problem& problem;
@@ -193,15 +178,55 @@ struct Cursor {
   }
 };
 
-// What an index target says of a position: its class, or that it is ignored or no class (then remembered).
-XENT_INLINE int64_t target_class(const Problem& problem, int64_t position, int64_t offset) {
-  constexpr int64_t kNone = -1;
-  const int64_t target = read_index(problem.target, offset);
-  if (target == problem.ignore_index) return kNone;
-  if (target >= 0 && target < problem.classes) return target;
-  int64_t first = __atomic_load_n(problem.first_bad_position, __ATOMIC_RELAXED);
-  while (position < first && !__atomic_compare_exchange_n(problem.first_bad_position, &first, position, false,
-                                                          __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+template <class S>
+XENT_INLINE void read_integers(int64_t* out, const S* in, int64_t stride, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = in[i * stride];
+}
+
+static void read_into(int64_t* buffer, const View& view, int64_t offset, int64_t stride, int64_t n) {
+  switch (view.type) {
+    case ElementType::kUInt8:
+      return read_integers(buffer, static_cast<const uint8_t*>(view.data) + offset, stride, n);
+    case ElementType::kInt8:
+      return read_integers(buffer, static_cast<const int8_t*>(view.data) + offset, stride, n);
+    case ElementType::kInt16:
+      return read_integers(buffer, static_cast<const int16_t*>(view.data) + offset, stride, n);
+    case ElementType::kInt32:
+      return read_integers(buffer, static_cast<const int32_t*>(view.data) + offset, stride, n);
+    default:
+      return read_integers(buffer, static_cast<const int64_t*>(view.data) + offset, stride, n);
   }
-  return kNone;
+}
+
+// One element for each of `count` positions, run by run.
+template <class T>
+static void read_positions(T* out, Cursor cursor, int64_t count, const View& view) {
+  const int64_t inner = view.stride[cursor.problem.dims - 1];
+  for (int64_t done = 0; done < count;) {
+    const int64_t run = cursor.run(count - done);
+    read_into(out + done, view, cursor.offset(view), inner, run);
+    done += run;
+    cursor.advance(run);
+  }
+}
+
+// The classes of `count` positions from `first` on; -1 for those that are ignored, and for those whose target is no
+// class, of which the first is remembered.
+static void read_targets(int64_t* y, const Problem& problem, const Cursor& cursor, int64_t first, int64_t count) {
+  read_positions(y, cursor, count, problem.target);
+  bool any_bad = false;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool ignored = y[i] == problem.ignore_index;
+    const bool is_class = (y[i] >= 0) & (y[i] < problem.classes);
+    any_bad |= !ignored & !is_class;
+    y[i] = ignored ? -1 : is_class ? y[i] : -2;
+  }
+  for (int64_t i = 0; any_bad && i < count; ++i) {
+    if (y[i] != -2) continue;
+    y[i] = -1;
+    int64_t known = __atomic_load_n(problem.first_bad_position, __ATOMIC_RELAXED);
+    while (first + i < known && !__atomic_compare_exchange_n(problem.first_bad_position, &known, first + i, false,
+                                                             __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+  }
 }
