@@ -91,6 +91,12 @@ struct Composite {
     total = coefficients.sum(dim, true);
   }
 
+  BackwardResult gradients(std::array<bool, 2> wanted) const {
+    const auto empty = [&] { return at::zeros_like(logits.flatten().slice(0, 0, 0)); };
+    return {wanted[0] ? scale * (total * softmax() - coefficients) : empty(),
+            wanted[1] ? scale * keep * weight * minus_log_softmax() : empty()};
+  }
+
   at::Tensor softmax() const { return at::softmax(logits, dim); }
   at::Tensor minus_log_softmax() const { return -at::log_softmax(logits, dim); }
   at::Tensor sum_over_classes(const at::Tensor& tensor) const { return tensor.sum(dim, true); }
@@ -265,7 +271,7 @@ bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._
 at::Tensor cross_entropy_autograd(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                   int64_t reduction, int64_t ignore_index, double label_smoothing,
                                   std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace) {
-  check_label_smoothing(label_smoothing);
+  check_options(label_smoothing, loss_dtype);
   const bool forward_mode = has_tangent(logits) || has_tangent(target) || (weight && has_tangent(*weight));
   if (forward_mode || !is_supported(logits, target, weight, ignore_index, label_smoothing, loss_dtype)) {
     return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
@@ -280,6 +286,12 @@ BackwardResult backward_autograd(const at::Tensor& grad_output, const at::Tensor
                                  const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
                                  int64_t reduction, int64_t ignore_index, double label_smoothing,
                                  std::array<bool, 2> wanted) {
+  if (has_tangent(grad_output)) {  // Function has no forward mode
+    const Composite composite(grad_output, logits, target, weight.value_or(at::Tensor()), denominator,
+                              {reduction, ignore_index, label_smoothing});
+    auto [grad_logits, grad_target] = composite.gradients(wanted);
+    return {grad_logits.to(logits.scalar_type()), wanted[1] ? grad_target.to(target.scalar_type()) : grad_target};
+  }
   auto results = BackwardFunction::apply(grad_output, logits, target, weight, lse, denominator, reduction,
                                          ignore_index, label_smoothing, wanted);
   return {results[0], results[1]};

@@ -51,7 +51,8 @@ at::ScalarType arithmetic_type(const at::Tensor& logits, const at::Tensor& targe
 at::ScalarType default_loss_dtype(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight);
 
 // Native takes a negative or NaN label_smoothing for zero; here it is an error, as one above 1 is natively.
-void check_label_smoothing(double label_smoothing);
+// So is a loss_dtype that is not one of a loss.
+void check_options(double label_smoothing, std::optional<at::ScalarType> loss_dtype);
 
 // Whether the fused kernels take these arguments. Where they do not, native_cross_entropy does, or raises its own error:
 // there is one source of truth for messages and for corners not worth a kernel.

@@ -96,7 +96,9 @@ at::ScalarType arithmetic_type(const at::Tensor& logits, const at::Tensor& targe
   return default_loss_dtype(logits, target, weight) == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-void check_label_smoothing(double label_smoothing) {
+void check_options(double label_smoothing, std::optional<at::ScalarType> loss_dtype) {
+  TORCH_CHECK(!loss_dtype || is_logits_type(*loss_dtype),
+              "loss_dtype must be float16, bfloat16, float32 or float64. Got: ", *loss_dtype);
   TORCH_CHECK(label_smoothing >= 0, "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
 }
 
@@ -176,7 +178,7 @@ namespace {
 at::Tensor cross_entropy_without_grad(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                       int64_t reduction, int64_t ignore_index, double label_smoothing,
                                       std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool) {
-  check_label_smoothing(label_smoothing);
+  check_options(label_smoothing, loss_dtype);
   if (!is_supported(logits, target, weight, ignore_index, label_smoothing, loss_dtype)) {
     return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
                                 empty_is_zero);
@@ -252,7 +254,7 @@ at::Tensor cross_entropy_autocast(const at::Tensor& logits, const at::Tensor& ta
 at::Tensor cross_entropy_functorch(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                    int64_t reduction, int64_t ignore_index, double label_smoothing,
                                    std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool) {
-  check_label_smoothing(label_smoothing);
+  check_options(label_smoothing, loss_dtype);
   return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
                               empty_is_zero);
 }

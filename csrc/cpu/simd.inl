@@ -73,18 +73,27 @@ XENT_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
 }
 
+// Halving takes log2(lanes) steps where a loop over the lanes would wait for each.
 template <class T>
 XENT_INLINE double sum_of_lanes(Vector<T> v) {
-  double sum = 0;
-  for (int k = 0; k < kLanes<T>; ++k) sum += double(v[k]);
-  return sum;
+  double lanes[kLanes<T>];
+  for (int k = 0; k < kLanes<T>; ++k) lanes[k] = double(v[k]);
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+  }
+  return lanes[0];
 }
 
 template <class T>
 XENT_INLINE T maximum_of_lanes(Vector<T> v) {
-  T largest = v[0];
-  for (int k = 1; k < kLanes<T>; ++k) largest = v[k] > largest ? v[k] : largest;
-  return largest;
+  T lanes[kLanes<T>];
+  for (int k = 0; k < kLanes<T>; ++k) lanes[k] = v[k];
+#pragma GCC unroll 4
+  for (int half = kLanes<T> / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) lanes[k] = lanes[k] > lanes[k + half] ? lanes[k] : lanes[k + half];
+  }
+  return lanes[0];
 }
 
 // exp(x) = 2^n exp(r), n = round(x / ln 2), r = x - n ln 2, exp(r) = 1 + r + r^2 P(r).

@@ -1,0 +1,22 @@
+"""Fused cross-entropy for PyTorch: the native loss's interface and values, in one pass over the logits.
+
+    from cross_entropy_ext import CrossEntropyLoss  # instead of: from torch.nn import CrossEntropyLoss
+
+    loss = CrossEntropyLoss(label_smoothing=0.1)(logits, target)
+    loss.backward()
+
+`cross_entropy_ext.functional.cross_entropy` is the same as a function. `python -m cross_entropy_ext`
+prints how this copy was built and checks it against the native loss.
+"""
+
+__version__ = "0.1.0"
+
+from ._extension import load
+
+load()  # before anything else imports torch, so that what is missing is said in one sentence
+
+from . import functional
+from .modules import CrossEntropyLoss
+from .runtime import build_info, check_errors, empty_cache
+
+__all__ = ["CrossEntropyLoss", "build_info", "check_errors", "empty_cache", "functional"]
