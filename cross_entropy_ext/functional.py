@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from typing import Literal
 
 import torch
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.nn import _reduction as _Reduction
 
 from ._extension import load
 
@@ -75,7 +75,7 @@ def cross_entropy(
         RuntimeError, ValueError, TypeError: as PyTorch's own function, with its messages.
     """
     if size_average is not None or reduce is not None:
-        reduction = _Reduction.legacy_get_string(size_average, reduce)
+        reduction = _legacy_reduction(size_average, reduce)
     if not (
         type(input) in _PLAIN
         and type(target) in _PLAIN
@@ -99,6 +99,20 @@ def cross_entropy(
         empty_is_zero=empty == "zero",
         inplace=inplace,
     )
+
+
+def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
+    """What the deprecated arguments, of which one is not None, mean."""
+    reduction = "mean"
+    if reduce is not None and not reduce:
+        reduction = "none"
+    elif size_average is not None and not size_average:
+        reduction = "sum"
+    warnings.warn(
+        f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.",
+        stacklevel=3,
+    )
+    return reduction
 
 
 def _unusual(

@@ -25,9 +25,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """
 
     # For modules that were pickled as the class they derive from.
-    loss_dtype: torch.dtype | None = None
-    empty: Literal["nan", "zero"] = "nan"
-    inplace: bool = False
+    loss_dtype = None
+    empty = "nan"
+    inplace = False
 
     def __init__(
         self,
@@ -49,6 +49,15 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of logits (C), (N, C) or (N, C, d1, ..., dK) against indices or probabilities."""
+        if torch.jit.is_scripting():
+            return nn.functional.cross_entropy(
+                input,
+                target,
+                weight=self.weight,
+                ignore_index=self.ignore_index,
+                reduction=self.reduction,
+                label_smoothing=self.label_smoothing,
+            )
         return functional.cross_entropy(
             input,
             target,

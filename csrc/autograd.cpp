@@ -139,7 +139,6 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
                                                      ignore_index, label_smoothing, wanted);
     ctx->save_for_backward({grad_output, logits, target, weight.value_or(at::Tensor()), denominator});
     Options{reduction, ignore_index, label_smoothing}.save(ctx);
-    ctx->saved_data["has_weight"] = weight.has_value();
     return {grad_logits, grad_target};
   }
 
@@ -230,8 +229,6 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     ctx->save_for_backward({logits, target, weight.value_or(at::Tensor()), lse, denominator});
     Options{reduction, ignore_index, label_smoothing}.save(ctx);
     ctx->saved_data["inplace"] = inplace;
-    ctx->saved_data["wanted"] = std::vector<bool>{logits.requires_grad(), target.requires_grad(),
-                                                  weight && weight->defined() && weight->requires_grad()};
     return {loss};
   }
 
@@ -240,7 +237,9 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     auto logits = saved[0];
     const auto &target = saved[1], &weight = saved[2], &lse = saved[3], &denominator = saved[4];
     const auto options = Options::saved_in(ctx);
-    const auto wanted = ctx->saved_data["wanted"].toBoolList();
+    // One edge for each tensor that forward was given.
+    const bool wanted[] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                           weight.defined() && ctx->needs_input_grad(2)};
     const at::Tensor& grad = grads[0];
 
     variable_list result(9);

@@ -75,6 +75,8 @@ struct Backward : Problem {
   double scale = 1;  // 1 / denominator
   View grad_logits;  // absent where no gradient is asked for
   View grad_target;
+  bool stream = false;    // the gradients are too large for the caches
+  bool buffered = false;  // they cannot be stored as they are made: to be streamed, or in the place of the logits
 };
 
 }  // namespace xent

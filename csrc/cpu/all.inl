@@ -14,4 +14,5 @@ static void forward_positions(const Forward& problem, int64_t begin, int64_t end
 template <class T>
 static void backward_positions(const Backward& problem, int64_t begin, int64_t end) {
   problem.lanes == Lanes::kClasses ? backward_rows<T>(problem, begin, end) : backward_tiles<T>(problem, begin, end);
+  if (problem.stream) SIMD_FENCE();
 }

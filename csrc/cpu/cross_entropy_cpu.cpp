@@ -90,7 +90,7 @@ void merge_dimensions(Problem& problem, std::initializer_list<View*> views) {
 }
 
 Lanes choose_lanes(const Problem& problem) {
-  constexpr int64_t kFewClasses = 64;
+  constexpr int64_t kFewClasses = 32;
   if (problem.classes < kFewClasses) return Lanes::kPositions;
   if (problem.logits.class_stride == 1) return Lanes::kClasses;
   const int inner = problem.dims - 1;
@@ -271,6 +271,10 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   merge_dimensions(problem, {&problem.logits, &problem.target, &problem.grad_output, &problem.grad_logits,
                              &problem.grad_target});
   problem.lanes = choose_lanes(problem);
+  constexpr size_t kLargerThanCaches = size_t{16} << 20;
+  const bool inplace = grad_logits.defined() && grad_logits.is_alias_of(logits);
+  problem.stream = !inplace && logits.numel() * logits.element_size() >= int64_t(kLargerThanCaches);
+  problem.buffered = inplace || problem.stream;
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
 

@@ -2,6 +2,7 @@
 
 #include <c10/util/Exception.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <mutex>
@@ -12,11 +13,16 @@ namespace xent {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+const size_t kPage = size_t(sysconf(_SC_PAGESIZE));
 
+// Of the addresses that a buffer spans, only the pages in use by the last gradient in it take memory.
 struct Buffer {
   void* data;
-  size_t bytes;
+  size_t capacity;
+  size_t resident;
 };
+
+size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
 class GradientMemory final : public c10::Allocator {
  public:
@@ -36,43 +42,47 @@ class GradientMemory final : public c10::Allocator {
   }
 
  private:
-  // A kept buffer that fits without wasting half of it, else a new one.
+  // The smallest kept buffer that fits, else a new one.
   void* take(size_t bytes) {
-    bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    bytes = round_up(bytes, bytes < kHugePage ? kPage : kHugePage);
     const std::lock_guard<std::mutex> lock(mutex_);
+    Buffer buffer = take_kept(bytes);
+    live_bytes_ += bytes;
+    peak_bytes_ = std::max(peak_bytes_, live_bytes_);
+    shrink_kept_to(peak_bytes_ - live_bytes_);
+    if (!buffer.data) buffer = {map(bytes), bytes, 0};
+    if (buffer.resident > bytes) {
+      madvise(static_cast<char*>(buffer.data) + bytes, buffer.resident - bytes, MADV_DONTNEED);
+    }
+    buffer.resident = bytes;
+    live_.emplace(buffer.data, buffer);
+    return buffer.data;
+  }
+
+  Buffer take_kept(size_t bytes) {
     auto best = kept_.end();
     for (auto it = kept_.begin(); it != kept_.end(); ++it) {
-      const bool fits = it->bytes >= bytes && it->bytes / 2 <= bytes;
-      if (fits && (best == kept_.end() || it->bytes < best->bytes)) best = it;
+      if (it->capacity >= bytes && (best == kept_.end() || it->capacity < best->capacity)) best = it;
     }
-    Buffer buffer;
-    if (best != kept_.end()) {
-      buffer = *best;
-      kept_.erase(best);
-      kept_bytes_ -= buffer.bytes;
-    } else {
-      peak_bytes_ = std::max(peak_bytes_, live_bytes_ + bytes);
-      shrink_kept_to(peak_bytes_ - live_bytes_ - bytes);
-      buffer = {map(bytes), bytes};
-    }
-    live_.emplace(buffer.data, buffer.bytes);
-    live_bytes_ += buffer.bytes;
-    peak_bytes_ = std::max(peak_bytes_, live_bytes_);
-    return buffer.data;
+    if (best == kept_.end()) return {nullptr, 0, 0};
+    const Buffer buffer = *best;
+    kept_.erase(best);
+    kept_bytes_ -= buffer.resident;
+    return buffer;
   }
 
   void give_back(void* data) {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto it = live_.find(data);
-    const Buffer buffer{data, it->second};
+    const Buffer buffer = it->second;
     live_.erase(it);
-    live_bytes_ -= buffer.bytes;
+    live_bytes_ -= buffer.resident;
 #if defined(MADV_FREE)
     // The pages stay, unless the system needs them before the next step does.
-    madvise(buffer.data, buffer.bytes, MADV_FREE);
+    if (buffer.resident >= kHugePage) madvise(buffer.data, buffer.resident, MADV_FREE);
 #endif
     kept_.push_back(buffer);
-    kept_bytes_ += buffer.bytes;
+    kept_bytes_ += buffer.resident;
   }
 
   // The longest unused go first.
@@ -80,25 +90,26 @@ class GradientMemory final : public c10::Allocator {
     size_t freed = 0;
     auto it = kept_.begin();
     for (; it != kept_.end() && kept_bytes_ > limit; ++it) {
-      munmap(it->data, it->bytes);
-      kept_bytes_ -= it->bytes;
-      freed += it->bytes;
+      munmap(it->data, it->capacity);
+      kept_bytes_ -= it->resident;
+      freed += it->resident;
     }
     kept_.erase(kept_.begin(), it);
     return freed;
   }
 
   static void* map(size_t bytes) {
-    // Room to start at a huge page's boundary; what lies before and after is given back.
-    const size_t room = bytes + kHugePage;
+    // Huge pages need a start at their boundary: room for it, of which the rest is given back.
+    const bool huge = bytes >= kHugePage;
+    const size_t room = huge ? bytes + kHugePage : bytes;
     void* mapped = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     TORCH_CHECK_WITH(OutOfMemoryError, mapped != MAP_FAILED, "cross_entropy_ext: cannot allocate ", bytes,
                      " bytes for the gradient of the logits.");
-    const auto start = reinterpret_cast<uintptr_t>(mapped);
-    const uintptr_t aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
-    if (aligned > start) munmap(mapped, aligned - start);
-    munmap(reinterpret_cast<void*>(aligned + bytes), start + room - (aligned + bytes));
-    void* data = reinterpret_cast<void*>(aligned);
+    if (!huge) return mapped;
+    char* const start = static_cast<char*>(mapped);
+    char* const data = reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(mapped), kHugePage));
+    if (data > start) munmap(start, size_t(data - start));
+    munmap(data + bytes, size_t(start + room - (data + bytes)));
 #if defined(MADV_HUGEPAGE)
     madvise(data, bytes, MADV_HUGEPAGE);
 #endif
@@ -109,7 +120,7 @@ class GradientMemory final : public c10::Allocator {
 
   std::mutex mutex_;
   std::vector<Buffer> kept_;  // the longest unused first
-  std::unordered_map<void*, size_t> live_;
+  std::unordered_map<void*, Buffer> live_;
   size_t kept_bytes_ = 0, live_bytes_ = 0, peak_bytes_ = 0;
 };
 

@@ -10,7 +10,7 @@ namespace xent {
 // live ones alone once did. While kept, the system may take the pages back whenever memory is short.
 c10::Allocator* gradient_memory();
 
-constexpr size_t kLargeGradient = size_t{1} << 20;
+constexpr size_t kLargeGradient = size_t{64} << 10;
 
 // Gives the kept buffers back; returns their bytes.
 size_t release_gradient_memory();

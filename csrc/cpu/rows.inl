@@ -49,18 +49,18 @@ XENT_INLINE T block_maximum(const T* x, int64_t n) {
 
 template <class T, bool dense>
 struct LaneSums {
-  Vector<T> ties{}, rest{}, spread{}, mass{};
+  Vector<T> others{}, rest{}, spread{}, mass{};  // others: how many logits are not equal to the maximum
 
   // A coefficient of zero adds nothing, even at a logit of -inf; nor does the maximum itself, even at a coefficient of
   // infinity.
   XENT_INLINE_MEMBER void add(Vector<T> x, Vector<T> max, Vector<T> a) {
     const Vector<T> zero{}, one = broadcast(T(1));
     const Vector<T> difference = x - max;
-    const auto tie = difference == zero;
-    rest = select(tie, rest, rest + exp(difference));
-    ties = select(tie, ties + one, ties);
+    const auto other = difference != zero;
+    rest = select(other, rest + exp(difference), rest);
+    others = select(other, others + one, others);
     if constexpr (dense) {
-      spread -= select(tie | (a == zero), zero, a * difference);
+      spread = select(other & (a != zero), spread - a * difference, spread);
       mass += a;
     }
   }
@@ -86,9 +86,10 @@ XENT_INLINE void add_block(RowSums<T>& sums, const T* x, const T* a, int64_t n) 
     lanes.add(load(x + i), max, dense ? load(a + i) : Vector<T>{});
   }
   if (i < n) {
+    i += W;
     lanes.add(load_last(x, n, -std::numeric_limits<T>::infinity()), max, dense ? load_last(a, n, T(0)) : Vector<T>{});
   }
-  sums.ties += sum_of_lanes<T>(lanes.ties);
+  sums.ties += double(i) - sum_of_lanes<T>(lanes.others);
   sums.rest += sum_of_lanes<T>(lanes.rest);
   if constexpr (dense) {
     sums.spread += sum_of_lanes<T>(lanes.spread);
@@ -125,7 +126,10 @@ static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, 
   for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
     const int64_t x = cursor.offset(problem.logits), t = cursor.offset(problem.target);
     int64_t y = 0;
-    if (!soft) read_targets(&y, problem, cursor, p, 1);
+    if (!soft) {
+      read_into(&y, problem.target, t, 1, 1);
+      check_targets(&y, problem, p, 1);
+    }
     double loss = 0;
     T lse_rounded = 0, lse_lost = 0, mass = 0;
     if (y >= 0) {
@@ -177,6 +181,7 @@ struct GradientTerms {
   T scale, total;  // total: A
   T share;         // what multiplies the dense coefficients
   T lse_rounded, lse_lost;
+  T correction;  // exp(-lse_lost): softmax = exp(x - lse_rounded) * correction saves an addition per element
 
   template <class V>
   XENT_INLINE_MEMBER V log_softmax(V x) const {
@@ -187,13 +192,12 @@ struct GradientTerms {
 // scale * (A softmax - a) for one vector of classes.
 template <class T, TargetKind kind>
 XENT_INLINE Vector<T> gradient(const GradientTerms<T>& terms, Vector<T> x, Vector<T> a) {
-  const Vector<T> log_softmax = terms.log_softmax(x);
   if constexpr (kind == TargetKind::kSoft) {
-    return terms.scale * soft_gradient(broadcast(terms.total), log_softmax, a);
+    return terms.scale * soft_gradient(broadcast(terms.total), terms.log_softmax(x), a);
   } else if constexpr (kind == TargetKind::kSmoothedIndex) {
-    return terms.scale * plain_gradient(broadcast(terms.total), exp(log_softmax), terms.share * a);
+    return terms.scale * plain_gradient(broadcast(terms.total * terms.correction), exp(x - terms.lse_rounded), terms.share * a);
   } else {
-    return (terms.scale * terms.total) * exp(log_softmax);
+    return (terms.scale * terms.total * terms.correction) * exp(x - terms.lse_rounded);
   }
 }
 
@@ -231,17 +235,21 @@ static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end
     const int64_t x = cursor.offset(problem.logits), t = cursor.offset(problem.target);
     const int64_t dx = cursor.offset(problem.grad_logits), dq = cursor.offset(problem.grad_target);
     int64_t y = 0;
-    if (!soft) read_targets(&y, problem, cursor, p, 1);
+    if (!soft) {
+      read_into(&y, problem.target, t, 1, 1);
+      check_targets(&y, problem, p, 1);
+    }
     const T scale = T(read_one<double>(problem.grad_output, cursor.offset(problem.grad_output)) * problem.scale);
     const T hit = soft || y < 0 ? T(0) : keep * (weight ? weight[y] : T(1));
     const T rest_of_total = soft ? lse[2 * problem.positions + p] : T(problem.smoothed_total);
-    const GradientTerms<T> terms{scale, hit + rest_of_total, soft ? T(1) : share, lse[p], lse[problem.positions + p]};
+    const GradientTerms<T> terms{scale, hit + rest_of_total, soft ? T(1) : share, lse[p], lse[problem.positions + p],
+                                 T(::exp(-double(lse[problem.positions + p])))};
     for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
       const int64_t n = std::min(kBlock<T>, problem.classes - c);
       if (y < 0) {
         for (int64_t i = 0; i < n; ++i) gradient_buffer[i] = 0;
         write_from(gradient_buffer, problem.grad_logits, dx + c * problem.grad_logits.class_stride,
-                   problem.grad_logits.class_stride, n);
+                   problem.grad_logits.class_stride, n, problem.stream);
         continue;
       }
       const int64_t stride = problem.logits.class_stride;
@@ -251,18 +259,20 @@ static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end
           gradient_buffer[i] = -scale * keep * (weight ? weight[c + i] : T(1)) * terms.log_softmax(block[i]);
         }
         write_from(gradient_buffer, problem.grad_target, dq + c * problem.grad_target.class_stride,
-                   problem.grad_target.class_stride, n);
+                   problem.grad_target.class_stride, n, problem.stream);
       }
       if (problem.grad_logits) {
         const T* a = dense ? dense_coefficients(coefficient_buffer, problem, t, c, n) : nullptr;
         const int64_t out_stride = problem.grad_logits.class_stride, out = dx + c * out_stride;
-        gradient_block<T, kind>(gradient_buffer, terms, block, a, n);
+        T* const result = write_or_point(gradient_buffer, problem.grad_logits, out, out_stride, problem.buffered);
+        gradient_block<T, kind>(result, terms, block, a, n);
         if (!soft && c <= y && y < c + n) {
           const T smoothed = dense ? share * a[y - c] : T(0);
-          gradient_buffer[y - c] =
-              scale * one_target_gradient(hit, rest_of_total, smoothed, terms.log_softmax(block[y - c]));
+          result[y - c] = scale * one_target_gradient(hit, rest_of_total, smoothed, terms.log_softmax(block[y - c]));
         }
-        write_from(gradient_buffer, problem.grad_logits, out, out_stride, n);
+        if (result == gradient_buffer) {
+          write_from(gradient_buffer, problem.grad_logits, out, out_stride, n, problem.stream);
+        }
       }
     }
   }

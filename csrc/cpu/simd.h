@@ -20,12 +20,22 @@
 #define XENT_INLINE static inline __attribute__((always_inline))
 #define XENT_INLINE_MEMBER inline __attribute__((always_inline))
 
-// Stores that go past the caches: a gradient larger than they are would only push out what is still needed, and a plain
-// store reads the line before it is overwritten. SIMD_FENCE orders them before what follows.
 #if defined(__x86_64__)
 #define SIMD_X86 1
-#define SIMD_FENCE() __builtin_ia32_sfence()
 #else
 #define SIMD_X86 0
-#define SIMD_FENCE()
+#endif
+
+// Stores that go past the caches, and the fence that orders them before what follows; plain stores where there are none.
+#if defined(__clang__)
+#define SIMD_STREAM(p, v) __builtin_nontemporal_store(v, p)
+#elif SIMD_X86
+#define SIMD_STREAM(p, v) stream_x86(p, v)
+#else
+#define SIMD_STREAM(p, v) (*(p) = (v))
+#endif
+#if SIMD_X86
+#define SIMD_FENCE() __builtin_ia32_sfence()
+#else
+#define SIMD_FENCE() ((void)0)
 #endif

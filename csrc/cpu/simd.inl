@@ -39,6 +39,32 @@ XENT_INLINE void store(T* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// Past the caches: a gradient larger than they are would only push out what is still needed, and a plain store reads
+// the line that it overwrites. `p` is aligned to the size of V.
+#if SIMD_X86 && !defined(__clang__)
+typedef long long Words16 __attribute__((vector_size(16)));
+typedef long long Words32 __attribute__((vector_size(32)));
+typedef long long Words64 __attribute__((vector_size(64)));
+
+template <class V>
+XENT_INLINE void stream_x86(V* p, V v) {
+#if SIMD_BYTES == 64
+  if constexpr (sizeof(V) == 64) __builtin_ia32_movntdq512((Words64*)p, (Words64)v);
+#endif
+#if SIMD_BYTES >= 32
+  if constexpr (sizeof(V) == 32) __builtin_ia32_movntdq256((Words32*)p, (Words32)v);
+#endif
+  if constexpr (sizeof(V) == 16) __builtin_ia32_movntdq((Words16*)p, (Words16)v);
+  if constexpr (sizeof(V) == 8) __builtin_ia32_movnti64((long long*)p, (long long)v);
+}
+#endif
+
+// How many elements to store singly before `p` is aligned for vectors of V.
+template <class V, class S>
+XENT_INLINE int64_t elements_to_alignment(const S* p) {
+  return int64_t((sizeof(V) - reinterpret_cast<uintptr_t>(p) % sizeof(V)) % sizeof(V) / sizeof(S));
+}
+
 // The first `count` lanes; `fill` in the others, so that nothing past the end is read.
 template <class T>
 XENT_INLINE Vector<T> load_partial(const T* p, int64_t count, T fill) {
@@ -67,11 +93,16 @@ XENT_INLINE V select(Mask mask, V a, V b) {
   return mask ? a : b;
 }
 
-// `b` where either is NaN.
+// `b` where either is NaN. (gcc does not see that this is one instruction when `a` is a constant.)
+#if SIMD_X86 && !defined(__clang__) && SIMD_BYTES == 64
+XENT_INLINE FloatVector maximum(FloatVector a, FloatVector b) { return __builtin_ia32_maxps512_mask(a, b, b, -1, 4); }
+XENT_INLINE DoubleVector maximum(DoubleVector a, DoubleVector b) { return __builtin_ia32_maxpd512_mask(a, b, b, -1, 4); }
+#else
 template <class V>
 XENT_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
 }
+#endif
 
 // Halving takes log2(lanes) steps where a loop over the lanes would wait for each.
 template <class T>

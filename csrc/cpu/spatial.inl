@@ -15,8 +15,9 @@ XENT_INLINE int64_t whole_vectors(int64_t count) {
   return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
-// Each plane is read in short runs, too short for the hardware to see them coming: ask for the next tile's.
-XENT_INLINE void prefetch_after(const View& view, int64_t offset, int64_t n) {
+// Each plane is read in a short run, too short for the hardware to see it coming. Not further ahead than the run after
+// the next: lines of planes a power of two apart drive each other out.
+XENT_INLINE void prefetch(const View& view, int64_t offset, int64_t n) {
   const int64_t size = view.type == ElementType::kFloat64 ? 8 : view.type == ElementType::kFloat32 ? 4 : 2;
   const char* p = static_cast<const char*>(view.data) + offset * size;
   for (int64_t i = 0; i < n * size; i += 64) __builtin_prefetch(p + i);
@@ -32,7 +33,7 @@ static void read_tile(T* tile, Cursor cursor, int64_t count, const View& view, i
     if (run >= kShortRun) {
       for (int64_t k = 0; k < classes; ++k) {
         read_into(tile + k * kTile + done, view, offset + k * view.class_stride, inner, run);
-        if (inner == 1) prefetch_after(view, offset + k * view.class_stride + run, run);
+        if (inner == 1) prefetch(view, offset + (k + 2) * view.class_stride, run);
       }
     } else {
       for (int64_t i = 0; i < run; ++i) {
@@ -50,13 +51,14 @@ static void read_tile(T* tile, Cursor cursor, int64_t count, const View& view, i
 }
 
 template <class T>
-static void write_tile(const T* tile, Cursor cursor, int64_t count, const View& view, int64_t c, int64_t classes) {
+static void write_tile(const T* tile, Cursor cursor, int64_t count, const View& view, int64_t c, int64_t classes,
+                       bool stream) {
   const int64_t inner = view.stride[cursor.problem.dims - 1];
   for (int64_t done = 0; done < count;) {
     const int64_t run = cursor.run(count - done), offset = cursor.offset(view) + c * view.class_stride;
     if (run >= kShortRun) {
       for (int64_t k = 0; k < classes; ++k) {
-        write_from(tile + k * kTile + done, view, offset + k * view.class_stride, inner, run);
+        write_from(tile + k * kTile + done, view, offset + k * view.class_stride, inner, run, stream);
       }
     } else {
       for (int64_t i = 0; i < run; ++i) {
@@ -82,7 +84,10 @@ struct TileTargets {
     const T keep = T(1 - problem.label_smoothing);
     const bool soft = problem.kind == TargetKind::kSoft;
     for (int64_t i = 0; i < whole_vectors<T>(count); ++i) y[i] = -1;
-    if (!soft) read_targets(y, problem, cursor, first, count);
+    if (!soft) {
+      read_positions(y, cursor, count, problem.target);
+      check_targets(y, problem, first, count);
+    }
     for (int64_t i = 0; i < whole_vectors<T>(count); ++i) {
       const bool counts = soft ? i < count : y[i] >= 0;
       any_valid |= counts;
@@ -137,7 +142,7 @@ struct TileSums {
     two_sum(select(higher, (old_rest + old_ties) * factor, old_rest), lanes.rest, sum, sum_lost);
     store(rest + v, sum);
     store(lost + v, select(higher, old_lost * factor, old_lost) + sum_lost);
-    store(ties + v, select(higher, zero, old_ties) + lanes.ties);
+    store(ties + v, select(higher, zero, old_ties) + (T(classes) - lanes.others));
     store(max + v, new_max);
     if constexpr (kind != TargetKind::kIndex) {
       const Vector<T> old_mass = load(mass + v), old_spread = load(spread + v);
@@ -282,9 +287,9 @@ static void backward_tile(const Backward& problem, Cursor cursor, int64_t first,
         if (k >= 0 && k < classes) x[k * kTile + i] = own[i];
       }
     }
-    if (problem.grad_logits) write_tile(x, cursor, count, problem.grad_logits, c, classes);
+    if (problem.grad_logits) write_tile(x, cursor, count, problem.grad_logits, c, classes, problem.stream);
     if constexpr (soft) {
-      if (problem.grad_target) write_tile(q, cursor, count, problem.grad_target, c, classes);
+      if (problem.grad_target) write_tile(q, cursor, count, problem.grad_target, c, classes, problem.stream);
     }
   }
 }

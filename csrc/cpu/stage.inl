@@ -68,19 +68,33 @@ XENT_INLINE void read_elements(T* out, const S* in, int64_t stride, int64_t n) {
   for (; i < n; ++i) out[i] = T(widen(in[i * stride]));
 }
 
+// Contiguous elements whose type is as wide as T, or half as wide.
 template <class S, class T>
-XENT_INLINE void write_elements(S* out, const T* in, int64_t stride, int64_t n) {
+XENT_INLINE auto vector_for_memory(Vector<T> v) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return v;
+  } else {
+    return from_float(v, S{});
+  }
+}
+
+template <class S, class T>
+XENT_INLINE void write_elements(S* out, const T* in, int64_t stride, int64_t n, bool stream) {
+  constexpr int W = kLanes<T>;
   int64_t i = 0;
-  if constexpr (sizeof(S) == 2 && sizeof(T) == 4) {
-    if (stride == 1) {
-      for (; i + kLanes<T> <= n; i += kLanes<T>) {
-        const Uint16Lanes bits = from_float(load(in + i), S{});
-        __builtin_memcpy(out + i, &bits, sizeof bits);
+  if constexpr (sizeof(S) == sizeof(T) || (sizeof(S) == 2 && sizeof(T) == 4)) {
+    using Stored = decltype(vector_for_memory<S, T>(Vector<T>{}));
+    if (stride == 1 && stream) {
+      const int64_t head = std::min(n, elements_to_alignment<Stored>(out));
+      for (; i < head; ++i) narrow(in[i], out[i]);
+      for (; i + W <= n; i += W) {
+        SIMD_STREAM(reinterpret_cast<Stored*>(out + i), (vector_for_memory<S, T>(load(in + i))));
       }
-    }
-  } else if constexpr (sizeof(S) == sizeof(T)) {
-    if (stride == 1) {
-      for (; i + kLanes<T> <= n; i += kLanes<T>) store(out + i, load(in + i));
+    } else if (stride == 1) {
+      for (; i + W <= n; i += W) {
+        const Stored v = vector_for_memory<S, T>(load(in + i));
+        __builtin_memcpy(out + i, &v, sizeof v);
+      }
     }
   }
   for (; i < n; ++i) narrow(in[i], out[i * stride]);
@@ -102,16 +116,16 @@ static void read_into(T* buffer, const View& view, int64_t offset, int64_t strid
 }
 
 template <class T>
-static void write_from(const T* buffer, const View& view, int64_t offset, int64_t stride, int64_t n) {
+static void write_from(const T* buffer, const View& view, int64_t offset, int64_t stride, int64_t n, bool stream = false) {
   switch (view.type) {
     case ElementType::kFloat16:
-      return write_elements(static_cast<Float16*>(view.data) + offset, buffer, stride, n);
+      return write_elements(static_cast<Float16*>(view.data) + offset, buffer, stride, n, stream);
     case ElementType::kBFloat16:
-      return write_elements(static_cast<BFloat16*>(view.data) + offset, buffer, stride, n);
+      return write_elements(static_cast<BFloat16*>(view.data) + offset, buffer, stride, n, stream);
     case ElementType::kFloat32:
-      return write_elements(static_cast<float*>(view.data) + offset, buffer, stride, n);
+      return write_elements(static_cast<float*>(view.data) + offset, buffer, stride, n, stream);
     default:
-      return write_elements(static_cast<double*>(view.data) + offset, buffer, stride, n);
+      return write_elements(static_cast<double*>(view.data) + offset, buffer, stride, n, stream);
   }
 }
 
@@ -123,6 +137,13 @@ template <class T>
 XENT_INLINE const T* read_or_point(T* buffer, const View& view, int64_t offset, int64_t stride, int64_t n) {
   if (stride == 1 && view.type == kElementTypeOf<T>) return static_cast<const T*>(view.data) + offset;
   read_into(buffer, view, offset, stride, n);
+  return buffer;
+}
+
+// Where results can be stored as they are made, else `buffer`, from which they are to be written.
+template <class T>
+XENT_INLINE T* write_or_point(T* buffer, const View& view, int64_t offset, int64_t stride, bool buffered) {
+  if (stride == 1 && view.type == kElementTypeOf<T> && !buffered) return static_cast<T*>(view.data) + offset;
   return buffer;
 }
 
@@ -210,10 +231,8 @@ static void read_positions(T* out, Cursor cursor, int64_t count, const View& vie
   }
 }
 
-// The classes of `count` positions from `first` on; -1 for those that are ignored, and for those whose target is no
-// class, of which the first is remembered.
-static void read_targets(int64_t* y, const Problem& problem, const Cursor& cursor, int64_t first, int64_t count) {
-  read_positions(y, cursor, count, problem.target);
+// Replaces targets that are ignored by -1, and those that are no class, too; remembers the first of these.
+XENT_INLINE void check_targets(int64_t* y, const Problem& problem, int64_t first, int64_t count) {
   bool any_bad = false;
   for (int64_t i = 0; i < count; ++i) {
     const bool ignored = y[i] == problem.ignore_index;
