@@ -194,6 +194,12 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
 
 // ---- the gradient in the logits' place ------------------------------------------------------------------------------
 
+// A tensor with memory behind it, rather than one that a compiler traces with.
+bool is_concrete(const at::Tensor& tensor) {
+  return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && !tensor.is_meta() &&
+         !at::functionalization::impl::isFunctionalTensor(tensor);
+}
+
 // Every element has an address of its own: strides in increasing order each step past all that is below.
 bool has_distinct_addresses(const at::Tensor& tensor) {
   std::vector<std::pair<int64_t, int64_t>> dims;
@@ -212,10 +218,11 @@ bool has_distinct_addresses(const at::Tensor& tensor) {
 // Not while a graph of the backward is being built, which needs the logits again, nor under tracing, where the compiler
 // plans memory; not for logits that are a view with arithmetic of its own, or that share addresses.
 bool can_overwrite(const at::Tensor& logits) {
-  return !c10::GradMode::is_enabled() && !logits.unsafeGetTensorImpl()->is_python_dispatch() &&
-         !at::functionalization::impl::isFunctionalTensor(logits) && !logits.is_meta() && !logits.is_neg() &&
-         !logits.is_inference() && has_distinct_addresses(logits);
+  return !c10::GradMode::is_enabled() && is_concrete(logits) && !logits.is_neg() && !logits.is_inference() &&
+         has_distinct_addresses(logits);
 }
+
+bool is_one(const at::Tensor& grad_output) { return grad_output.is_cpu() && grad_output.item<double>() == 1; }
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static constexpr bool is_traceable = true;
@@ -224,8 +231,15 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
                                const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                double label_smoothing, at::ScalarType loss_dtype, bool empty_is_zero, bool inplace) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [loss, lse, denominator] = xent::forward(logits, target, weight, reduction, ignore_index, label_smoothing,
-                                                  loss_dtype, empty_is_zero);
+    at::Tensor loss, lse, denominator, grad_logits;
+    if (!inplace && is_concrete(logits) && logits.requires_grad()) {
+      std::tie(loss, lse, denominator, grad_logits) = forward_backward(
+          logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero);
+    } else {
+      std::tie(loss, lse, denominator) = xent::forward(logits, target, weight, reduction, ignore_index,
+                                                       label_smoothing, loss_dtype, empty_is_zero);
+    }
+    if (grad_logits.defined()) ctx->saved_data["grad_logits"] = grad_logits;
     ctx->save_for_backward({logits, target, weight.value_or(at::Tensor()), lse, denominator});
     Options{reduction, ignore_index, label_smoothing}.save(ctx);
     ctx->saved_data["inplace"] = inplace;
@@ -243,6 +257,16 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const at::Tensor& grad = grads[0];
 
     variable_list result(9);
+    // The gradient that the forward made is given away once, to the first backward that wants just that.
+    const auto made = ctx->saved_data.find("grad_logits");
+    if (made != ctx->saved_data.end() && is_concrete(grad)) {
+      at::Tensor grad_logits = std::move(made->second).toTensor();
+      ctx->saved_data.erase(made);
+      if (!c10::GradMode::is_enabled() && wanted[0] && is_one(grad)) {
+        result[0] = std::move(grad_logits);
+        return result;
+      }
+    }
     if (wanted[2]) result[2] = weight_gradient(grad, logits, target, weight, denominator, options);
     if (wanted[0] && ctx->saved_data["inplace"].toBool() && can_overwrite(logits)) {
       const at::AutoDispatchBelowADInplaceOrView below;

@@ -28,6 +28,13 @@ ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, const 
                       int64_t reduction, int64_t ignore_index, double label_smoothing, at::ScalarType loss_dtype,
                       bool empty_is_zero);
 
+// cross_entropy_ext::_forward_backward: the same, and the gradient of the logits for a grad_output of one, where making
+// it in the same pass pays; else an undefined tensor. Never traced.
+using ForwardBackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+ForwardBackwardResult forward_backward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                                       int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                       at::ScalarType loss_dtype, bool empty_is_zero);
+
 // cross_entropy_ext::_backward -> gradients of the logits and of a soft target; empty where `wanted` says no.
 using BackwardResult = std::tuple<at::Tensor, at::Tensor>;
 BackwardResult backward(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,

@@ -50,6 +50,13 @@ const auto& forward_operator() {
   return op;
 }
 
+const auto& forward_backward_operator() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cross_entropy_ext::_forward_backward", "")
+                             .typed<decltype(forward_backward)>();
+  return op;
+}
+
 const auto& backward_operator() {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("cross_entropy_ext::_backward", "").typed<decltype(backward)>();
@@ -155,6 +162,13 @@ ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, const 
                       bool empty_is_zero) {
   return forward_operator().call(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
                                  empty_is_zero);
+}
+
+ForwardBackwardResult forward_backward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                                       int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                       at::ScalarType loss_dtype, bool empty_is_zero) {
+  return forward_backward_operator().call(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
+                                          empty_is_zero);
 }
 
 BackwardResult backward(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
@@ -269,6 +283,10 @@ TORCH_LIBRARY(cross_entropy_ext, m) {
   m.def(
       "_forward(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing, "
       "ScalarType loss_dtype, bool empty_is_zero) -> (Tensor loss, Tensor lse, Tensor denominator)");
+  m.def(
+      "_forward_backward(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "float label_smoothing, ScalarType loss_dtype, bool empty_is_zero) "
+      "-> (Tensor loss, Tensor lse, Tensor denominator, Tensor grad_logits)");
   m.def(
       "_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor lse, Tensor denominator, "
       "int reduction, int ignore_index, float label_smoothing, bool[2] wanted) "

@@ -68,6 +68,10 @@ struct Sums {
 
 struct Forward : Problem {
   View loss;  // where the losses go when they are not summed
+
+  // Where the gradient goes when it is made in the same pass, for a grad_output of `scale`: small problems only.
+  View grad_logits;
+  double scale = 1;
 };
 
 struct Backward : Problem {

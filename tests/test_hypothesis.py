@@ -32,7 +32,7 @@ def shapes(draw: st.DrawFn) -> tuple[int, ...]:
     inner = draw(
         st.lists(st.one_of(st.integers(0, 5), st.sampled_from([1, 15, 16, 17, 33, 130])), max_size=4)
     )
-    inner = inner if prod(inner) <= 600 else inner[:1]
+    inner = inner if prod(max(size, 1) for size in inner) <= 600 else inner[:1]
     classes = draw(class_counts)
     if prod(inner) * classes > 10_000:
         classes = classes % 33 + 1
@@ -52,8 +52,10 @@ def laid_out(draw: st.DrawFn, value: Tensor) -> Tensor:
     for i in repeated:
         small = small.narrow(i, 0, 1)
     order = draw(st.permutations(range(d))) if draw(st.booleans()) else range(d)
-    step = {i: draw(st.sampled_from([1, 1, 1, 2, 3])) for i in range(d)}
-    margin = {i: draw(st.sampled_from([0, 0, 0, 1, 2])) for i in range(d)}
+    # In two dimensions at most, and around something only: else gigabytes lie around a few elements.
+    cut = draw(st.lists(st.integers(0, d - 1), max_size=2)) if value.numel() and d else []
+    step = {i: draw(st.sampled_from([1, 2, 3])) for i in cut}
+    margin = {i: draw(st.sampled_from([0, 1, 2])) for i in cut}
     return place(small, order=order, step=step, margin=margin, offset=draw(st.integers(0, 3))).expand_as(
         value
     )
@@ -96,8 +98,10 @@ def options(draw: st.DrawFn, x: Tensor) -> dict[str, object]:
     }
 
 
-# The single rounding errors of a few elements say nothing about native's exactness: the second half of the
-# rule is the one here.
+# The single rounding errors of a few elements say nothing about native's exactness: only the rule's second
+# half is asked for. Its roundings are more here: strides of 0 make all terms of a sum equal, and all errors
+# go the same way.
+RULE = {"as_native": False, "roundings": 32}
 
 
 @settings(fixed, max_examples=500)
@@ -117,7 +121,7 @@ def test_class_indices(data: st.DataObject) -> None:
         return
     y = data.draw(laid_out(y.to(integer)))
     weight = data.draw(weights(classes, x.dtype))
-    check(x, y, weight, as_native=False, ignore_index=ignore_index, **data.draw(options(x)))
+    check(x, y, weight, **RULE, ignore_index=ignore_index, **data.draw(options(x)))
 
 
 @settings(fixed, max_examples=300)
@@ -129,7 +133,7 @@ def test_probabilities(data: st.DataObject) -> None:
     q = q * (q > data.draw(st.sampled_from([0.0, 0.5, 0.9]))) + data.draw(st.sampled_from([0.0, 0.0, -0.1]))
     q = data.draw(laid_out(q.to(data.draw(st.sampled_from(DTYPES)))))
     weight = data.draw(weights(classes, data.draw(st.sampled_from(DTYPES))))
-    check(x, q, weight, as_native=False, **data.draw(options(x)))
+    check(x, q, weight, **RULE, **data.draw(options(x)))
 
 
 @settings(fixed, max_examples=200)
@@ -141,6 +145,9 @@ def test_minus_infinity_and_ignored_nan(data: st.DataObject) -> None:
     y = torch.randint(x.size(axis), positions_of(x), generator=random(data.draw(seeds)))
     masked = torch.rand(x.shape, generator=random(data.draw(seeds))) < data.draw(st.sampled_from([0.2, 0.9]))
     masked = masked.scatter(axis, y.unsqueeze(axis), data.draw(st.integers(0, 4)) == 0)
+    masked.select(axis, data.draw(st.integers(0, x.size(axis) - 1))).fill_(
+        False
+    )  # (all -inf: NaN, elsewhere)
     x[masked] = float("-inf")
     ignored = torch.rand(y.shape, generator=random(data.draw(seeds))) < data.draw(st.sampled_from([0.0, 0.5]))
     if y.shape == x.shape:
@@ -148,4 +155,4 @@ def test_minus_infinity_and_ignored_nan(data: st.DataObject) -> None:
     y[ignored] = -100
     x[ignored.unsqueeze(axis).expand_as(x)] = data.draw(st.sampled_from([float("nan"), float("inf"), 0.0]))
     weight = data.draw(weights(x.size(axis), x.dtype))
-    check(data.draw(laid_out(x)), data.draw(laid_out(y)), weight, as_native=False, **data.draw(options(x)))
+    check(data.draw(laid_out(x)), data.draw(laid_out(y)), weight, **RULE, **data.draw(options(x)))

@@ -315,7 +315,8 @@ def test_every_pair_of_shapes_does_what_it_does_in_native(e: float) -> None:
 
 
 def test_errors_of_weights() -> None:
-    rows = "weight tensor should be defined either for all 3 classes or no classes but got weight tensor of shape: [2]"
+    rows = "weight tensor should be defined either for all 3 classes or no classes"
+    rows += " but got weight tensor of shape: [2]"
     assert_error(RuntimeError, rows, randn(2, 3), long(2), torch.ones(2))
     assert_error(RuntimeError, rows, randn(3), long(), torch.ones(2))
     assert_error(

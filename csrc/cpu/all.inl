@@ -16,3 +16,20 @@ static void backward_positions(const Backward& problem, int64_t begin, int64_t e
   problem.lanes == Lanes::kClasses ? backward_rows<T>(problem, begin, end) : backward_tiles<T>(problem, begin, end);
   if (problem.stream) SIMD_FENCE();
 }
+
+// The sum of the weights of the targets that count: what a mean divides by.
+template <class T>
+static void sum_target_weights(const Problem& problem, int64_t begin, int64_t end, Sums& sums) {
+  const T* weight = static_cast<const T*>(problem.weight);
+  Cursor cursor(problem, begin);
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t count = std::min(kTile, end - first);
+    int64_t y[kTile];
+    read_positions(y, cursor, count, problem.target);
+    check_targets(y, problem, first, count);
+    for (int64_t i = 0; i < count; ++i) {
+      if (y[i] >= 0) sums.weight += weight ? double(weight[y[i]]) : 1;
+    }
+    cursor.skip(count);
+  }
+}

@@ -89,8 +89,9 @@ void merge_dimensions(Problem& problem, std::initializer_list<View*> views) {
   problem.dims = last + 1;
 }
 
+constexpr int64_t kFewClasses = 32;
+
 Lanes choose_lanes(const Problem& problem) {
-  constexpr int64_t kFewClasses = 32;
   if (problem.classes < kFewClasses) return Lanes::kPositions;
   if (problem.logits.class_stride == 1) return Lanes::kClasses;
   const int inner = problem.dims - 1;
@@ -184,9 +185,29 @@ void raise_bad_target(const at::Tensor& target, int64_t position) {
 
 // ---- operators ------------------------------------------------------------------------------------------------------
 
-ForwardResult forward_cpu(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                          int64_t reduction, int64_t ignore_index, double label_smoothing, at::ScalarType loss_dtype,
-                          bool empty_is_zero) {
+// A tensor for the gradient of `tensor`, in its memory format.
+at::Tensor empty_gradient(const at::Tensor& tensor) {
+  if (tensor.numel() * tensor.element_size() < int64_t(kLargeGradient)) return at::empty_like(tensor);
+  const auto strides = tensor.is_non_overlapping_and_dense()
+                           ? tensor.strides().vec()
+                           : at::infer_dense_strides(tensor.sizes(), tensor.strides());
+  return at::detail::empty_strided_generic(tensor.sizes(), strides, gradient_memory(),
+                                           c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.scalar_type());
+}
+
+// Up to this size the second exponential and the second start of the threads show more than the memory that a gradient
+// takes from the forward to the backward.
+constexpr int64_t kOnePassElements = int64_t{1} << 20;
+
+bool one_pass_pays(const Problem& problem, int64_t reduction) {
+  return reduction != kNone && problem.kind == TargetKind::kIndex && problem.lanes == Lanes::kClasses &&
+         problem.classes >= kFewClasses && problem.classes <= kOnePassClasses &&
+         problem.positions * problem.classes <= kOnePassElements;
+}
+
+ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                                  int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                  at::ScalarType loss_dtype, bool empty_is_zero, bool gradient_wanted) {
   TORCH_CHECK(is_supported(logits, target, weight, ignore_index, label_smoothing, loss_dtype),
               "cross_entropy_ext::_forward: arguments that cross_entropy_ext::cross_entropy does not pass on");
   const bool soft = is_soft(logits, target);
@@ -198,7 +219,13 @@ ForwardResult forward_cpu(const at::Tensor& logits, const at::Tensor& target, co
 
   Forward problem;
   describe(problem, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
-  merge_dimensions(problem, {&problem.logits, &problem.target});
+  at::Tensor grad_logits;
+  problem.lanes = choose_lanes(problem);
+  if (gradient_wanted && one_pass_pays(problem, reduction)) {
+    grad_logits = empty_gradient(logits);
+    problem.grad_logits = view_with_classes(grad_logits);
+  }
+  merge_dimensions(problem, {&problem.logits, &problem.target, &problem.grad_logits});
   problem.lanes = choose_lanes(problem);
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
@@ -209,6 +236,13 @@ ForwardResult forward_cpu(const at::Tensor& logits, const at::Tensor& target, co
     shape.erase(shape.begin() + class_dim(logits));
     loss = at::empty(shape, logits.options().dtype(loss_dtype));
     problem.loss = View{data_of(loss), element_type(loss_dtype)};
+  }
+
+  if (problem.grad_logits && reduction == kMean) {
+    Sums sums;
+    kernels().sum_weights(problem, 0, problem.positions, sums);
+    raise_bad_target(target, bad_position);
+    problem.scale = sums.weight != 0 || !empty_is_zero ? 1 / sums.weight : 1;
   }
 
   std::vector<Sums> pieces(size_t(problem.positions / piece_size(problem) + 1));
@@ -231,18 +265,23 @@ ForwardResult forward_cpu(const at::Tensor& logits, const at::Tensor& target, co
     loss = at::scalar_tensor(sums.loss / divide_by, logits.options().dtype(loss_dtype));
   }
   *denominator.mutable_data_ptr<double>() = divide_by;
+  return {loss, lse, denominator, grad_logits};
+}
+
+ForwardResult forward_cpu(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                          int64_t reduction, int64_t ignore_index, double label_smoothing, at::ScalarType loss_dtype,
+                          bool empty_is_zero) {
+  auto [loss, lse, denominator, grad_logits] = run_forward(logits, target, weight, reduction, ignore_index,
+                                                           label_smoothing, loss_dtype, empty_is_zero, false);
   return {loss, lse, denominator};
 }
 
-// A tensor for the gradient of `tensor`, in its memory format.
-at::Tensor empty_gradient(const at::Tensor& tensor) {
-  if (tensor.numel() * tensor.element_size() < int64_t(kLargeGradient)) return at::empty_like(tensor);
-  const auto strides = tensor.is_non_overlapping_and_dense()
-                           ? tensor.strides().vec()
-                           : at::infer_dense_strides(tensor.sizes(), tensor.strides());
-  return at::detail::empty_strided_generic(tensor.sizes(), strides, gradient_memory(),
-                                           c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.scalar_type());
+ForwardBackwardResult forward_backward_cpu(const at::Tensor& logits, const at::Tensor& target,
+                                           const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                           double label_smoothing, at::ScalarType loss_dtype, bool empty_is_zero) {
+  return run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, true);
 }
+
 
 void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const at::Tensor& grad_output,
                    const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
@@ -310,6 +349,7 @@ at::Tensor backward_cpu_(const at::Tensor& grad_output, at::Tensor& logits, cons
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, CPU, m) {
   m.impl("_forward", &forward_cpu);
+  m.impl("_forward_backward", &forward_backward_cpu);
   m.impl("_backward", &backward_cpu);
   m.impl("_backward_", &backward_cpu_);
 }

@@ -19,7 +19,11 @@
     problem.arithmetic_in_double ? backward_positions<double>(problem, begin, end)             \
                                  : backward_positions<float>(problem, begin, end);             \
   }                                                                                            \
-  constexpr Kernels kKernels{name, SIMD_BYTES, forward, backward};
+  static void sum_weights(const Problem& problem, int64_t begin, int64_t end, Sums& sums) {     \
+    problem.arithmetic_in_double ? sum_target_weights<double>(problem, begin, end, sums)       \
+                                 : sum_target_weights<float>(problem, begin, end, sums);       \
+  }                                                                                            \
+  constexpr Kernels kKernels{name, SIMD_BYTES, forward, backward, sum_weights};
 
 namespace xent {
 namespace {

@@ -5,6 +5,9 @@
 
 namespace xent {
 
+// Problems whose gradient the forward can make, reusing the exponentials: index targets, and rows of one block.
+constexpr int64_t kOnePassClasses = 1024;
+
 constexpr int64_t kTile = 256;    // positions that the position-lane kernels take at a time
 constexpr int64_t kShortRun = 8;  // fewer neighbours than this are not worth a vector of positions
 
@@ -14,6 +17,7 @@ struct Kernels {
   int64_t vector_bytes;
   void (*forward)(const Forward&, int64_t begin, int64_t end, Sums& sums);
   void (*backward)(const Backward&, int64_t begin, int64_t end);
+  void (*sum_weights)(const Problem&, int64_t begin, int64_t end, Sums& sums);
 };
 
 // "AVX512", "AVX2", or anything else for what every machine of this architecture has.

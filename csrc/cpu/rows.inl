@@ -53,16 +53,18 @@ struct LaneSums {
 
   // A coefficient of zero adds nothing, even at a logit of -inf; nor does the maximum itself, even at a coefficient of
   // infinity.
-  XENT_INLINE_MEMBER void add(Vector<T> x, Vector<T> max, Vector<T> a) {
+  XENT_INLINE_MEMBER Vector<T> add(Vector<T> x, Vector<T> max, Vector<T> a) {
     const Vector<T> zero{}, one = broadcast(T(1));
     const Vector<T> difference = x - max;
     const auto other = difference != zero;
-    rest = select(other, rest + exp(difference), rest);
+    const Vector<T> exponential = exp(difference);
+    rest = select(other, rest + exponential, rest);
     others = select(other, others + one, others);
     if constexpr (dense) {
       spread = select(other & (a != zero), spread - a * difference, spread);
       mass += a;
     }
+    return exponential;
   }
 };
 
@@ -72,9 +74,9 @@ XENT_INLINE Vector<T> load_last(const T* p, int64_t n, T fill) {
   return n >= kLanes<T> ? load_rest(p, n, fill) : load_partial(p, n, fill);
 }
 
-// `a` holds the coefficients of the block where they are dense.
-template <class T, bool dense>
-XENT_INLINE void add_block(RowSums<T>& sums, const T* x, const T* a, int64_t n) {
+// `a` holds the coefficients of the block where they are dense. The exponentials are kept where there is room for them.
+template <class T, bool dense, bool keep>
+XENT_INLINE void add_block(RowSums<T>& sums, const T* x, const T* a, int64_t n, T* exponentials) {
   constexpr int W = kLanes<T>;
   const T block_max = block_maximum(x, n);
   if (block_max > sums.max) sums.raise_max(block_max);
@@ -83,9 +85,11 @@ XENT_INLINE void add_block(RowSums<T>& sums, const T* x, const T* a, int64_t n) 
   int64_t i = 0;
   for (; i + W <= n; i += W) {
     __builtin_prefetch(x + i + kBlock<T>);  // while this block is summed, the next one comes from memory
-    lanes.add(load(x + i), max, dense ? load(a + i) : Vector<T>{});
+    const Vector<T> exponential = lanes.add(load(x + i), max, dense ? load(a + i) : Vector<T>{});
+    if constexpr (keep) store(exponentials + i, exponential);
   }
   if (i < n) {
+    if constexpr (keep) store(exponentials + n - W, exp(load(x + n - W) - max));
     i += W;
     lanes.add(load_last(x, n, -std::numeric_limits<T>::infinity()), max, dense ? load_last(a, n, T(0)) : Vector<T>{});
   }
@@ -115,9 +119,39 @@ XENT_INLINE const T* dense_coefficients(T* buffer, const Problem& problem, int64
   return buffer;
 }
 
-template <class T, bool dense>
+template <class T>
+XENT_INLINE T one_target_gradient(T hit, T rest_of_total, T smoothed, T log_softmax) {
+  return target_gradient(broadcast(hit), broadcast(rest_of_total), broadcast(smoothed), broadcast(log_softmax))[0];
+}
+
+// The gradient of an ignored position.
+template <class T>
+static void zero_gradient(const Problem& problem, const View& view, const Cursor& cursor, bool stream) {
+  const T zeros[64] = {};
+  const int64_t offset = cursor.offset(view);
+  for (int64_t c = 0; c < problem.classes; c += 64) {
+    write_from(zeros, view, offset + c * view.class_stride, view.class_stride, std::min<int64_t>(64, problem.classes - c),
+               stream);
+  }
+}
+
+// The gradient of a row whose exponentials are at hand: exp(x - max) * factor, but for the target's class.
+template <class T>
+XENT_INLINE void scaled_exponentials(const Forward& problem, const Cursor& cursor, T* exponentials, T factor, int64_t y,
+                                     T own) {
+  const View& view = problem.grad_logits;
+  const int64_t n = problem.classes, offset = cursor.offset(view);
+  T* const result = write_or_point(exponentials, view, offset, view.class_stride, false);
+  int64_t i = 0;
+  for (; i + kLanes<T> <= n; i += kLanes<T>) store(result + i, load(exponentials + i) * factor);
+  for (; i < n; ++i) result[i] = exponentials[i] * factor;
+  result[y] = own;
+  if (result == exponentials) write_from(exponentials, view, offset, view.class_stride, n);
+}
+
+template <class T, bool dense, bool one_pass>
 static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
-  alignas(64) T logits_buffer[kBlock<T>], coefficient_buffer[kBlock<T>];
+  alignas(64) T logits_buffer[kBlock<T>], coefficient_buffer[kBlock<T>], exponentials[one_pass ? kBlock<T> : 1];
   const T* weight = static_cast<const T*>(problem.weight);
   T* const lse = static_cast<T*>(problem.lse);
   const bool soft = problem.kind == TargetKind::kSoft;
@@ -138,7 +172,8 @@ static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, 
         const int64_t n = std::min(kBlock<T>, problem.classes - c);
         const int64_t stride = problem.logits.class_stride;
         const T* block = read_or_point(logits_buffer, problem.logits, x + c * stride, stride, n);
-        add_block<T, dense>(row, block, dense ? dense_coefficients(coefficient_buffer, problem, t, c, n) : nullptr, n);
+        const T* a = dense ? dense_coefficients(coefficient_buffer, problem, t, c, n) : nullptr;
+        add_block<T, dense, one_pass>(row, block, a, n, exponentials);
       }
       const double log_sum = log_of_sum(row.ties, row.rest);
       double sum, lost;
@@ -153,7 +188,15 @@ static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, 
         const double gap = double(row.max) - double(read_one<T>(problem.logits, x + y * problem.logits.class_stride));
         loss = index_loss((1 - problem.label_smoothing) * w, share, gap, row.spread, row.mass, log_sum);
         sums.weight += w;
+        if constexpr (one_pass) {
+          const T factor = T(problem.scale * w / (row.ties + row.rest));
+          const T own = T(problem.scale) * one_target_gradient(T(w), T(0), T(0), T(-gap - log_sum));
+          scaled_exponentials(problem, cursor, exponentials, factor, y, own);
+        }
       }
+    }
+    if constexpr (one_pass) {
+      if (y < 0) zero_gradient<T>(problem, problem.grad_logits, cursor, false);
     }
     lse[p] = lse_rounded;
     lse[problem.positions + p] = lse_lost;
@@ -168,11 +211,9 @@ static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, 
 
 template <class T>
 static void forward_rows(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
-  if (problem.kind == TargetKind::kIndex) {
-    forward_rows_of<T, false>(problem, begin, end, sums);
-  } else {
-    forward_rows_of<T, true>(problem, begin, end, sums);
-  }
+  if (problem.kind != TargetKind::kIndex) return forward_rows_of<T, true, false>(problem, begin, end, sums);
+  problem.grad_logits ? forward_rows_of<T, false, true>(problem, begin, end, sums)
+                      : forward_rows_of<T, false, false>(problem, begin, end, sums);
 }
 
 // What a position's gradient is made of; `scale` is grad_output / denominator.
@@ -217,11 +258,6 @@ XENT_INLINE void gradient_block(T* out, const GradientTerms<T>& terms, const T* 
   }
 }
 
-template <class T>
-XENT_INLINE T one_target_gradient(T hit, T rest_of_total, T smoothed, T log_softmax) {
-  return target_gradient(broadcast(hit), broadcast(rest_of_total), broadcast(smoothed), broadcast(log_softmax))[0];
-}
-
 template <class T, TargetKind kind>
 static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end) {
   constexpr bool soft = kind == TargetKind::kSoft, dense = kind != TargetKind::kIndex;
@@ -239,19 +275,17 @@ static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end
       read_into(&y, problem.target, t, 1, 1);
       check_targets(&y, problem, p, 1);
     }
+    if (y < 0) {
+      zero_gradient<T>(problem, problem.grad_logits, cursor, problem.stream);
+      continue;
+    }
     const T scale = T(read_one<double>(problem.grad_output, cursor.offset(problem.grad_output)) * problem.scale);
-    const T hit = soft || y < 0 ? T(0) : keep * (weight ? weight[y] : T(1));
+    const T hit = soft ? T(0) : keep * (weight ? weight[y] : T(1));
     const T rest_of_total = soft ? lse[2 * problem.positions + p] : T(problem.smoothed_total);
     const GradientTerms<T> terms{scale, hit + rest_of_total, soft ? T(1) : share, lse[p], lse[problem.positions + p],
                                  T(::exp(-double(lse[problem.positions + p])))};
     for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
       const int64_t n = std::min(kBlock<T>, problem.classes - c);
-      if (y < 0) {
-        for (int64_t i = 0; i < n; ++i) gradient_buffer[i] = 0;
-        write_from(gradient_buffer, problem.grad_logits, dx + c * problem.grad_logits.class_stride,
-                   problem.grad_logits.class_stride, n, problem.stream);
-        continue;
-      }
       const int64_t stride = problem.logits.class_stride;
       const T* block = read_or_point(logits_buffer, problem.logits, x + c * stride, stride, n);
       if (problem.grad_target) {
