@@ -222,7 +222,19 @@ bool can_overwrite(const at::Tensor& logits) {
          has_distinct_addresses(logits);
 }
 
-bool is_one(const at::Tensor& grad_output) { return grad_output.is_cpu() && grad_output.item<double>() == 1; }
+
+// The gradient that the forward made for a grad_output of one, scaled to another; given away once, since whoever gets it
+// may write to it. Undefined where there is none, while a graph of the backward is being built, and where float16 would
+// round first what is to be scaled up.
+at::Tensor take_gradient(AutogradContext* ctx, const at::Tensor& grad_output) {
+  const auto made = ctx->saved_data.find("grad_logits");
+  if (made == ctx->saved_data.end() || !is_concrete(grad_output)) return {};
+  at::Tensor gradient = std::move(made->second).toTensor();
+  ctx->saved_data.erase(made);
+  const double scale = grad_output.item<double>();
+  if (c10::GradMode::is_enabled() || (scale != 1 && gradient.scalar_type() == at::kHalf)) return {};
+  return scale == 1 ? gradient : gradient.mul_(scale);
+}
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static constexpr bool is_traceable = true;
@@ -232,7 +244,8 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
                                double label_smoothing, at::ScalarType loss_dtype, bool empty_is_zero, bool inplace) {
     const at::AutoDispatchBelowADInplaceOrView below;
     at::Tensor loss, lse, denominator, grad_logits;
-    if (!inplace && is_concrete(logits) && logits.requires_grad()) {
+    if (!inplace && is_concrete(logits) && logits.requires_grad() && !target.requires_grad() &&
+        !(weight && weight->requires_grad())) {
       std::tie(loss, lse, denominator, grad_logits) = forward_backward(
           logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero);
     } else {
@@ -257,15 +270,9 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const at::Tensor& grad = grads[0];
 
     variable_list result(9);
-    // The gradient that the forward made is given away once, to the first backward that wants just that.
-    const auto made = ctx->saved_data.find("grad_logits");
-    if (made != ctx->saved_data.end() && is_concrete(grad)) {
-      at::Tensor grad_logits = std::move(made->second).toTensor();
-      ctx->saved_data.erase(made);
-      if (!c10::GradMode::is_enabled() && wanted[0] && is_one(grad)) {
-        result[0] = std::move(grad_logits);
-        return result;
-      }
+    if (at::Tensor made = take_gradient(ctx, grad); made.defined()) {
+      result[0] = std::move(made);
+      return result;
     }
     if (wanted[2]) result[2] = weight_gradient(grad, logits, target, weight, denominator, options);
     if (wanted[0] && ctx->saved_data["inplace"].toBool() && can_overwrite(logits)) {

@@ -43,14 +43,15 @@ XENT_INLINE T plain_gradient(T total, T softmax, T coefficient) {
   return total * softmax - coefficient;
 }
 
-// A softmax - a without cancellation where softmax is near one: there A softmax - a = A (softmax - 1) + (A - a), and
+// A softmax - a without cancellation where softmax and a / A are both near one: there it is A (softmax - 1) + (A - a), and
 // softmax - 1 = expm1(x - lse). `near_one` is -ln 2: above it the softmax exceeds a half.
 template <class T>
 XENT_INLINE T soft_gradient(T total, T log_softmax, T coefficient) {
   T softmax, softmax_minus_one;
   exp_and_expm1(log_softmax, softmax, softmax_minus_one);
   const T near_one = T{} - 0.693147180559945309f;
-  return select(log_softmax > near_one, total * softmax_minus_one + (total - coefficient),
+  return select((log_softmax > near_one) & (coefficient + coefficient > total),
+                total * softmax_minus_one + (total - coefficient),
                 plain_gradient(total, softmax, coefficient));
 }
 

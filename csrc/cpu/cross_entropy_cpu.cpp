@@ -183,7 +183,7 @@ void raise_bad_target(const at::Tensor& target, int64_t position) {
   TORCH_CHECK_INDEX(false, "Target ", value, " is out of bounds.");
 }
 
-// ---- operators ------------------------------------------------------------------------------------------------------
+// ---- what forward and backward share --------------------------------------------------------------------------------
 
 // A tensor for the gradient of `tensor`, in its memory format.
 at::Tensor empty_gradient(const at::Tensor& tensor) {
@@ -195,14 +195,56 @@ at::Tensor empty_gradient(const at::Tensor& tensor) {
                                            c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.scalar_type());
 }
 
-// Up to this size the second exponential and the second start of the threads show more than the memory that a gradient
-// takes from the forward to the backward.
-constexpr int64_t kOnePassElements = int64_t{1} << 20;
+// Everything of the backward but what is done position by position. Either gradient may be undefined.
+Backward backward_problem(const at::Tensor& grad_logits, const at::Tensor& grad_target, const View& grad_output,
+                          double scale, const at::Tensor& logits, const at::Tensor& target,
+                          const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse,
+                          int64_t ignore_index, double label_smoothing) {
+  Backward problem;
+  describe(problem, logits, target, kernel_weight, arithmetic, lse, ignore_index, label_smoothing);
+  problem.grad_output = grad_output;
+  problem.scale = scale;
+  if (grad_logits.defined()) problem.grad_logits = view_with_classes(grad_logits);
+  if (grad_target.defined()) problem.grad_target = view_with_classes(grad_target);
+  merge_dimensions(problem, {&problem.logits, &problem.target, &problem.grad_output, &problem.grad_logits,
+                             &problem.grad_target});
+  problem.lanes = choose_lanes(problem);
+  constexpr int64_t kLargerThanCaches = int64_t{16} << 20;
+  const bool inplace = grad_logits.defined() && grad_logits.is_alias_of(logits);
+  problem.stream = !inplace && logits.numel() * logits.element_size() >= kLargerThanCaches;
+  problem.buffered = inplace || problem.stream;
+  return problem;
+}
 
-bool one_pass_pays(const Problem& problem, int64_t reduction) {
-  return reduction != kNone && problem.kind == TargetKind::kIndex && problem.lanes == Lanes::kClasses &&
-         problem.classes >= kFewClasses && problem.classes <= kOnePassClasses &&
-         problem.positions * problem.classes <= kOnePassElements;
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+// Up to this size, reductions make the gradient in the forward, piece by piece while the logits are in the cache: one
+// read of them instead of two. The gradient then takes its memory from the forward on, which larger ones do not.
+constexpr int64_t kOnePassBytes = int64_t{64} << 20;
+
+bool one_pass_pays(const at::Tensor& logits, int64_t reduction) {
+  return reduction != kNone && logits.numel() * logits.element_size() <= kOnePassBytes;
+}
+
+// The forward kernel itself makes the gradient of rows of one block, whose exponentials are still at hand.
+bool kernel_makes_gradient(const Problem& problem) {
+  const int64_t block = kBlockVectors * kernels().vector_bytes / (problem.arithmetic_in_double ? 8 : 4);
+  return problem.kind == TargetKind::kIndex && problem.logits.class_stride == 1 && problem.classes >= kFewClasses &&
+         problem.classes <= block;
+}
+
+Sums sum_pieces(const std::vector<Sums>& pieces) {
+  Sums sums;
+  for (const Sums& piece : pieces) {
+    sums.loss += piece.loss;
+    sums.weight += piece.weight;
+  }
+  return sums;
+}
+
+// What a mean divides by.
+double mean_denominator(const Problem& problem, const Sums& sums) {
+  return problem.kind == TargetKind::kSoft ? double(problem.positions) : sums.weight;
 }
 
 ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
@@ -216,15 +258,13 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
   const int64_t positions = logits.numel() / std::max<int64_t>(1, logits.size(class_dim(logits)));
   at::Tensor lse = at::empty({soft ? 3 : 2, positions}, logits.options().dtype(arithmetic));
   at::Tensor denominator = at::empty({}, logits.options().dtype(at::kDouble));
+  at::Tensor grad_logits;
+  if (gradient_wanted && one_pass_pays(logits, reduction)) grad_logits = empty_gradient(logits);
 
   Forward problem;
   describe(problem, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
-  at::Tensor grad_logits;
-  problem.lanes = choose_lanes(problem);
-  if (gradient_wanted && one_pass_pays(problem, reduction)) {
-    grad_logits = empty_gradient(logits);
-    problem.grad_logits = view_with_classes(grad_logits);
-  }
+  const bool in_kernel = grad_logits.defined() && kernel_makes_gradient(problem);
+  if (in_kernel) problem.grad_logits = view_with_classes(grad_logits);
   merge_dimensions(problem, {&problem.logits, &problem.target, &problem.grad_logits});
   problem.lanes = choose_lanes(problem);
   int64_t bad_position = kNoPosition;
@@ -238,30 +278,36 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
     problem.loss = View{data_of(loss), element_type(loss_dtype)};
   }
 
-  if (problem.grad_logits && reduction == kMean) {
-    Sums sums;
-    kernels().sum_weights(problem, 0, problem.positions, sums);
-    raise_bad_target(target, bad_position);
-    problem.scale = sums.weight != 0 || !empty_is_zero ? 1 / sums.weight : 1;
-  }
-
   std::vector<Sums> pieces(size_t(problem.positions / piece_size(problem) + 1));
+  if (grad_logits.defined() && reduction == kMean) {  // the gradient needs the denominator first
+    if (!soft) {
+      for_each_piece(problem, [&](int64_t piece, int64_t begin, int64_t end) {
+        kernels().sum_weights(problem, begin, end, pieces[size_t(piece)]);
+      });
+      raise_bad_target(target, bad_position);
+    }
+    const double count = mean_denominator(problem, sum_pieces(pieces));
+    problem.scale = count == 0 && empty_is_zero ? 1 : 1 / count;
+    std::fill(pieces.begin(), pieces.end(), Sums());
+  }
+  static const double one = 1;
+  Backward gradient;
+  if (grad_logits.defined() && !in_kernel) {
+    gradient = backward_problem(grad_logits, {}, View{const_cast<double*>(&one), ElementType::kFloat64}, problem.scale,
+                                logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
+    gradient.first_bad_position = &bad_position;
+  }
   for_each_piece(problem, [&](int64_t piece, int64_t begin, int64_t end) {
     kernels().forward(problem, begin, end, pieces[size_t(piece)]);
+    if (gradient.grad_logits) kernels().backward(gradient, begin, end);
   });
   raise_bad_target(target, bad_position);
 
   double divide_by = 1;
   if (reduction != kNone) {
-    Sums sums;
-    for (const Sums& piece : pieces) {
-      sums.loss += piece.loss;
-      sums.weight += piece.weight;
-    }
-    if (reduction == kMean) {
-      divide_by = soft ? double(problem.positions) : sums.weight;
-      if (empty_is_zero && divide_by == 0 && sums.loss == 0) divide_by = 1;
-    }
+    const Sums sums = sum_pieces(pieces);
+    if (reduction == kMean) divide_by = mean_denominator(problem, sums);
+    if (empty_is_zero && divide_by == 0 && sums.loss == 0) divide_by = 1;
     loss = at::scalar_tensor(sums.loss / divide_by, logits.options().dtype(loss_dtype));
   }
   *denominator.mutable_data_ptr<double>() = divide_by;
@@ -282,6 +328,7 @@ ForwardBackwardResult forward_backward_cpu(const at::Tensor& logits, const at::T
   return run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, true);
 }
 
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const at::Tensor& grad_output,
                    const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
@@ -300,23 +347,12 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
               "cross_entropy_ext::_backward: grad_output of shape ", grad_output.sizes(), " is not the loss's");
   const auto weights = weight_for_kernel(weight, arithmetic);
 
-  Backward problem;
-  describe(problem, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
-  problem.grad_output = reduction == kNone ? view_of_positions(grad_output)
-                                           : View{data_of(grad_output), element_type(grad_output.scalar_type())};
-  problem.scale = 1 / denominator.item<double>();
-  if (grad_logits.defined()) problem.grad_logits = view_with_classes(grad_logits);
-  if (grad_target.defined()) problem.grad_target = view_with_classes(grad_target);
-  merge_dimensions(problem, {&problem.logits, &problem.target, &problem.grad_output, &problem.grad_logits,
-                             &problem.grad_target});
-  problem.lanes = choose_lanes(problem);
-  constexpr size_t kLargerThanCaches = size_t{16} << 20;
-  const bool inplace = grad_logits.defined() && grad_logits.is_alias_of(logits);
-  problem.stream = !inplace && logits.numel() * logits.element_size() >= int64_t(kLargerThanCaches);
-  problem.buffered = inplace || problem.stream;
+  const View grad_view = reduction == kNone ? view_of_positions(grad_output)
+                                            : View{data_of(grad_output), element_type(grad_output.scalar_type())};
+  Backward problem = backward_problem(grad_logits, grad_target, grad_view, 1 / denominator.item<double>(), logits, target,
+                                      weights, arithmetic, lse, ignore_index, label_smoothing);
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
-
   for_each_piece(problem,
                  [&](int64_t, int64_t begin, int64_t end) { kernels().backward(problem, begin, end); });
   raise_bad_target(target, bad_position);

@@ -13,6 +13,8 @@ namespace xent {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kWorthHugePages = size_t{512} << 10;
+constexpr size_t kWorthGivingBack = size_t{16} << 20;
 const size_t kPage = size_t(sysconf(_SC_PAGESIZE));
 
 // Of the addresses that a buffer spans, only the pages in use by the last gradient in it take memory.
@@ -44,7 +46,7 @@ class GradientMemory final : public c10::Allocator {
  private:
   // The smallest kept buffer that fits, else a new one.
   void* take(size_t bytes) {
-    bytes = round_up(bytes, bytes < kHugePage ? kPage : kHugePage);
+    bytes = round_up(bytes, bytes < kWorthHugePages ? kPage : kHugePage);
     const std::lock_guard<std::mutex> lock(mutex_);
     Buffer buffer = take_kept(bytes);
     live_bytes_ += bytes;
@@ -79,7 +81,7 @@ class GradientMemory final : public c10::Allocator {
     live_bytes_ -= buffer.resident;
 #if defined(MADV_FREE)
     // The pages stay, unless the system needs them before the next step does.
-    if (buffer.resident >= kHugePage) madvise(buffer.data, buffer.resident, MADV_FREE);
+    if (buffer.resident >= kWorthGivingBack) madvise(buffer.data, buffer.resident, MADV_FREE);
 #endif
     kept_.push_back(buffer);
     kept_bytes_ += buffer.resident;

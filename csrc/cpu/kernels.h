@@ -5,8 +5,9 @@
 
 namespace xent {
 
-// Problems whose gradient the forward can make, reusing the exponentials: index targets, and rows of one block.
-constexpr int64_t kOnePassClasses = 1024;
+// Rows are worked on in blocks of this many vectors: they stay in the first-level cache, and no lane adds up more than
+// this many terms before the sum goes on in double.
+constexpr int64_t kBlockVectors = 128;
 
 constexpr int64_t kTile = 256;    // positions that the position-lane kernels take at a time
 constexpr int64_t kShortRun = 8;  // fewer neighbours than this are not worth a vector of positions

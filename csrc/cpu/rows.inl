@@ -6,9 +6,8 @@
 // block is in the first-level cache, and the sums so far are rescaled when a block raises the maximum. The backward reads
 // them once more and writes the gradient, softmax(x) = exp(x - lse).
 
-// A block of logits and what is made from it must fit the first-level cache: 3 buffers of 8 KB.
 template <class T>
-constexpr int64_t kBlock = 8192 / sizeof(T);
+constexpr int64_t kBlock = kBlockVectors * kLanes<T>;
 
 // Sums over the classes seen so far, relative to their maximum. `max` starts at the least finite number rather than at
 // -inf: a leading block of masked logits then sums to zero instead of to NaN.
