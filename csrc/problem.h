@@ -69,9 +69,10 @@ struct Sums {
 struct Forward : Problem {
   View loss;  // where the losses go when they are not summed
 
-  // Where the gradient goes when it is made in the same pass, for a grad_output of `scale`: small problems only.
+  // Where the gradient goes when the kernel makes it in the same pass, for a grad_output of `scale`.
   View grad_logits;
   double scale = 1;
+  bool stream = false;
 };
 
 struct Backward : Problem {

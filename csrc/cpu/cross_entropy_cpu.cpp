@@ -195,6 +195,11 @@ at::Tensor empty_gradient(const at::Tensor& tensor) {
                                            c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.scalar_type());
 }
 
+bool is_larger_than_caches(const at::Tensor& tensor) {
+  constexpr int64_t kCaches = int64_t{32} << 20;
+  return tensor.numel() * tensor.element_size() >= kCaches;
+}
+
 // Everything of the backward but what is done position by position. Either gradient may be undefined.
 Backward backward_problem(const at::Tensor& grad_logits, const at::Tensor& grad_target, const View& grad_output,
                           double scale, const at::Tensor& logits, const at::Tensor& target,
@@ -209,9 +214,8 @@ Backward backward_problem(const at::Tensor& grad_logits, const at::Tensor& grad_
   merge_dimensions(problem, {&problem.logits, &problem.target, &problem.grad_output, &problem.grad_logits,
                              &problem.grad_target});
   problem.lanes = choose_lanes(problem);
-  constexpr int64_t kLargerThanCaches = int64_t{16} << 20;
   const bool inplace = grad_logits.defined() && grad_logits.is_alias_of(logits);
-  problem.stream = !inplace && logits.numel() * logits.element_size() >= kLargerThanCaches;
+  problem.stream = !inplace && is_larger_than_caches(logits);
   problem.buffered = inplace || problem.stream;
   return problem;
 }
@@ -226,11 +230,14 @@ bool one_pass_pays(const at::Tensor& logits, int64_t reduction) {
   return reduction != kNone && logits.numel() * logits.element_size() <= kOnePassBytes;
 }
 
-// The forward kernel itself makes the gradient of rows of one block, whose exponentials are still at hand.
+// The forward kernel itself makes the gradient where all of a position's exponentials are still at hand: in rows of one
+// block, and in tiles of one.
 bool kernel_makes_gradient(const Problem& problem) {
-  const int64_t block = kBlockVectors * kernels().vector_bytes / (problem.arithmetic_in_double ? 8 : 4);
-  return problem.kind == TargetKind::kIndex && problem.logits.class_stride == 1 && problem.classes >= kFewClasses &&
-         problem.classes <= block;
+  const int64_t size = problem.arithmetic_in_double ? 8 : 4;
+  const bool row = problem.classes >= kFewClasses && problem.logits.class_stride == 1 &&
+                   problem.classes <= kBlockVectors * kernels().vector_bytes / size;
+  const bool tile = problem.classes < kFewClasses && problem.classes <= kTileBytes / kTile / size;
+  return problem.kind == TargetKind::kIndex && (row || tile);
 }
 
 Sums sum_pieces(const std::vector<Sums>& pieces) {
@@ -265,6 +272,7 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
   describe(problem, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
   const bool in_kernel = grad_logits.defined() && kernel_makes_gradient(problem);
   if (in_kernel) problem.grad_logits = view_with_classes(grad_logits);
+  problem.stream = is_larger_than_caches(logits);
   merge_dimensions(problem, {&problem.logits, &problem.target, &problem.grad_logits});
   problem.lanes = choose_lanes(problem);
   int64_t bad_position = kNoPosition;

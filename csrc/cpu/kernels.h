@@ -9,7 +9,11 @@ namespace xent {
 // this many terms before the sum goes on in double.
 constexpr int64_t kBlockVectors = 128;
 
-constexpr int64_t kTile = 256;    // positions that the position-lane kernels take at a time
+// The position-lane kernels take this many positions at a time, and as many of their classes as fit a buffer that shares
+// the first-level cache with the sums.
+constexpr int64_t kTile = 256;
+constexpr int64_t kTileBytes = 32768;
+
 constexpr int64_t kShortRun = 8;  // fewer neighbours than this are not worth a vector of positions
 
 // Each works on the positions [begin, end); the sums over them are added in order to `sums`.

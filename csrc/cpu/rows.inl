@@ -140,12 +140,12 @@ XENT_INLINE void scaled_exponentials(const Forward& problem, const Cursor& curso
                                      T own) {
   const View& view = problem.grad_logits;
   const int64_t n = problem.classes, offset = cursor.offset(view);
-  T* const result = write_or_point(exponentials, view, offset, view.class_stride, false);
+  T* const result = write_or_point(exponentials, view, offset, view.class_stride, problem.stream);
   int64_t i = 0;
   for (; i + kLanes<T> <= n; i += kLanes<T>) store(result + i, load(exponentials + i) * factor);
   for (; i < n; ++i) result[i] = exponentials[i] * factor;
   result[y] = own;
-  if (result == exponentials) write_from(exponentials, view, offset, view.class_stride, n);
+  if (result == exponentials) write_from(exponentials, view, offset, view.class_stride, n, problem.stream);
 }
 
 template <class T, bool dense, bool one_pass>
@@ -195,7 +195,7 @@ static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, 
       }
     }
     if constexpr (one_pass) {
-      if (y < 0) zero_gradient<T>(problem, problem.grad_logits, cursor, false);
+      if (y < 0) zero_gradient<T>(problem, problem.grad_logits, cursor, problem.stream);
     }
     lse[p] = lse_rounded;
     lse[problem.positions + p] = lse_lost;
@@ -232,10 +232,9 @@ struct GradientTerms {
 // scale * (A softmax - a) for one vector of classes.
 template <class T, TargetKind kind>
 XENT_INLINE Vector<T> gradient(const GradientTerms<T>& terms, Vector<T> x, Vector<T> a) {
-  if constexpr (kind == TargetKind::kSoft) {
-    return terms.scale * soft_gradient(broadcast(terms.total), terms.log_softmax(x), a);
-  } else if constexpr (kind == TargetKind::kSmoothedIndex) {
-    return terms.scale * plain_gradient(broadcast(terms.total * terms.correction), exp(x - terms.lse_rounded), terms.share * a);
+  if constexpr (kind != TargetKind::kIndex) {
+    const Vector<T> coefficient = kind == TargetKind::kSoft ? a : terms.share * a;
+    return terms.scale * plain_gradient(broadcast(terms.total * terms.correction), exp(x - terms.lse_rounded), coefficient);
   } else {
     return (terms.scale * terms.total * terms.correction) * exp(x - terms.lse_rounded);
   }
@@ -299,6 +298,15 @@ static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end
         const int64_t out_stride = problem.grad_logits.class_stride, out = dx + c * out_stride;
         T* const result = write_or_point(gradient_buffer, problem.grad_logits, out, out_stride, problem.buffered);
         gradient_block<T, kind>(result, terms, block, a, n);
+        // At most one class has a softmax above a half; only there can a soft target's gradient cancel.
+        if (soft && block_maximum(block, n) - terms.lse_rounded > T(-0.7)) {
+          for (int64_t i = 0; i < n; ++i) {
+            if (block[i] - terms.lse_rounded > T(-0.7)) {
+              result[i] = scale * soft_gradient(broadcast(terms.total), broadcast(terms.log_softmax(block[i])),
+                                                broadcast(a[i]))[0];
+            }
+          }
+        }
         if (!soft && c <= y && y < c + n) {
           const T smoothed = dense ? share * a[y - c] : T(0);
           result[y - c] = scale * one_target_gradient(hit, rest_of_total, smoothed, terms.log_softmax(block[y - c]));

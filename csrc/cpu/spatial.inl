@@ -6,9 +6,8 @@
 // apart, so that the cache lines which a tile needs of each plane would all fall into the same few sets of the cache and
 // drive each other out between the pass for the maximum and the pass for the sum.
 
-// A buffer of 32 KB: it shares the first-level cache with the sums.
 template <class T>
-constexpr int64_t kClassBlock = 32768 / sizeof(T) / kTile;
+constexpr int64_t kClassBlock = kTileBytes / sizeof(T) / kTile;
 
 template <class T>
 XENT_INLINE int64_t whole_vectors(int64_t count) {
@@ -120,9 +119,9 @@ struct TileSums {
     }
   }
 
-  // Classes [c, c + classes) of the lanes [v, v + kLanes).
-  template <TargetKind kind>
-  XENT_INLINE_MEMBER void add(const Problem& problem, const T* x, const T* q, int64_t v, int64_t c, int64_t classes) {
+  // Classes [c, c + classes) of the lanes [v, v + kLanes). The exponentials take the logits' place where they are kept.
+  template <TargetKind kind, bool keep>
+  XENT_INLINE_MEMBER void add(const Problem& problem, T* x, const T* q, int64_t v, int64_t c, int64_t classes) {
     const Vector<T> zero{};
     const Vector<T> old_max = load(max + v);
     Vector<T> new_max = old_max;
@@ -130,7 +129,9 @@ struct TileSums {
 
     LaneSums<T, kind != TargetKind::kIndex> lanes;
     for (int64_t k = 0; k < classes; ++k) {
-      lanes.add(load(x + k * kTile + v), new_max, coefficient<T, kind>(problem, c + k, q + k * kTile + v));
+      T* const cell = x + k * kTile + v;
+      const Vector<T> exponential = lanes.add(load(cell), new_max, coefficient<T, kind>(problem, c + k, q + k * kTile + v));
+      if constexpr (keep) store(cell, exponential);
     }
 
     const Vector<T> raised = new_max - old_max;
@@ -164,7 +165,8 @@ XENT_INLINE double sum_of(const T* x, int64_t n) {
   return ((chains[0] + chains[1]) + (chains[2] + chains[3])) + ((chains[4] + chains[5]) + (chains[6] + chains[7]));
 }
 
-template <class T, TargetKind kind>
+// With one_pass, for all classes in one block, the gradient is made of the exponentials that the sums are made of.
+template <class T, TargetKind kind, bool one_pass>
 static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, int64_t count, Sums& sums) {
   constexpr bool soft = kind == TargetKind::kSoft;
   alignas(64) T x[kTile * kClassBlock<T>], q[soft ? kTile * kClassBlock<T> : 1];
@@ -174,18 +176,17 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
     const int64_t classes = std::min(kClassBlock<T>, problem.classes - c);
     read_tile(x, cursor, count, problem.logits, c, classes);
     if constexpr (soft) read_tile(q, cursor, count, problem.target, c, classes);
-    for (int64_t v = 0; v < count; v += kLanes<T>) tile.template add<kind>(problem, x, q, v, c, classes);
-    if constexpr (soft) continue;
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = 0; i < count && !soft; ++i) {
       const int64_t k = targets.y[i] - c;
       if (k >= 0 && k < classes) tile.target_logit[i] = x[k * kTile + i];
     }
+    for (int64_t v = 0; v < count; v += kLanes<T>) tile.template add<kind, one_pass>(problem, x, q, v, c, classes);
   }
 
   const T* weight = static_cast<const T*>(problem.weight);
   T* const lse = static_cast<T*>(problem.lse) + first;
   const Vector<T> zero{}, share = broadcast(T(soft ? 1 : problem.label_smoothing / double(problem.classes)));
-  T losses[kTile];
+  T losses[kTile], own[one_pass ? kTile : 1];
   for (int64_t v = 0; v < count; v += kLanes<T>) {
     const auto valid = load(targets.valid + v) != zero;
     const Vector<T> max = load(tile.max + v);
@@ -200,6 +201,15 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
     const Vector<T> loss =
         index_loss(load(targets.hit + v), share, gap, load(tile.spread + v), load(tile.mass + v), log_sum);
     store(losses + v, select(valid, loss, zero));
+    if constexpr (one_pass) {
+      const Vector<T> scaled_hit = T(problem.scale) * load(targets.hit + v);
+      const Vector<T> factor = scaled_hit / (load(tile.ties + v) + (load(tile.rest + v) + load(tile.lost + v)));
+      for (int64_t k = 0; k < problem.classes; ++k) {
+        T* const cell = x + k * kTile + v;
+        store(cell, select(valid, load(cell) * factor, zero));
+      }
+      store(own + v, target_gradient(scaled_hit, zero, zero, -gap - log_sum));
+    }
   }
   sums.loss += sum_of<T>(losses, count);
   if constexpr (!soft) {
@@ -210,6 +220,12 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
     sums.weight += sum_of<T>(weights, count);
   }
   if (problem.loss) write_from(losses, problem.loss, first, 1, count);
+  if constexpr (one_pass) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (targets.y[i] >= 0) x[targets.y[i] * kTile + i] = own[i];
+    }
+    write_tile(x, cursor, count, problem.grad_logits, 0, problem.classes, problem.stream);
+  }
 }
 
 template <class T, TargetKind kind>
@@ -301,13 +317,14 @@ static void forward_tiles(const Forward& problem, int64_t begin, int64_t end, Su
     const int64_t count = std::min(kTile, end - first);
     switch (problem.kind) {
       case TargetKind::kIndex:
-        forward_tile<T, TargetKind::kIndex>(problem, cursor, first, count, sums);
+        problem.grad_logits ? forward_tile<T, TargetKind::kIndex, true>(problem, cursor, first, count, sums)
+                            : forward_tile<T, TargetKind::kIndex, false>(problem, cursor, first, count, sums);
         break;
       case TargetKind::kSmoothedIndex:
-        forward_tile<T, TargetKind::kSmoothedIndex>(problem, cursor, first, count, sums);
+        forward_tile<T, TargetKind::kSmoothedIndex, false>(problem, cursor, first, count, sums);
         break;
       case TargetKind::kSoft:
-        forward_tile<T, TargetKind::kSoft>(problem, cursor, first, count, sums);
+        forward_tile<T, TargetKind::kSoft, false>(problem, cursor, first, count, sums);
         break;
     }
     cursor.skip(count);
