@@ -113,8 +113,8 @@ def interleaved(runs: dict[str, Callable[[], None]], seconds: float) -> dict[str
             took = (time.perf_counter() - before) / inner
             if round >= 0:
                 times[name].append(took)
-            elif took < 1e-3:
-                inner = max(inner, int(2e-3 / took))  # a clock's tick must not show
+            elif took < 5e-5:
+                inner = max(inner, int(1e-4 / took))  # a clock's tick must not show
         round += 1
     return times
 

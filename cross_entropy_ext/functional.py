@@ -85,13 +85,9 @@ def cross_entropy(
         and type(label_smoothing) is float
         and empty in _EMPTY
     ):
-        return _unusual(
-            input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty, inplace
-        )
+        return _unusual(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty, inplace)
     if loss_dtype is None and empty == "nan" and not inplace:  # fewer arguments, less time to pass them
-        return _cross_entropy(
-            input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing
-        )
+        return _cross_entropy(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
     return _cross_entropy(
         input,
         target,
@@ -112,6 +108,8 @@ def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
         reduction = "none"
     elif size_average is not None and not size_average:
         reduction = "sum"
+    if torch.compiler.is_compiling():  # which cannot trace a warning
+        return reduction
     warnings.warn(
         f"size_average and reduce args will be deprecated, please use reduction='{reduction}' instead.",
         stacklevel=3,
@@ -119,9 +117,7 @@ def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     return reduction
 
 
-def _unusual(
-    input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty, inplace
-) -> Tensor:
+def _unusual(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty, inplace) -> Tensor:
     """What the operator's own parser would refuse or misread: other types of arguments, and tensor subclasses."""
     if empty not in _EMPTY:
         raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
@@ -130,9 +126,7 @@ def _unusual(
         # Raises PyTorch's own TypeError.
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     if not all(type(tensor) in _PLAIN for tensor in tensors):
-        return _native(
-            input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero"
-        )
+        return _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero")
     # PyTorch's own parser judges the other arguments; what it accepts (numbers of other types) is then converted.
     F.cross_entropy(
         torch.zeros(1, 1), torch.zeros(1).long(), None, None, ignore_index, None, reduction, label_smoothing

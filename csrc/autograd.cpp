@@ -12,6 +12,7 @@
 #include <ATen/ops/softmax.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -34,21 +35,19 @@ struct Options {
   int64_t reduction, ignore_index;
   double label_smoothing;
 
+  // One entry: each costs an allocation.
   void save(AutogradContext* ctx) const {
-    ctx->saved_data["reduction"] = reduction;
-    ctx->saved_data["ignore_index"] = ignore_index;
-    ctx->saved_data["label_smoothing"] = label_smoothing;
+    ctx->saved_data["options"] = std::make_tuple(reduction, ignore_index, label_smoothing);
   }
 
   static Options saved_in(AutogradContext* ctx) {
-    return {ctx->saved_data["reduction"].toInt(), ctx->saved_data["ignore_index"].toInt(),
-            ctx->saved_data["label_smoothing"].toDouble()};
+    const auto [reduction, ignore_index, label_smoothing] =
+        ctx->saved_data["options"].to<std::tuple<int64_t, int64_t, double>>();
+    return {reduction, ignore_index, label_smoothing};
   }
 };
 
-OptionalTensor optional(const at::Tensor& tensor) {
-  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
-}
+OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 // ---- the same mathematics in ATen, for second derivatives and for the gradient of class weights ---------------------
 
@@ -57,13 +56,13 @@ OptionalTensor optional(const at::Tensor& tensor) {
 struct Composite {
   int64_t dim;
   bool soft;
-  double keep, share;           // 1 - e, e / C
-  at::Tensor logits, weight;    // in the type of arithmetic; weight is 1 where there is none
-  at::Tensor probabilities;     // q' = (1 - e) q + e / C, for soft targets
-  at::Tensor coefficients;      // a
-  at::Tensor total;             // A
-  at::Tensor scale;             // grad_output / denominator
-  at::Tensor valid;             // for index targets
+  double keep, share;         // 1 - e, e / C
+  at::Tensor logits, weight;  // in the type of arithmetic; weight is 1 where there is none
+  at::Tensor probabilities;   // q' = (1 - e) q + e / C, for soft targets
+  at::Tensor coefficients;    // a
+  at::Tensor total;           // A
+  at::Tensor scale;           // grad_output / denominator
+  at::Tensor valid;           // for index targets
 
   Composite(const at::Tensor& grad_output, const at::Tensor& raw_logits, const at::Tensor& target,
             const at::Tensor& raw_weight, const at::Tensor& denominator, const Options& options)
@@ -75,7 +74,8 @@ struct Composite {
     if (options.reduction == kNone) scale = scale.unsqueeze(dim);
     std::vector<int64_t> weight_shape(size_t(logits.dim()), 1);
     weight_shape[size_t(dim)] = -1;
-    weight = raw_weight.defined() ? raw_weight.to(type).view(weight_shape) : at::ones_like(logits.select(dim, 0).unsqueeze(dim));
+    weight = raw_weight.defined() ? raw_weight.to(type).view(weight_shape)
+                                  : at::ones_like(logits.select(dim, 0).unsqueeze(dim));
     share = options.label_smoothing / double(logits.size(dim));
     if (soft) {
       probabilities = target.to(type) * keep + share;
@@ -149,7 +149,9 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
     const auto options = Options::saved_in(ctx);
     const Composite c(grad_output, logits, target, weight, denominator, options);
     const at::Tensor p = c.softmax();
-    const auto same_shape = [&](const at::Tensor& grad) { return grad.defined() && grad.sym_sizes() == logits.sym_sizes(); };
+    const auto same_shape = [&](const at::Tensor& grad) {
+      return grad.defined() && grad.sym_sizes() == logits.sym_sizes();
+    };
 
     at::Tensor for_scale = at::zeros_like(c.total), for_logits = at::zeros_like(c.logits), for_target, for_weight;
     if (same_shape(grads[0])) {
@@ -194,10 +196,12 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
 
 // ---- the gradient in the logits' place ------------------------------------------------------------------------------
 
-// A tensor with memory behind it, rather than one that a compiler traces with.
+// A tensor with memory behind it, rather than one that a compiler or a transform of functions traces with.
 bool is_concrete(const at::Tensor& tensor) {
-  return !tensor.unsafeGetTensorImpl()->is_python_dispatch() && !tensor.is_meta() &&
-         !at::functionalization::impl::isFunctionalTensor(tensor);
+  constexpr c10::DispatchKeySet kTracing({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                          c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
+                                          c10::DispatchKey::FuncTorchGradWrapper});
+  return !tensor.key_set().has_any(kTracing) && !tensor.is_meta() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 // Every element has an address of its own: strides in increasing order each step past all that is below.
@@ -222,20 +226,6 @@ bool can_overwrite(const at::Tensor& logits) {
          has_distinct_addresses(logits);
 }
 
-
-// The gradient that the forward made for a grad_output of one, scaled to another; given away once, since whoever gets it
-// may write to it. Undefined where there is none, while a graph of the backward is being built, and where float16 would
-// round first what is to be scaled up.
-at::Tensor take_gradient(AutogradContext* ctx, const at::Tensor& grad_output) {
-  const auto made = ctx->saved_data.find("grad_logits");
-  if (made == ctx->saved_data.end() || !is_concrete(grad_output)) return {};
-  at::Tensor gradient = std::move(made->second).toTensor();
-  ctx->saved_data.erase(made);
-  const double scale = grad_output.item<double>();
-  if (c10::GradMode::is_enabled() || (scale != 1 && gradient.scalar_type() == at::kHalf)) return {};
-  return scale == 1 ? gradient : gradient.mul_(scale);
-}
-
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static constexpr bool is_traceable = true;
 
@@ -245,18 +235,32 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const at::AutoDispatchBelowADInplaceOrView below;
     at::Tensor loss, lse, denominator, grad_logits;
     if (!inplace && is_concrete(logits) && logits.requires_grad() && !target.requires_grad() &&
-        !(weight && weight->requires_grad())) {
-      std::tie(loss, lse, denominator, grad_logits) = forward_backward(
-          logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero);
+        !(weight && weight->requires_grad()) && one_pass_pays(logits, reduction)) {
+      std::tie(loss, lse, denominator, grad_logits) =
+          forward_backward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero);
+      ctx->saved_data["grad_logits"] = grad_logits;
+      ctx->saved_data["loss_dtype"] = loss_dtype;
+      ctx->saved_data["empty_is_zero"] = empty_is_zero;
     } else {
-      std::tie(loss, lse, denominator) = xent::forward(logits, target, weight, reduction, ignore_index,
-                                                       label_smoothing, loss_dtype, empty_is_zero);
+      std::tie(loss, lse, denominator) =
+          xent::forward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero);
     }
-    if (grad_logits.defined()) ctx->saved_data["grad_logits"] = grad_logits;
     ctx->save_for_backward({logits, target, weight.value_or(at::Tensor()), lse, denominator});
     Options{reduction, ignore_index, label_smoothing}.save(ctx);
-    ctx->saved_data["inplace"] = inplace;
+    if (inplace) ctx->saved_data["inplace"] = true;
     return {loss};
+  }
+
+  // The gradient for a grad_output of one, as the forward made it. Given away once, since whoever gets it may write to
+  // it; a second backward has it made again, in the same way, so that it gets the same bits.
+  static at::Tensor gradient_from_forward(AutogradContext* ctx, const at::Tensor& logits, const at::Tensor& target,
+                                          const at::Tensor& weight, const Options& options) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    at::IValue& made = ctx->saved_data["grad_logits"];
+    if (!made.isNone()) return std::exchange(made, at::IValue()).toTensor();
+    return std::get<3>(forward_backward(logits, target, optional(weight), options.reduction, options.ignore_index,
+                                        options.label_smoothing, ctx->saved_data["loss_dtype"].toScalarType(),
+                                        ctx->saved_data["empty_is_zero"].toBool()));
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -270,16 +274,20 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const at::Tensor& grad = grads[0];
 
     variable_list result(9);
-    if (at::Tensor made = take_gradient(ctx, grad); made.defined()) {
-      result[0] = std::move(made);
-      return result;
+    if (ctx->saved_data.count("grad_logits") && wanted[0] && !c10::GradMode::is_enabled() && is_concrete(grad)) {
+      const double scale = grad.item<double>();
+      if (scale == 1 || logits.scalar_type() != at::kHalf) {  // float16 would round what is yet to be scaled up
+        result[0] = gradient_from_forward(ctx, logits, target, weight, options);
+        if (scale != 1) result[0].mul_(scale);
+        return result;
+      }
     }
     if (wanted[2]) result[2] = weight_gradient(grad, logits, target, weight, denominator, options);
-    if (wanted[0] && ctx->saved_data["inplace"].toBool() && can_overwrite(logits)) {
+    if (wanted[0] && ctx->saved_data.count("inplace") && can_overwrite(logits)) {
       const at::AutoDispatchBelowADInplaceOrView below;
-      const at::Tensor grad_target = backward_(grad, logits, target, optional(weight), lse, denominator,
-                                               options.reduction, options.ignore_index, options.label_smoothing,
-                                               wanted[1]);
+      const at::Tensor grad_target =
+          backward_(grad, logits, target, optional(weight), lse, denominator, options.reduction, options.ignore_index,
+                    options.label_smoothing, wanted[1]);
       logits.unsafeGetTensorImpl()->bump_version();  // whoever else saved the logits learns that they are gone
       result[0] = logits.detach();
       if (wanted[1]) result[1] = grad_target;
@@ -322,8 +330,8 @@ BackwardResult backward_autograd(const at::Tensor& grad_output, const at::Tensor
     auto [grad_logits, grad_target] = composite.gradients(wanted);
     return {grad_logits.to(logits.scalar_type()), wanted[1] ? grad_target.to(target.scalar_type()) : grad_target};
   }
-  auto results = BackwardFunction::apply(grad_output, logits, target, weight, lse, denominator, reduction,
-                                         ignore_index, label_smoothing, wanted);
+  auto results = BackwardFunction::apply(grad_output, logits, target, weight, lse, denominator, reduction, ignore_index,
+                                         label_smoothing, wanted);
   return {results[0], results[1]};
 }
 

@@ -28,12 +28,16 @@ ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, const 
                       int64_t reduction, int64_t ignore_index, double label_smoothing, at::ScalarType loss_dtype,
                       bool empty_is_zero);
 
-// cross_entropy_ext::_forward_backward: the same, and the gradient of the logits for a grad_output of one, where making
-// it in the same pass pays; else an undefined tensor. Never traced.
+// cross_entropy_ext::_forward_backward: the same, and the gradient of the logits for a grad_output of one. For
+// reductions only; it may differ from _backward's by rounding, as exponentials are made once for both.
 using ForwardBackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 ForwardBackwardResult forward_backward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                        int64_t reduction, int64_t ignore_index, double label_smoothing,
                                        at::ScalarType loss_dtype, bool empty_is_zero);
+
+// Whether to make the gradient in the forward: one read of the logits instead of two, for memory that is taken earlier.
+// Decided by shape alone.
+bool one_pass_pays(const at::Tensor& logits, int64_t reduction);
 
 // cross_entropy_ext::_backward -> gradients of the logits and of a soft target; empty where `wanted` says no.
 using BackwardResult = std::tuple<at::Tensor, at::Tensor>;
@@ -61,8 +65,8 @@ at::ScalarType default_loss_dtype(const at::Tensor& logits, const at::Tensor& ta
 // So is a loss_dtype that is not one of a loss.
 void check_options(double label_smoothing, std::optional<at::ScalarType> loss_dtype);
 
-// Whether the fused kernels take these arguments. Where they do not, native_cross_entropy does, or raises its own error:
-// there is one source of truth for messages and for corners not worth a kernel.
+// Whether the fused kernels take these arguments. Where they do not, native_cross_entropy does, or raises its own
+// error: there is one source of truth for messages and for corners not worth a kernel.
 bool is_supported(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                   int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> loss_dtype);
 

@@ -1,5 +1,5 @@
-// The mathematics of the loss, once for every kernel. `T` is float or double in a CUDA thread, a vector of either on the
-// CPU. No branches: `select(mask, a, b)` chooses lane by lane. The including file provides
+// The mathematics of the loss, once for every kernel. `T` is float or double in a CUDA thread, a vector of either on
+// the CPU. No branches: `select(mask, a, b)` chooses lane by lane. The including file provides
 //   XENT_INLINE, select(mask, a, b), log(x), exp_and_expm1(x, &exp, &expm1)
 // for T, and includes this file inside the namespace of each instruction set (hence no include guard).
 //
@@ -43,16 +43,15 @@ XENT_INLINE T plain_gradient(T total, T softmax, T coefficient) {
   return total * softmax - coefficient;
 }
 
-// A softmax - a without cancellation where softmax and a / A are both near one: there it is A (softmax - 1) + (A - a), and
-// softmax - 1 = expm1(x - lse). `near_one` is -ln 2: above it the softmax exceeds a half.
+// A softmax - a without cancellation where softmax and a / A are both near one: there it is A (softmax - 1) + (A - a),
+// and softmax - 1 = expm1(x - lse). `near_one` is -ln 2: above it the softmax exceeds a half.
 template <class T>
 XENT_INLINE T soft_gradient(T total, T log_softmax, T coefficient) {
   T softmax, softmax_minus_one;
   exp_and_expm1(log_softmax, softmax, softmax_minus_one);
   const T near_one = T{} - 0.693147180559945309f;
   return select((log_softmax > near_one) & (coefficient + coefficient > total),
-                total * softmax_minus_one + (total - coefficient),
-                plain_gradient(total, softmax, coefficient));
+                total * softmax_minus_one + (total - coefficient), plain_gradient(total, softmax, coefficient));
 }
 
 // The same for the class of an index target, where A = hit + rest_of_total and a = hit + smoothed.

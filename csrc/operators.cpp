@@ -124,10 +124,15 @@ bool is_supported(const at::Tensor& logits, const at::Tensor& target, const Opti
   if (!is_plain(*weight, logits) || weight->dim() != 1 || weight->sym_size(0) != classes) return false;
   if (soft) return !weight->is_complex();
   // Native asks for the logits' type; where the loss is wanted in float32, weights of that type go with it.
-  const bool type_matches = weight->scalar_type() == logits.scalar_type() ||
-                            (weight->scalar_type() == at::kFloat && loss_dtype == at::kFloat &&
-                             logits.scalar_type() != at::kDouble);
+  const bool type_matches =
+      weight->scalar_type() == logits.scalar_type() ||
+      (weight->scalar_type() == at::kFloat && loss_dtype == at::kFloat && logits.scalar_type() != at::kDouble);
   return type_matches && !(c10::GradMode::is_enabled() && weight->requires_grad());
+}
+
+bool one_pass_pays(const at::Tensor& logits, int64_t reduction) {
+  constexpr int64_t kBytes = int64_t{64} << 20;
+  return logits.is_cpu() && reduction != kNone && logits.numel() * logits.element_size() <= kBytes;
 }
 
 at::Tensor native_cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
@@ -224,6 +229,14 @@ at::Tensor gradient_meta(const at::Tensor& tensor, bool wanted) {
   return wanted ? at::empty_like(tensor) : at::empty({0}, tensor.options());
 }
 
+ForwardBackwardResult forward_backward_meta(const at::Tensor& logits, const at::Tensor& target,
+                                            const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                            double label_smoothing, at::ScalarType loss_dtype, bool empty_is_zero) {
+  auto [loss, lse, denominator] =
+      forward_meta(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero);
+  return {loss, lse, denominator, at::empty_like(logits)};
+}
+
 BackwardResult backward_meta(const at::Tensor&, const at::Tensor& logits, const at::Tensor& target,
                              const OptionalTensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, double,
                              std::array<bool, 2> wanted) {
@@ -241,7 +254,9 @@ template <c10::DeviceType device, c10::DispatchKey key>
 at::Tensor cross_entropy_autocast(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                   int64_t reduction, int64_t ignore_index, double label_smoothing,
                                   std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace) {
-  const auto widened = [](at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type; };
+  const auto widened = [](at::ScalarType type) {
+    return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
+  };
   OptionalTensor wide_weight = weight;
   if (logits.device().type() == device) {
     if (has_value(weight)) wide_weight = weight->to(widened(weight->scalar_type()));
@@ -259,8 +274,8 @@ at::Tensor cross_entropy_autocast(const at::Tensor& logits, const at::Tensor& ta
     }
   }
   const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
-  return cross_entropy(logits, target, wide_weight, reduction, ignore_index, label_smoothing, loss_dtype,
-                       empty_is_zero, inplace);
+  return cross_entropy(logits, target, wide_weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero,
+                       inplace);
 }
 
 // ---- torch.func: vmap, grad, jvp and their compositions -------------------------------------------------------------
@@ -303,6 +318,7 @@ TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) {
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, Meta, m) {
   m.impl("_forward", &forward_meta);
+  m.impl("_forward_backward", &forward_backward_meta);
   m.impl("_backward", &backward_meta);
   m.impl("_backward_", &backward_meta_);
 }

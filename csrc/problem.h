@@ -57,7 +57,8 @@ struct Problem {
   // decides a confident position's gradient. Two arrays of `positions`; for soft targets a third holds A = sum_c a_c.
   void* lse = nullptr;
 
-  // The first position whose target is neither a class nor ignore_index; stays at its initial value where there is none.
+  // The first position whose target is neither a class nor ignore_index; stays at its initial value where there is
+  // none.
   int64_t* first_bad_position = nullptr;
 };
 

@@ -74,9 +74,7 @@ And see thy blood warm when thou feel'st it cold.
 class NGramModel(nn.Module):
     """Scores every word as the successor of a few context words."""
 
-    def __init__(
-        self, vocabulary_size: int, context: int = 2, embedding_size: int = 10, hidden: int = 128
-    ) -> None:
+    def __init__(self, vocabulary_size: int, context: int = 2, embedding_size: int = 10, hidden: int = 128) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, embedding_size)
         self.layers = nn.Sequential(
@@ -198,9 +196,7 @@ class Run:
         )
 
 
-def train_step(
-    model: nn.Module, loss_function: nn.Module, optimizer: torch.optim.Optimizer, words: Tensor
-) -> Step:
+def train_step(model: nn.Module, loss_function: nn.Module, optimizer: torch.optim.Optimizer, words: Tensor) -> Step:
     """One ordinary training step with a clock on the loss.
 
     The backward pass begins with the loss, whose share ends when the logits' gradient arrives at the hook.
@@ -299,12 +295,8 @@ def train_stdlib(
 
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description="Train two language models with PyTorch's loss and with ours."
-    )
-    parser.add_argument(
-        "--steps", type=int, help="training steps of model (b), at least 2 (default 30, quick 5)"
-    )
+    parser = argparse.ArgumentParser(description="Train two language models with PyTorch's loss and with ours.")
+    parser.add_argument("--steps", type=int, help="training steps of model (b), at least 2 (default 30, quick 5)")
     parser.add_argument("--quick", action="store_true", help="a few seconds of everything; times mean little")
     parser.add_argument(
         "--output",
@@ -352,9 +344,7 @@ def main() -> int:
     warm_up = min(3, arguments.steps // 2)
     summaries = {name: run.summary(shape.positions, warm_up) for name, run in runs.items()}
     losses = {name: summary.losses for name, summary in summaries.items()}
-    equal &= report.print_curves(
-        "step", losses, every=max(1, arguments.steps // 10), tolerance=STDLIB_TOLERANCE
-    )
+    equal &= report.print_curves("step", losses, every=max(1, arguments.steps // 10), tolerance=STDLIB_TOLERANCE)
     report.print_summary(summaries, timed_steps=arguments.steps - warm_up)
 
     report.draw(arguments.output, sonnet, summaries, shape.logits_mib, machine)

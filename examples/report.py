@@ -191,8 +191,7 @@ def _bars(axes: Axes, title: str, label: str, values: dict[str, float], better: 
     bars = axes.bar(list(values), list(values.values()), width=0.62, color=[COLOURS[name] for name in values])
     native = values[NATIVE]
     texts = [
-        f"{value:,.0f}" if name == NATIVE else f"{value:,.0f}\n×{value / native:.2f}"
-        for name, value in values.items()
+        f"{value:,.0f}" if name == NATIVE else f"{value:,.0f}\n×{value / native:.2f}" for name, value in values.items()
     ]
     axes.bar_label(bars, texts, padding=3, fontsize=9.5, fontweight="bold")
     axes.margins(y=0.17)

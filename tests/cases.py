@@ -43,9 +43,7 @@ def place(
     step, margin = step or {}, margin or {}
     sizes = [value.size(d) * step.get(d, 1) + 2 * margin.get(d, 0) for d in order]
     poison = float("nan") if value.is_floating_point() else torch.iinfo(value.dtype).max
-    view = torch.full((offset + prod(sizes) + 1,), poison, dtype=value.dtype)[
-        offset : offset + prod(sizes)
-    ].view(sizes)
+    view = torch.full((offset + prod(sizes) + 1,), poison, dtype=value.dtype)[offset : offset + prod(sizes)].view(sizes)
     for position, d in enumerate(order):
         view = view.narrow(position, margin.get(d, 0), value.size(d) * step.get(d, 1))
         view = view[(slice(None),) * position + (slice(None, None, step.get(d, 1)),)]
@@ -93,9 +91,7 @@ class Objective:
         random = generator(self.id, key)
         axis = 1 if logits.dim() > 1 else 0
         if self.soft:
-            return (
-                torch.randn(logits.shape, generator=random, dtype=torch.double).softmax(axis).to(logits.dtype)
-            )
+            return torch.randn(logits.shape, generator=random, dtype=torch.double).softmax(axis).to(logits.dtype)
         positions = [size for d, size in enumerate(logits.shape) if d != axis]
         target = torch.randint(max(logits.size(axis), 1), positions, generator=random)
         if self.ignored:
@@ -253,9 +249,7 @@ def layouts() -> list[Case]:
             wide,
             lambda v: place(v, order=(1, 0)),
         ),
-        Case(
-            "misaligned", "starts one element off: no vector is aligned", wide, lambda v: place(v, offset=1)
-        ),
+        Case("misaligned", "starts one element off: no vector is aligned", wide, lambda v: place(v, offset=1)),
         Case(
             "misaligned-rows",
             "an odd row pitch: every row is aligned differently",
@@ -297,9 +291,7 @@ def layouts() -> list[Case]:
             sequence,
             lambda v: place(v, order=(1, 2, 0)),
         ),
-        Case(
-            "sequence-misaligned", "inner stride 1, one element off", sequence, lambda v: place(v, offset=1)
-        ),
+        Case("sequence-misaligned", "inner stride 1, one element off", sequence, lambda v: place(v, offset=1)),
         Case(
             "channels-last",
             "channels_last: class stride 1 under three dimensions",

@@ -5,7 +5,7 @@ import os
 # Idle threads sleep instead of spinning: with several workers and two cores, spinning is most of what they would do.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import torch  # noqa: E402  (after what its threads read when they start)
+import torch
 
 
 def pytest_configure() -> None:

@@ -70,11 +70,7 @@ def reference(
     axis = 1 if input.dim() > 1 else 0
     x = input.detach().double().movedim(axis, -1)  # the classes last, whatever the layout
     classes, e = x.size(-1), label_smoothing
-    w = (
-        torch.ones(classes, dtype=torch.double)
-        if weight is None
-        else weight.detach().double().reshape(classes)
-    )
+    w = torch.ones(classes, dtype=torch.double) if weight is None else weight.detach().double().reshape(classes)
     soft = is_soft(input, target)
 
     if classes:
@@ -99,9 +95,7 @@ def reference(
         curve = a.sum(-1, keepdim=True) * p - a
         curve_scale = a.abs().sum(-1, keepdim=True) * p * (1 + minus_lp.nan_to_num(posinf=0.0)) + a.abs()
     else:
-        y = (
-            target.detach().long().reshape(x.shape[:-1])
-        )  # ([1] for a (C,) input: native takes it for one position)
+        y = target.detach().long().reshape(x.shape[:-1])  # ([1] for a (C,) input: native takes it for one position)
         counts = y != ignore_index
         index = zero_if(~counts, y).unsqueeze(-1)
         hot = (1 - e) * (w[index.squeeze(-1)] if classes else torch.zeros(y.shape, dtype=torch.double))
@@ -173,9 +167,7 @@ def assert_as_exact(
     roundings: float = ROUNDINGS,
 ) -> None:
     """The pass rule of this module's first lines."""
-    assert ours.shape == exact.value.shape, (
-        f"{name}: shape {tuple(ours.shape)}, not {tuple(exact.value.shape)}"
-    )
+    assert ours.shape == exact.value.shape, f"{name}: shape {tuple(ours.shape)}, not {tuple(exact.value.shape)}"
     if not ours.numel():
         return
     rounded = exact.value.to(ours.dtype).double()
@@ -279,9 +271,7 @@ def check(
 
     seen = None if grad_output is None else grad_output.to(ours["loss"].dtype)
     exact = reference(input, target, weight, grad_output=seen, **options)
-    assert ours["loss"].dtype == (loss_dtype or native["loss"].dtype), (
-        f"loss is {ours['loss'].dtype} ({reason})"
-    )
+    assert ours["loss"].dtype == (loss_dtype or native["loss"].dtype), f"loss is {ours['loss'].dtype} ({reason})"
     assert ours["loss"].is_contiguous()
     assert ours.keys() == native.keys()
     for name, result in ours.items():

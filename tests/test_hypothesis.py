@@ -29,17 +29,13 @@ seeds = st.integers(0, 2**32 - 1)
 @st.composite
 def shapes(draw: st.DrawFn) -> tuple[int, ...]:
     """(C,), (N, C) and (N, C, d1..dK), at most about 20,000 elements."""
-    inner = draw(
-        st.lists(st.one_of(st.integers(0, 5), st.sampled_from([1, 15, 16, 17, 33, 130])), max_size=4)
-    )
+    inner = draw(st.lists(st.one_of(st.integers(0, 5), st.sampled_from([1, 15, 16, 17, 33, 130])), max_size=4))
     inner = inner if prod(max(size, 1) for size in inner) <= 600 else inner[:1]
     classes = draw(class_counts)
     if prod(inner) * classes > 10_000:
         classes = classes % 33 + 1
     batch = draw(st.integers(0, 9))
-    return draw(
-        st.sampled_from([(classes,), (batch, classes), (batch, classes, *inner), (batch, classes, *inner)])
-    )
+    return draw(st.sampled_from([(classes,), (batch, classes), (batch, classes, *inner), (batch, classes, *inner)]))
 
 
 @st.composite
@@ -56,9 +52,7 @@ def laid_out(draw: st.DrawFn, value: Tensor) -> Tensor:
     cut = draw(st.lists(st.integers(0, d - 1), max_size=2)) if value.numel() and d else []
     step = {i: draw(st.sampled_from([1, 2, 3])) for i in cut}
     margin = {i: draw(st.sampled_from([0, 1, 2])) for i in cut}
-    return place(small, order=order, step=step, margin=margin, offset=draw(st.integers(0, 3))).expand_as(
-        value
-    )
+    return place(small, order=order, step=step, margin=margin, offset=draw(st.integers(0, 3))).expand_as(value)
 
 
 def random(seed: int) -> torch.Generator:
@@ -113,10 +107,9 @@ def test_class_indices(data: st.DataObject) -> None:
     y = torch.randint(classes, positions_of(x), generator=random(data.draw(seeds)))
     ignore_index = data.draw(st.sampled_from([-100, 0, classes - 1, -1, 2**40]))
     if torch.iinfo(integer).min <= ignore_index <= torch.iinfo(integer).max:
-        y[
-            torch.rand(y.shape, generator=random(data.draw(seeds)))
-            < data.draw(st.sampled_from([0.0, 0.3, 1.0]))
-        ] = ignore_index
+        y[torch.rand(y.shape, generator=random(data.draw(seeds))) < data.draw(st.sampled_from([0.0, 0.3, 1.0]))] = (
+            ignore_index
+        )
     if y.shape == x.shape:  # (0, 0) and the like: by their shapes they would be probabilities
         return
     y = data.draw(laid_out(y.to(integer)))
@@ -145,9 +138,7 @@ def test_minus_infinity_and_ignored_nan(data: st.DataObject) -> None:
     y = torch.randint(x.size(axis), positions_of(x), generator=random(data.draw(seeds)))
     masked = torch.rand(x.shape, generator=random(data.draw(seeds))) < data.draw(st.sampled_from([0.2, 0.9]))
     masked = masked.scatter(axis, y.unsqueeze(axis), data.draw(st.integers(0, 4)) == 0)
-    masked.select(axis, data.draw(st.integers(0, x.size(axis) - 1))).fill_(
-        False
-    )  # (all -inf: NaN, elsewhere)
+    masked.select(axis, data.draw(st.integers(0, x.size(axis) - 1))).fill_(False)  # (all -inf: NaN, elsewhere)
     x[masked] = float("-inf")
     ignored = torch.rand(y.shape, generator=random(data.draw(seeds))) < data.draw(st.sampled_from([0.0, 0.5]))
     if y.shape == x.shape:

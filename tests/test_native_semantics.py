@@ -201,11 +201,7 @@ def test_autocast(half: torch.dtype) -> None:
                 with torch.autocast("cpu", dtype=half):
                     loss = ext.cross_entropy(logits, t, w, label_smoothing=e, reduction=reduction)
                     native = F.cross_entropy(logits, t, w, label_smoothing=e, reduction=reduction)
-                assert (
-                    loss.dtype
-                    == native.dtype
-                    == (torch.float64 if t.dtype == torch.float64 else torch.float32)
-                )
+                assert loss.dtype == native.dtype == (torch.float64 if t.dtype == torch.float64 else torch.float32)
                 torch.testing.assert_close(loss, native, rtol=1e-6, atol=1e-6)
                 (grad,) = torch.autograd.grad(loss.sum(), logits)
                 (wanted,) = torch.autograd.grad(native.sum(), logits)
@@ -215,9 +211,7 @@ def test_autocast(half: torch.dtype) -> None:
         assert ext.cross_entropy(randn(6, 9).double(), target).dtype == torch.float64
         assert ext.cross_entropy(randn(6, 9), target).dtype == torch.float32
         assert CrossEntropyLoss(weight)(logits, target).dtype == torch.float32
-        assert_error(
-            RuntimeError, "expected scalar type Double but found Float", randn(6, 9).double(), target, weight
-        )
+        assert_error(RuntimeError, "expected scalar type Double but found Float", randn(6, 9).double(), target, weight)
     with torch.autocast("cpu", dtype=half, enabled=False):
         assert ext.cross_entropy(logits, target).dtype == half
 
@@ -244,18 +238,12 @@ def test_errors_of_shapes() -> None:
     x = randn(2, 3)
     assert_error(ValueError, "Expected input batch_size (2) to match target batch_size (3).", x, long(3))
     assert_error(ValueError, "Expected input batch_size (2) to match target batch_size (0).", x, long())
-    assert_error(
-        ValueError, "For 1D input, 1D target must have size 1, but got target size: 2", randn(3), long(2)
-    )
+    assert_error(ValueError, "For 1D input, 1D target must have size 1, but got target size: 2", randn(3), long(2))
     for input, target in [(x, long(2, 1)), (x, randn(2, 4)), (randn(3), long(1, 1)), (x, long(2, 3, 1))]:
-        assert_error(
-            RuntimeError, "0D or 1D target tensor expected, multi-target not supported", input, target
-        )
+        assert_error(RuntimeError, "0D or 1D target tensor expected, multi-target not supported", input, target)
     assert_error(RuntimeError, "Expected target size [2, 4], got [2, 5]", randn(2, 3, 4), long(2, 5))
     assert_error(RuntimeError, "Expected target size [2, 4], got [2]", randn(2, 3, 4), long(2))
-    assert_error(
-        RuntimeError, "Expected target size [2, 4, 5, 6], got [2, 4, 5]", randn(2, 3, 4, 5, 6), long(2, 4, 5)
-    )
+    assert_error(RuntimeError, "Expected target size [2, 4, 5, 6], got [2, 4, 5]", randn(2, 3, 4, 5, 6), long(2, 4, 5))
     spatial = "only batches of spatial targets supported (3D tensors) but got targets of dimension: "
     assert_error(RuntimeError, spatial + "2", randn(2, 3, 4, 5), long(2, 4))
     assert_error(RuntimeError, spatial + "4", randn(2, 3, 4, 5), long(2, 4, 5, 1))
@@ -308,9 +296,7 @@ def test_every_pair_of_shapes_does_what_it_does_in_native(e: float) -> None:
     for shape, target_shape in itertools.product(SHAPES, SHAPES):
         for weight in (None, torch.ones(3), torch.ones(2), torch.ones(1, 3)):
             for target in (long(*target_shape), randn(*target_shape)):
-                accepted += isinstance(
-                    assert_same_outcome(randn(*shape), target, weight, label_smoothing=e), Tensor
-                )
+                accepted += isinstance(assert_same_outcome(randn(*shape), target, weight, label_smoothing=e), Tensor)
     assert accepted > 50
 
 
@@ -470,9 +456,7 @@ def test_errors_of_argument_kinds() -> None:
     assert_error(TypeError, kind.format("ignore_index", 5, "int", "NoneType"), x, y, ignore_index=None)
     assert_error(TypeError, kind.format("ignore_index", 5, "int", "float"), x, y, ignore_index=1.0)
     assert_error(TypeError, kind.format("label_smoothing", 6, "float", "str"), x, y, label_smoothing="0.1")
-    assert_error(
-        TypeError, kind.format("label_smoothing", 6, "float", "NoneType"), x, y, label_smoothing=None
-    )
+    assert_error(TypeError, kind.format("label_smoothing", 6, "float", "NoneType"), x, y, label_smoothing=None)
     values = [
         None,
         "mean",
@@ -498,9 +482,7 @@ def test_errors_of_argument_kinds() -> None:
     for arguments in [(), (x,), (None, None), ([1.0], [0])]:
         assert outcome(ext.cross_entropy, *arguments)[0] is TypeError
     with pytest.raises(TypeError):
-        ext.cross_entropy(
-            x, y, None, None, -100, None, "mean", 0.0, torch.float32
-        )  # the extras are keyword-only
+        ext.cross_entropy(x, y, None, None, -100, None, "mean", 0.0, torch.float32)  # the extras are keyword-only
     with pytest.raises(TypeError):
         ext.cross_entropy(x, y, no_such_option=1)
 
@@ -564,9 +546,7 @@ def with_faults(shape: tuple[int, ...], soft: bool, faults: list[dict]) -> tuple
         if settings.keys() & fault.keys():
             return None  # both about the same argument
         settings |= fault
-    options = {
-        name: settings[name] for name in ("reduction", "label_smoothing", "ignore_index") if name in settings
-    }
+    options = {name: settings[name] for name in ("reduction", "label_smoothing", "ignore_index") if name in settings}
     x = settings.get("input", lambda x: x)(randn(*shape))
     y = randn(*shape).softmax(1) if soft else long(shape[0], *shape[2:])
     if "label" in settings:
@@ -663,10 +643,7 @@ def test_elementwise_mean() -> None:
     x, y = randn(4, 3), torch.tensor([0, 1, 2, -100])
     with pytest.warns(UserWarning) as caught:
         loss = ext.cross_entropy(x, y, reduction="elementwise_mean")
-    assert (
-        str(caught[0].message)
-        == "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead."
-    )
+    assert str(caught[0].message) == "reduction='elementwise_mean' is deprecated. Please use reduction='mean' instead."
     assert torch.equal(loss, ext.cross_entropy(x, y))
 
 

@@ -40,9 +40,7 @@ def test_logits_and_a_label(logits: tuple[float, ...], label: int, loss: float, 
         assert form(x, one_hot).item() == pytest.approx(by_hand, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("logits", "label"), [((2, 1, 0.1), 0), ((1, 2), 1), ((2, 1, -1), 1), ((0.5, 2.5, -0.5), 2)]
-)
+@pytest.mark.parametrize(("logits", "label"), [((2, 1, 0.1), 0), ((1, 2), 1), ((2, 1, -1), 1), ((0.5, 2.5, -0.5), 2)])
 def test_the_gradient_is_p_minus_y(logits: tuple[float, ...], label: int) -> None:
     z = torch.tensor(logits, dtype=torch.double, requires_grad=True)
     cross_entropy(z, torch.tensor(label)).backward()
@@ -64,16 +62,12 @@ P, Q = (0.7, 0.2, 0.1), (0.6, 0.3, 0.1)
 
 def cross_entropy_of(p: tuple[float, ...], q: tuple[float, ...]) -> float:
     """H(p, q): the logits are log q, so that softmax gives q back."""
-    return cross_entropy(
-        torch.tensor(q, dtype=torch.double).log(), torch.tensor(p, dtype=torch.double)
-    ).item()
+    return cross_entropy(torch.tensor(q, dtype=torch.double).log(), torch.tensor(p, dtype=torch.double)).item()
 
 
 def test_two_distributions() -> None:
     assert cross_entropy_of(P, Q) == three_digits(0.829)
-    assert cross_entropy_of(P, Q) == pytest.approx(
-        -sum(p * math.log(q) for p, q in zip(P, Q, strict=True)), rel=1e-12
-    )
+    assert cross_entropy_of(P, Q) == pytest.approx(-sum(p * math.log(q) for p, q in zip(P, Q, strict=True)), rel=1e-12)
 
 
 def test_cross_entropy_is_entropy_plus_divergence() -> None:
@@ -111,9 +105,9 @@ def test_binary_cross_entropy_is_the_case_of_two_classes() -> None:
 def test_a_guess_costs_log_of_the_number_of_classes() -> None:
     """The loss of an untrained network: the first thing to look at."""
     for classes in (2, 10, 1000, 50257):
-        assert cross_entropy(
-            torch.zeros(3, classes), torch.tensor([0, 1, classes - 1])
-        ).item() == pytest.approx(math.log(classes))
+        assert cross_entropy(torch.zeros(3, classes), torch.tensor([0, 1, classes - 1])).item() == pytest.approx(
+            math.log(classes)
+        )
 
 
 def test_a_common_offset_changes_nothing() -> None:

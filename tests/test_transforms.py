@@ -41,9 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cross_entropy_ext import CrossEntropyLoss
 
 BOTH = (cross_entropy, native)
-few = named(
-    "mean", "none", "weights_smoothing_ignored", "kdim", "transposed", "soft_weights_smoothing", "no_batch"
-)
+few = named("mean", "none", "weights_smoothing_ignored", "kdim", "transposed", "soft_weights_smoothing", "no_batch")
 
 
 def both(function):
@@ -156,9 +154,7 @@ def test_vmap_of_weights():
     logits, weight = normal(4, 5), torch.rand(3, 5, dtype=torch.float64) + 0.5
     for target in (labels(5, 4), soft(4, 5)):
         both(lambda f, t=target: vmap(lambda w: f(logits, t, w, reduction="sum"))(weight))
-        both(
-            lambda f, t=target: vmap(lambda x, w: f(x, t, w, label_smoothing=0.1), (None, 0))(logits, weight)
-        )
+        both(lambda f, t=target: vmap(lambda x, w: f(x, t, w, label_smoothing=0.1), (None, 0))(logits, weight))
 
 
 def test_vmap_nested():
@@ -202,10 +198,7 @@ def test_extras_survive_the_native_fallback():
     loss = cross_entropy(tagged, torch.tensor([1, 3, 0]), loss_dtype=torch.float64)
     assert loss.dtype == torch.float64 and type(loss) is Tagged
     assert cross_entropy(x, ignored, label_smoothing=0, empty="zero") == 0  # an int, where a float is usual
-    assert (
-        cross_entropy(x, torch.tensor([1, 3, 0]), label_smoothing=1, loss_dtype=torch.float64).dtype
-        == torch.float64
-    )
+    assert cross_entropy(x, torch.tensor([1, 3, 0]), label_smoothing=1, loss_dtype=torch.float64).dtype == torch.float64
     sparse = x.softmax(1).to_sparse()
     assert cross_entropy(x, sparse, loss_dtype=torch.float64).dtype == torch.float64
 
@@ -214,9 +207,7 @@ def test_errors_inside_transforms():
     """A wrong shape is the same error inside vmap and grad as outside."""
     x, t = normal(3, 4), labels(4, 2)
     for transform in (lambda f: grad(f)(x, t), lambda f: vmap(f, (0, None))(x.expand(2, 3, 4), t)):
-        with pytest.raises(
-            ValueError, match=r"Expected input batch_size \(3\) to match target batch_size \(2\)"
-        ):
+        with pytest.raises(ValueError, match=r"Expected input batch_size \(3\) to match target batch_size \(2\)"):
             transform(cross_entropy)
 
 
@@ -252,9 +243,7 @@ def test_forward_ad_of_the_target_only(sample):
     found = []
     for loss in BOTH:
         with fwad.dual_level():
-            found.append(
-                tuple(fwad.unpack_dual(loss(logits, fwad.make_dual(target, target.square()), **options)))
-            )
+            found.append(tuple(fwad.unpack_dual(loss(logits, fwad.make_dual(target, target.square()), **options))))
     close(*found)
 
 
@@ -392,9 +381,7 @@ def one_rank_mesh():
         pytest.skip("a process group exists already")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     try:
-        torch.distributed.init_process_group(
-            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     except RuntimeError as error:
         pytest.skip(f"gloo found no network interface: {error}")
     yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
@@ -620,9 +607,7 @@ def test_compiled_transforms(transform):
     logits, target = normal(4, 5), labels(5, 4)
     if transform(native) is not None:
         expected = transform(native)(logits, target)
-        compiled = torch.compile(
-            lambda x, t: transform(cross_entropy)(x, t), fullgraph=True, backend="aot_eager"
-        )
+        compiled = torch.compile(lambda x, t: transform(cross_entropy)(x, t), fullgraph=True, backend="aot_eager")
         close(compiled(logits, target), expected)
     torch._dynamo.reset()
 

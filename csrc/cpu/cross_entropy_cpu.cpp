@@ -3,9 +3,6 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/empty_strided.h>
-#include <ATen/ops/result_type.h>
-#include <ATen/ops/scalar_tensor.h>
 #include <ATen/Version.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
@@ -73,8 +70,8 @@ void merge_dimensions(Problem& problem, std::initializer_list<View*> views) {
     const int64_t size = problem.size[d];
     if (size == 1) continue;
     const bool merges = last >= 0 && std::all_of(views.begin(), views.end(), [&](const View* view) {
-      return view->stride[last] == size * view->stride[d];
-    });
+                          return view->stride[last] == size * view->stride[d];
+                        });
     if (merges) {
       problem.size[last] *= size;
     } else {
@@ -116,9 +113,7 @@ void describe(Problem& problem, const at::Tensor& logits, const at::Tensor& targ
     problem.size[problem.dims++] = logits.size(d);
     problem.positions *= logits.size(d);
   }
-  problem.kind = soft                  ? TargetKind::kSoft
-                 : label_smoothing > 0 ? TargetKind::kSmoothedIndex
-                                       : TargetKind::kIndex;
+  problem.kind = soft ? TargetKind::kSoft : label_smoothing > 0 ? TargetKind::kSmoothedIndex : TargetKind::kIndex;
   problem.arithmetic_in_double = arithmetic == at::kDouble;
   problem.label_smoothing = label_smoothing;
   problem.ignore_index = ignore_index;
@@ -138,8 +133,8 @@ void describe(Problem& problem, const at::Tensor& logits, const at::Tensor& targ
 
 // ---- threads --------------------------------------------------------------------------------------------------------
 
-// Positions are cut into pieces of a size that follows from the shape alone, so that the order in which sums are formed,
-// and with it every bit of the result, is the same for any number of threads.
+// Positions are cut into pieces of a size that follows from the shape alone, so that the order in which sums are
+// formed, and with it every bit of the result, is the same for any number of threads.
 int64_t piece_size(const Problem& problem) {
   constexpr int64_t kElements = 16384;
   const int64_t positions = std::max<int64_t>(1, kElements / std::max<int64_t>(1, problem.classes));
@@ -211,8 +206,8 @@ Backward backward_problem(const at::Tensor& grad_logits, const at::Tensor& grad_
   problem.scale = scale;
   if (grad_logits.defined()) problem.grad_logits = view_with_classes(grad_logits);
   if (grad_target.defined()) problem.grad_target = view_with_classes(grad_target);
-  merge_dimensions(problem, {&problem.logits, &problem.target, &problem.grad_output, &problem.grad_logits,
-                             &problem.grad_target});
+  merge_dimensions(
+      problem, {&problem.logits, &problem.target, &problem.grad_output, &problem.grad_logits, &problem.grad_target});
   problem.lanes = choose_lanes(problem);
   const bool inplace = grad_logits.defined() && grad_logits.is_alias_of(logits);
   problem.stream = !inplace && is_larger_than_caches(logits);
@@ -222,14 +217,6 @@ Backward backward_problem(const at::Tensor& grad_logits, const at::Tensor& grad_
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-// Up to this size, reductions make the gradient in the forward, piece by piece while the logits are in the cache: one
-// read of them instead of two. The gradient then takes its memory from the forward on, which larger ones do not.
-constexpr int64_t kOnePassBytes = int64_t{64} << 20;
-
-bool one_pass_pays(const at::Tensor& logits, int64_t reduction) {
-  return reduction != kNone && logits.numel() * logits.element_size() <= kOnePassBytes;
-}
-
 // The forward kernel itself makes the gradient where all of a position's exponentials are still at hand: in rows of one
 // block, and in tiles of one.
 bool kernel_makes_gradient(const Problem& problem) {
@@ -238,6 +225,16 @@ bool kernel_makes_gradient(const Problem& problem) {
                    problem.classes <= kBlockVectors * kernels().vector_bytes / size;
   const bool tile = problem.classes < kFewClasses && problem.classes <= kTileBytes / kTile / size;
   return problem.kind == TargetKind::kIndex && (row || tile);
+}
+
+void store_scalar(const at::Tensor& scalar, double value) {
+  void* data = scalar.mutable_data_ptr();
+  switch (element_type(scalar.scalar_type())) {
+    case ElementType::kFloat16: *static_cast<Float16*>(data) = to_float16(float(value)); break;
+    case ElementType::kBFloat16: *static_cast<BFloat16*>(data) = to_bfloat16(float(value)); break;
+    case ElementType::kFloat32: *static_cast<float*>(data) = float(value); break;
+    default: *static_cast<double*>(data) = value;
+  }
 }
 
 Sums sum_pieces(const std::vector<Sums>& pieces) {
@@ -266,7 +263,7 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
   at::Tensor lse = at::empty({soft ? 3 : 2, positions}, logits.options().dtype(arithmetic));
   at::Tensor denominator = at::empty({}, logits.options().dtype(at::kDouble));
   at::Tensor grad_logits;
-  if (gradient_wanted && one_pass_pays(logits, reduction)) grad_logits = empty_gradient(logits);
+  if (gradient_wanted) grad_logits = empty_gradient(logits);
 
   Forward problem;
   describe(problem, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
@@ -316,7 +313,8 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
     const Sums sums = sum_pieces(pieces);
     if (reduction == kMean) divide_by = mean_denominator(problem, sums);
     if (empty_is_zero && divide_by == 0 && sums.loss == 0) divide_by = 1;
-    loss = at::scalar_tensor(sums.loss / divide_by, logits.options().dtype(loss_dtype));
+    loss = at::empty({}, logits.options().dtype(loss_dtype));
+    store_scalar(loss, sums.loss / divide_by);
   }
   *denominator.mutable_data_ptr<double>() = divide_by;
   return {loss, lse, denominator, grad_logits};
@@ -325,14 +323,15 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
 ForwardResult forward_cpu(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                           int64_t reduction, int64_t ignore_index, double label_smoothing, at::ScalarType loss_dtype,
                           bool empty_is_zero) {
-  auto [loss, lse, denominator, grad_logits] = run_forward(logits, target, weight, reduction, ignore_index,
-                                                           label_smoothing, loss_dtype, empty_is_zero, false);
+  auto [loss, lse, denominator, grad_logits] =
+      run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, false);
   return {loss, lse, denominator};
 }
 
 ForwardBackwardResult forward_backward_cpu(const at::Tensor& logits, const at::Tensor& target,
                                            const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                            double label_smoothing, at::ScalarType loss_dtype, bool empty_is_zero) {
+  TORCH_CHECK(reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
   return run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, true);
 }
 
@@ -357,12 +356,11 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
 
   const View grad_view = reduction == kNone ? view_of_positions(grad_output)
                                             : View{data_of(grad_output), element_type(grad_output.scalar_type())};
-  Backward problem = backward_problem(grad_logits, grad_target, grad_view, 1 / denominator.item<double>(), logits, target,
-                                      weights, arithmetic, lse, ignore_index, label_smoothing);
+  Backward problem = backward_problem(grad_logits, grad_target, grad_view, 1 / denominator.item<double>(), logits,
+                                      target, weights, arithmetic, lse, ignore_index, label_smoothing);
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
-  for_each_piece(problem,
-                 [&](int64_t, int64_t begin, int64_t end) { kernels().backward(problem, begin, end); });
+  for_each_piece(problem, [&](int64_t, int64_t begin, int64_t end) { kernels().backward(problem, begin, end); });
   raise_bad_target(target, bad_position);
 }
 

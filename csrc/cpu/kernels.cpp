@@ -10,19 +10,19 @@
 #include "simd.h"
 
 // `forward` and `backward` of one instruction set.
-#define XENT_DEFINE_KERNELS(name)                                                              \
-  static void forward(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {        \
-    problem.arithmetic_in_double ? forward_positions<double>(problem, begin, end, sums)        \
-                                 : forward_positions<float>(problem, begin, end, sums);        \
-  }                                                                                            \
-  static void backward(const Backward& problem, int64_t begin, int64_t end) {                  \
-    problem.arithmetic_in_double ? backward_positions<double>(problem, begin, end)             \
-                                 : backward_positions<float>(problem, begin, end);             \
-  }                                                                                            \
-  static void sum_weights(const Problem& problem, int64_t begin, int64_t end, Sums& sums) {     \
-    problem.arithmetic_in_double ? sum_target_weights<double>(problem, begin, end, sums)       \
-                                 : sum_target_weights<float>(problem, begin, end, sums);       \
-  }                                                                                            \
+#define XENT_DEFINE_KERNELS(name)                                                           \
+  static void forward(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {     \
+    problem.arithmetic_in_double ? forward_positions<double>(problem, begin, end, sums)     \
+                                 : forward_positions<float>(problem, begin, end, sums);     \
+  }                                                                                         \
+  static void backward(const Backward& problem, int64_t begin, int64_t end) {               \
+    problem.arithmetic_in_double ? backward_positions<double>(problem, begin, end)          \
+                                 : backward_positions<float>(problem, begin, end);          \
+  }                                                                                         \
+  static void sum_weights(const Problem& problem, int64_t begin, int64_t end, Sums& sums) { \
+    problem.arithmetic_in_double ? sum_target_weights<double>(problem, begin, end, sums)    \
+                                 : sum_target_weights<float>(problem, begin, end, sums);    \
+  }                                                                                         \
   constexpr Kernels kKernels{name, SIMD_BYTES, forward, backward, sum_weights};
 
 namespace xent {

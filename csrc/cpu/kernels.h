@@ -9,8 +9,8 @@ namespace xent {
 // this many terms before the sum goes on in double.
 constexpr int64_t kBlockVectors = 128;
 
-// The position-lane kernels take this many positions at a time, and as many of their classes as fit a buffer that shares
-// the first-level cache with the sums.
+// The position-lane kernels take this many positions at a time, and as many of their classes as fit a buffer that
+// shares the first-level cache with the sums.
 constexpr int64_t kTile = 256;
 constexpr int64_t kTileBytes = 32768;
 

@@ -3,8 +3,8 @@
 // buffer, for any other stride.
 //
 // The forward reads the logits from memory once: a block's maximum and then its sum of exponentials are taken while the
-// block is in the first-level cache, and the sums so far are rescaled when a block raises the maximum. The backward reads
-// them once more and writes the gradient, softmax(x) = exp(x - lse).
+// block is in the first-level cache, and the sums so far are rescaled when a block raises the maximum. The backward
+// reads them once more and writes the gradient, softmax(x) = exp(x - lse).
 
 template <class T>
 constexpr int64_t kBlock = kBlockVectors * kLanes<T>;
@@ -103,7 +103,8 @@ XENT_INLINE void add_block(RowSums<T>& sums, const T* x, const T* a, int64_t n, 
 // The dense part of the coefficients, for the classes [c, c + n) of a position:
 // w_c for a smoothed index (its share of e / C is applied to the sums), w_c ((1 - e) q_c + e / C) for a soft target.
 template <class T>
-XENT_INLINE const T* dense_coefficients(T* buffer, const Problem& problem, int64_t target_offset, int64_t c, int64_t n) {
+XENT_INLINE const T* dense_coefficients(T* buffer, const Problem& problem, int64_t target_offset, int64_t c,
+                                        int64_t n) {
   const T* weight = static_cast<const T*>(problem.weight);
   if (problem.kind == TargetKind::kSoft) {
     const int64_t stride = problem.target.class_stride;
@@ -129,8 +130,8 @@ static void zero_gradient(const Problem& problem, const View& view, const Cursor
   const T zeros[64] = {};
   const int64_t offset = cursor.offset(view);
   for (int64_t c = 0; c < problem.classes; c += 64) {
-    write_from(zeros, view, offset + c * view.class_stride, view.class_stride, std::min<int64_t>(64, problem.classes - c),
-               stream);
+    write_from(zeros, view, offset + c * view.class_stride, view.class_stride,
+               std::min<int64_t>(64, problem.classes - c), stream);
   }
 }
 
@@ -188,8 +189,10 @@ static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, 
         loss = index_loss((1 - problem.label_smoothing) * w, share, gap, row.spread, row.mass, log_sum);
         sums.weight += w;
         if constexpr (one_pass) {
-          const T factor = T(problem.scale * w / (row.ties + row.rest));
-          const T own = T(problem.scale) * one_target_gradient(T(w), T(0), T(0), T(-gap - log_sum));
+          // The softmax of the target minus one: exact, for a target at the maximum has the exponential 1 and is a tie.
+          const double minus_others = (double(exponentials[y]) - row.ties) - row.rest;
+          const double factor_exact = problem.scale * w / (row.ties + row.rest);
+          const T factor = T(factor_exact), own = T(factor_exact * minus_others);
           scaled_exponentials(problem, cursor, exponentials, factor, y, own);
         }
       }
@@ -234,7 +237,8 @@ template <class T, TargetKind kind>
 XENT_INLINE Vector<T> gradient(const GradientTerms<T>& terms, Vector<T> x, Vector<T> a) {
   if constexpr (kind != TargetKind::kIndex) {
     const Vector<T> coefficient = kind == TargetKind::kSoft ? a : terms.share * a;
-    return terms.scale * plain_gradient(broadcast(terms.total * terms.correction), exp(x - terms.lse_rounded), coefficient);
+    return terms.scale *
+           plain_gradient(broadcast(terms.total * terms.correction), exp(x - terms.lse_rounded), coefficient);
   } else {
     return (terms.scale * terms.total * terms.correction) * exp(x - terms.lse_rounded);
   }
@@ -280,8 +284,8 @@ static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end
     const T scale = T(read_one<double>(problem.grad_output, cursor.offset(problem.grad_output)) * problem.scale);
     const T hit = soft ? T(0) : keep * (weight ? weight[y] : T(1));
     const T rest_of_total = soft ? lse[2 * problem.positions + p] : T(problem.smoothed_total);
-    const GradientTerms<T> terms{scale, hit + rest_of_total, soft ? T(1) : share, lse[p], lse[problem.positions + p],
-                                 T(::exp(-double(lse[problem.positions + p])))};
+    const GradientTerms<T> terms{scale,  hit + rest_of_total,        soft ? T(1) : share,
+                                 lse[p], lse[problem.positions + p], T(::exp(-double(lse[problem.positions + p])))};
     for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
       const int64_t n = std::min(kBlock<T>, problem.classes - c);
       const int64_t stride = problem.logits.class_stride;
@@ -322,11 +326,8 @@ static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end
 template <class T>
 static void backward_rows(const Backward& problem, int64_t begin, int64_t end) {
   switch (problem.kind) {
-    case TargetKind::kIndex:
-      return backward_rows_of<T, TargetKind::kIndex>(problem, begin, end);
-    case TargetKind::kSmoothedIndex:
-      return backward_rows_of<T, TargetKind::kSmoothedIndex>(problem, begin, end);
-    case TargetKind::kSoft:
-      return backward_rows_of<T, TargetKind::kSoft>(problem, begin, end);
+    case TargetKind::kIndex: return backward_rows_of<T, TargetKind::kIndex>(problem, begin, end);
+    case TargetKind::kSmoothedIndex: return backward_rows_of<T, TargetKind::kSmoothedIndex>(problem, begin, end);
+    case TargetKind::kSoft: return backward_rows_of<T, TargetKind::kSoft>(problem, begin, end);
   }
 }

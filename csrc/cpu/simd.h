@@ -1,16 +1,15 @@
-// One body of code for several instruction sets, in one translation unit and without compiler flags: kernels.cpp includes
-// the .inl files once inside a namespace per target, between SIMD_TARGET_BEGIN and SIMD_TARGET_END, with SIMD_BYTES set
-// to the width of a register.
+// One body of code for several instruction sets, in one translation unit and without compiler flags: kernels.cpp
+// includes the .inl files once inside a namespace per target, between SIMD_TARGET_BEGIN and SIMD_TARGET_END, with
+// SIMD_BYTES set to the width of a register.
 //
-// Two rules keep code for a newer machine out of an older one: every standard header is included before the first target
-// begins (an inline function of theirs compiled for AVX-512 could be the copy that the linker keeps), and everything
-// inside has internal linkage.
+// Two rules keep code for a newer machine out of an older one: every standard header is included before the first
+// target begins (an inline function of theirs compiled for AVX-512 could be the copy that the linker keeps), and
+// everything inside has internal linkage.
 #pragma once
 
 #define SIMD_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
-#define SIMD_TARGET_BEGIN(isa) \
-  SIMD_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
+#define SIMD_TARGET_BEGIN(isa) SIMD_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
 #define SIMD_TARGET_END SIMD_PRAGMA(clang attribute pop)
 #else
 #define SIMD_TARGET_BEGIN(isa) SIMD_PRAGMA(GCC push_options) SIMD_PRAGMA(GCC target(isa))
@@ -26,7 +25,8 @@
 #define SIMD_X86 0
 #endif
 
-// Stores that go past the caches, and the fence that orders them before what follows; plain stores where there are none.
+// Stores that go past the caches, and the fence that orders them before what follows; plain stores where there are
+// none.
 #if defined(__clang__)
 #define SIMD_STREAM(p, v) __builtin_nontemporal_store(v, p)
 #elif SIMD_X86

@@ -96,7 +96,9 @@ XENT_INLINE V select(Mask mask, V a, V b) {
 // `b` where either is NaN. (gcc does not see that this is one instruction when `a` is a constant.)
 #if SIMD_X86 && !defined(__clang__) && SIMD_BYTES == 64
 XENT_INLINE FloatVector maximum(FloatVector a, FloatVector b) { return __builtin_ia32_maxps512_mask(a, b, b, -1, 4); }
-XENT_INLINE DoubleVector maximum(DoubleVector a, DoubleVector b) { return __builtin_ia32_maxpd512_mask(a, b, b, -1, 4); }
+XENT_INLINE DoubleVector maximum(DoubleVector a, DoubleVector b) {
+  return __builtin_ia32_maxpd512_mask(a, b, b, -1, 4);
+}
 #else
 template <class V>
 XENT_INLINE V maximum(V a, V b) {
@@ -128,9 +130,9 @@ XENT_INLINE T maximum_of_lanes(Vector<T> v) {
 }
 
 // exp(x) = 2^n exp(r), n = round(x / ln 2), r = x - n ln 2, exp(r) = 1 + r + r^2 P(r).
-// For x <= 0, as every exponent here is (the maximum, or the logarithm of the sum, has been subtracted); what is smaller
-// than half the least subnormal becomes zero, so exp(-inf) = 0. A NaN stays one.
-// P: minimax of the relative error of exp on [-ln 2 / 2, ln 2 / 2] with the first two terms fixed (Remez): 3.1e-9.
+// For x <= 0, as every exponent here is (the maximum, or the logarithm of the sum, has been subtracted); what is
+// smaller than half the least subnormal becomes zero, so exp(-inf) = 0. A NaN stays one. P: minimax of the relative
+// error of exp on [-ln 2 / 2, ln 2 / 2] with the first two terms fixed (Remez): 3.1e-9.
 XENT_INLINE FloatVector exp_polynomial(FloatVector r) {
   FloatVector p = r * 0.00138143207f + 0.00836885107f;
   p = p * r + 0.0416684011f;

@@ -3,8 +3,8 @@
 // classes would be mostly empty.
 //
 // A tile's block of classes is first copied to a buffer, [class][position]. Planes of an image often lie a power of two
-// apart, so that the cache lines which a tile needs of each plane would all fall into the same few sets of the cache and
-// drive each other out between the pass for the maximum and the pass for the sum.
+// apart, so that the cache lines which a tile needs of each plane would all fall into the same few sets of the cache
+// and drive each other out between the pass for the maximum and the pass for the sum.
 
 template <class T>
 constexpr int64_t kClassBlock = kTileBytes / sizeof(T) / kTile;
@@ -22,8 +22,8 @@ XENT_INLINE void prefetch(const View& view, int64_t offset, int64_t n) {
   for (int64_t i = 0; i < n * size; i += 64) __builtin_prefetch(p + i);
 }
 
-// The classes [c, c + classes) of the `count` positions from `cursor` on. Lanes past the end become zero. Runs along the
-// innermost dimension that are shorter than kShortRun are read one position after the other, all classes of each.
+// The classes [c, c + classes) of the `count` positions from `cursor` on. Lanes past the end become zero. Runs along
+// the innermost dimension that are shorter than kShortRun are read one position after the other, all classes of each.
 template <class T>
 static void read_tile(T* tile, Cursor cursor, int64_t count, const View& view, int64_t c, int64_t classes) {
   const int64_t inner = view.stride[cursor.problem.dims - 1];
@@ -130,7 +130,8 @@ struct TileSums {
     LaneSums<T, kind != TargetKind::kIndex> lanes;
     for (int64_t k = 0; k < classes; ++k) {
       T* const cell = x + k * kTile + v;
-      const Vector<T> exponential = lanes.add(load(cell), new_max, coefficient<T, kind>(problem, c + k, q + k * kTile + v));
+      const Vector<T> exponential =
+          lanes.add(load(cell), new_max, coefficient<T, kind>(problem, c + k, q + k * kTile + v));
       if constexpr (keep) store(cell, exponential);
     }
 
@@ -241,7 +242,8 @@ static void backward_tile(const Backward& problem, Cursor cursor, int64_t first,
   // The positions' terms as in rows.inl, one array each; ignored positions have a scale of zero.
   alignas(64) T scale[kTile], rest_of_total[kTile], lse_rounded[kTile], lse_lost[kTile];
   const T* const lse = static_cast<const T*>(problem.lse) + first;
-  for (int64_t i = count; i < whole_vectors<T>(count); ++i) scale[i] = rest_of_total[i] = lse_rounded[i] = lse_lost[i] = 0;
+  for (int64_t i = count; i < whole_vectors<T>(count); ++i)
+    scale[i] = rest_of_total[i] = lse_rounded[i] = lse_lost[i] = 0;
   read_positions(scale, cursor, count, problem.grad_output);
   for (int64_t i = 0; i < count; ++i) {
     scale[i] = targets.valid[i] != 0 ? T(double(scale[i]) * problem.scale) : T(0);
@@ -323,9 +325,7 @@ static void forward_tiles(const Forward& problem, int64_t begin, int64_t end, Su
       case TargetKind::kSmoothedIndex:
         forward_tile<T, TargetKind::kSmoothedIndex, false>(problem, cursor, first, count, sums);
         break;
-      case TargetKind::kSoft:
-        forward_tile<T, TargetKind::kSoft, false>(problem, cursor, first, count, sums);
-        break;
+      case TargetKind::kSoft: forward_tile<T, TargetKind::kSoft, false>(problem, cursor, first, count, sums); break;
     }
     cursor.skip(count);
   }
@@ -337,15 +337,11 @@ static void backward_tiles(const Backward& problem, int64_t begin, int64_t end) 
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t count = std::min(kTile, end - first);
     switch (problem.kind) {
-      case TargetKind::kIndex:
-        backward_tile<T, TargetKind::kIndex>(problem, cursor, first, count);
-        break;
+      case TargetKind::kIndex: backward_tile<T, TargetKind::kIndex>(problem, cursor, first, count); break;
       case TargetKind::kSmoothedIndex:
         backward_tile<T, TargetKind::kSmoothedIndex>(problem, cursor, first, count);
         break;
-      case TargetKind::kSoft:
-        backward_tile<T, TargetKind::kSoft>(problem, cursor, first, count);
-        break;
+      case TargetKind::kSoft: backward_tile<T, TargetKind::kSoft>(problem, cursor, first, count); break;
     }
     cursor.skip(count);
   }

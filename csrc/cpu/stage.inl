@@ -108,15 +108,14 @@ static void read_into(T* buffer, const View& view, int64_t offset, int64_t strid
       return read_elements(buffer, static_cast<const Float16*>(view.data) + offset, stride, n);
     case ElementType::kBFloat16:
       return read_elements(buffer, static_cast<const BFloat16*>(view.data) + offset, stride, n);
-    case ElementType::kFloat32:
-      return read_elements(buffer, static_cast<const float*>(view.data) + offset, stride, n);
-    default:
-      return read_elements(buffer, static_cast<const double*>(view.data) + offset, stride, n);
+    case ElementType::kFloat32: return read_elements(buffer, static_cast<const float*>(view.data) + offset, stride, n);
+    default: return read_elements(buffer, static_cast<const double*>(view.data) + offset, stride, n);
   }
 }
 
 template <class T>
-static void write_from(const T* buffer, const View& view, int64_t offset, int64_t stride, int64_t n, bool stream = false) {
+static void write_from(const T* buffer, const View& view, int64_t offset, int64_t stride, int64_t n,
+                       bool stream = false) {
   switch (view.type) {
     case ElementType::kFloat16:
       return write_elements(static_cast<Float16*>(view.data) + offset, buffer, stride, n, stream);
@@ -124,8 +123,7 @@ static void write_from(const T* buffer, const View& view, int64_t offset, int64_
       return write_elements(static_cast<BFloat16*>(view.data) + offset, buffer, stride, n, stream);
     case ElementType::kFloat32:
       return write_elements(static_cast<float*>(view.data) + offset, buffer, stride, n, stream);
-    default:
-      return write_elements(static_cast<double*>(view.data) + offset, buffer, stride, n, stream);
+    default: return write_elements(static_cast<double*>(view.data) + offset, buffer, stride, n, stream);
   }
 }
 
@@ -206,16 +204,11 @@ XENT_INLINE void read_integers(int64_t* out, const S* in, int64_t stride, int64_
 
 static void read_into(int64_t* buffer, const View& view, int64_t offset, int64_t stride, int64_t n) {
   switch (view.type) {
-    case ElementType::kUInt8:
-      return read_integers(buffer, static_cast<const uint8_t*>(view.data) + offset, stride, n);
-    case ElementType::kInt8:
-      return read_integers(buffer, static_cast<const int8_t*>(view.data) + offset, stride, n);
-    case ElementType::kInt16:
-      return read_integers(buffer, static_cast<const int16_t*>(view.data) + offset, stride, n);
-    case ElementType::kInt32:
-      return read_integers(buffer, static_cast<const int32_t*>(view.data) + offset, stride, n);
-    default:
-      return read_integers(buffer, static_cast<const int64_t*>(view.data) + offset, stride, n);
+    case ElementType::kUInt8: return read_integers(buffer, static_cast<const uint8_t*>(view.data) + offset, stride, n);
+    case ElementType::kInt8: return read_integers(buffer, static_cast<const int8_t*>(view.data) + offset, stride, n);
+    case ElementType::kInt16: return read_integers(buffer, static_cast<const int16_t*>(view.data) + offset, stride, n);
+    case ElementType::kInt32: return read_integers(buffer, static_cast<const int32_t*>(view.data) + offset, stride, n);
+    default: return read_integers(buffer, static_cast<const int64_t*>(view.data) + offset, stride, n);
   }
 }
 
