@@ -43,11 +43,11 @@ def cross_entropy(
 ) -> Tensor:
     r"""Cross entropy between logits and target: :func:`torch.nn.functional.cross_entropy` in one pass.
 
-    With coefficients :math:`a_c` from the target, the loss of one position is :math:`\sum_c a_c (\mathrm{lse}(x) - x_c)`:
-    for a class index :math:`y`, :math:`a_c = (1 - \varepsilon) w_y [c = y] + \frac{\varepsilon}{C} w_c`; for
-    probabilities :math:`q`, :math:`a_c = w_c ((1 - \varepsilon) q_c + \frac{\varepsilon}{C})`. The reduction ``'mean'``
-    divides by the sum of :math:`w_y` over the positions that are not ignored, or for probabilities by the number of
-    positions.
+    With coefficients :math:`a_c` made from the target, the loss of one position is
+    :math:`\sum_c a_c (\mathrm{lse}(x) - x_c)`: for a class index :math:`y`,
+    :math:`a_c = (1 - \varepsilon) w_y [c = y] + \frac{\varepsilon}{C} w_c`; for probabilities :math:`q`,
+    :math:`a_c = w_c ((1 - \varepsilon) q_c + \frac{\varepsilon}{C})`. The reduction ``'mean'`` divides by the sum of
+    :math:`w_y` over the positions that are not ignored, or for probabilities by the number of positions.
 
     Args:
         input: logits of shape (C), (N, C) or (N, C, d1, ..., dK), in float16, bfloat16, float32 or float64 and with any

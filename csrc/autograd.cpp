@@ -5,8 +5,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/FunctionalTensorWrapper.h>
-#include <ATen/MemoryOverlap.h>
-#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/log_softmax.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/softmax.h>
@@ -17,6 +16,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -226,16 +226,33 @@ bool can_overwrite(const at::Tensor& logits) {
          has_distinct_addresses(logits);
 }
 
+// Whether to make the gradient in the forward: for logits that need one and nothing else does, and that are to be kept
+// as they are, by plain evaluation. Hooks on saved tensors mean to save memory, which it would take.
+bool wants_one_pass(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
+                    bool inplace) {
+  return !inplace && logits.requires_grad() && !target.requires_grad() && !(weight && weight->requires_grad()) &&
+         is_concrete(logits) && one_pass_pays(logits, reduction) && !at::SavedTensorDefaultHooks::get_hooks();
+}
+
+// Whether a gradient for a grad_output of one can be scaled to another: not where it has been rounded to few bits or to
+// zero, unless only its exponent changes; nor by infinity or NaN, which ignored positions do not take.
+bool can_scale(at::ScalarType type, double scale) {
+  if (scale == 1) return true;
+  int exponent;
+  const bool power_of_two = std::abs(std::frexp(scale, &exponent)) == 0.5;
+  return std::isfinite(scale) && type != at::kHalf && (type != at::kBFloat16 || power_of_two);
+}
+
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* ctx, const Variable& logits, const Variable& target,
                                const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                               double label_smoothing, at::ScalarType loss_dtype, bool empty_is_zero, bool inplace) {
+                               double label_smoothing, at::ScalarType loss_dtype, bool empty_is_zero, bool inplace,
+                               bool one_pass) {
     const at::AutoDispatchBelowADInplaceOrView below;
     at::Tensor loss, lse, denominator, grad_logits;
-    if (!inplace && is_concrete(logits) && logits.requires_grad() && !target.requires_grad() &&
-        !(weight && weight->requires_grad()) && one_pass_pays(logits, reduction)) {
+    if (one_pass) {
       std::tie(loss, lse, denominator, grad_logits) =
           forward_backward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero);
       ctx->saved_data["grad_logits"] = grad_logits;
@@ -273,10 +290,10 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
                            weight.defined() && ctx->needs_input_grad(2)};
     const at::Tensor& grad = grads[0];
 
-    variable_list result(9);
+    variable_list result(10);
     if (ctx->saved_data.count("grad_logits") && wanted[0] && !c10::GradMode::is_enabled() && is_concrete(grad)) {
       const double scale = grad.item<double>();
-      if (scale == 1 || logits.scalar_type() != at::kHalf) {  // float16 would round what is yet to be scaled up
+      if (can_scale(logits.scalar_type(), scale)) {
         result[0] = gradient_from_forward(ctx, logits, target, weight, options);
         if (scale != 1) result[0].mul_(scale);
         return result;
@@ -316,8 +333,14 @@ at::Tensor cross_entropy_autograd(const at::Tensor& logits, const at::Tensor& ta
                                 empty_is_zero);
   }
   const auto type = loss_dtype.value_or(default_loss_dtype(logits, target, weight));
+  const bool needs_graph = logits.requires_grad() || target.requires_grad() || (weight && weight->requires_grad());
+  if (!needs_graph || !c10::GradMode::is_enabled()) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return std::get<0>(forward(logits, target, weight, reduction, ignore_index, label_smoothing, type, empty_is_zero));
+  }
   return CrossEntropyFunction::apply(logits, target, weight, reduction, ignore_index, label_smoothing, type,
-                                     empty_is_zero, inplace)[0];
+                                     empty_is_zero, inplace,
+                                     wants_one_pass(logits, target, weight, reduction, inplace))[0];
 }
 
 BackwardResult backward_autograd(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,

@@ -4,6 +4,8 @@ typedef float FloatVector __attribute__((vector_size(SIMD_BYTES)));
 typedef double DoubleVector __attribute__((vector_size(SIMD_BYTES)));
 typedef int32_t Int32Vector __attribute__((vector_size(SIMD_BYTES)));
 typedef int64_t Int64Vector __attribute__((vector_size(SIMD_BYTES)));
+typedef uint32_t Uint32Vector __attribute__((vector_size(SIMD_BYTES)));
+typedef uint64_t Uint64Vector __attribute__((vector_size(SIMD_BYTES)));
 
 template <class T>
 struct VectorOf;
@@ -186,10 +188,10 @@ XENT_INLINE DoubleVector times_power_of_two(DoubleVector p, const Reduced<Double
 }
 #else
 XENT_INLINE FloatVector times_power_of_two(FloatVector p, const Reduced<FloatVector>& x) {
-  return p * (FloatVector)(((Int32Vector)x.rounded << 23) + ((127 + 64) << 23)) * 0x1p-64f;
+  return p * (FloatVector)(((Uint32Vector)x.rounded << 23) + (uint32_t(127 + 64) << 23)) * 0x1p-64f;
 }
 XENT_INLINE DoubleVector times_power_of_two(DoubleVector p, const Reduced<DoubleVector>& x) {
-  return p * (DoubleVector)(((Int64Vector)x.rounded << 52) + (int64_t(1023 + 64) << 52)) * 0x1p-64;
+  return p * (DoubleVector)(((Uint64Vector)x.rounded << 52) + (uint64_t(1023 + 64) << 52)) * 0x1p-64;
 }
 #endif
 
