@@ -123,7 +123,9 @@ def _unusual(input, target, weight, ignore_index, reduction, label_smoothing, lo
         raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
     tensors = [input, target] if weight is None else [input, target, weight]
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        # Raises PyTorch's own TypeError.
+        # Raises PyTorch's own TypeError, or for a proxy of torch.fx records the native function.
+        if loss_dtype is not None or empty != "nan":
+            return _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero")
         return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     if not all(type(tensor) in _PLAIN for tensor in tensors):
         return _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero")
@@ -155,8 +157,18 @@ def _native(input, target, weight, ignore_index, reduction, label_smoothing, los
     indices = input.shape != target.shape
     if indices and target.dtype in (torch.int8, torch.int16, torch.int32, torch.uint8):
         target = target.long()
-    loss = F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    if empty_is_zero and reduction == "mean":
-        nothing = (target == ignore_index).all() if indices else target.numel() == 0
-        loss = torch.where(torch.as_tensor(nothing), 0, loss)
+    if loss_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise RuntimeError(f"loss_dtype must be float16, bfloat16, float32 or float64. Got: {loss_dtype}")
+    if empty_is_zero and reduction == "mean":  # 0 / 0 is to be 0, for the gradient too: divide by one there
+        total = F.cross_entropy(input, target, weight, None, ignore_index, None, "sum", label_smoothing)
+        if indices:
+            valid = target != ignore_index
+            counts = valid.double() if weight is None else weight.double()[torch.where(valid, target, 0)]
+            denominator = torch.where(valid, counts, 0).sum()
+        else:
+            denominator = torch.as_tensor(target[:, 0].numel() if target.dim() > 1 else 1)
+        loss = total / torch.where((denominator == 0) & (total == 0), 1, denominator)
+        loss = loss.to(total.dtype)
+    else:
+        loss = F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     return loss if loss_dtype is None else loss.to(loss_dtype)

@@ -50,6 +50,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of logits (C), (N, C) or (N, C, d1, ..., dK) against indices or probabilities."""
         if torch.jit.is_scripting():
+            assert self.empty == "nan" and self.loss_dtype is None, "TorchScript has the native loss and its arguments"
             return nn.functional.cross_entropy(
                 input,
                 target,

@@ -221,17 +221,20 @@ bool has_distinct_addresses(const at::Tensor& tensor) {
 
 // Not while a graph of the backward is being built, which needs the logits again, nor under tracing, where the compiler
 // plans memory; not for logits that are a view with arithmetic of its own, or that share addresses.
-bool can_overwrite(const at::Tensor& logits) {
+bool can_overwrite(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& weight) {
+  if (target.is_alias_of(logits) || (weight.defined() && weight.is_alias_of(logits))) return false;
   return !c10::GradMode::is_enabled() && is_concrete(logits) && !logits.is_neg() && !logits.is_inference() &&
          has_distinct_addresses(logits);
 }
 
 // Whether to make the gradient in the forward: for logits that need one and nothing else does, and that are to be kept
-// as they are, by plain evaluation. Hooks on saved tensors mean to save memory, which it would take.
+// as they are, by plain evaluation. float16 comes with a loss scale, for which it could not be used (see can_scale).
+// Hooks on saved tensors mean to save memory, which it would take.
 bool wants_one_pass(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
                     bool inplace) {
   return !inplace && logits.requires_grad() && !target.requires_grad() && !(weight && weight->requires_grad()) &&
-         is_concrete(logits) && one_pass_pays(logits, reduction) && !at::SavedTensorDefaultHooks::get_hooks();
+         logits.scalar_type() != at::kHalf && is_concrete(logits) && one_pass_pays(logits, reduction) &&
+         !at::SavedTensorDefaultHooks::get_hooks();
 }
 
 // Whether a gradient for a grad_output of one can be scaled to another: not where it has been rounded to few bits or to
@@ -299,13 +302,14 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
         return result;
       }
     }
+    if (ctx->saved_data.count("grad_logits")) ctx->saved_data["grad_logits"] = at::IValue();  // of no use: free it
     if (wanted[2]) result[2] = weight_gradient(grad, logits, target, weight, denominator, options);
-    if (wanted[0] && ctx->saved_data.count("inplace") && can_overwrite(logits)) {
+    if (wanted[0] && ctx->saved_data.count("inplace") && can_overwrite(logits, target, weight)) {
       const at::AutoDispatchBelowADInplaceOrView below;
+      logits.unsafeGetTensorImpl()->bump_version();  // whoever else saved the logits learns that they are gone
       const at::Tensor grad_target =
           backward_(grad, logits, target, optional(weight), lse, denominator, options.reduction, options.ignore_index,
                     options.label_smoothing, wanted[1]);
-      logits.unsafeGetTensorImpl()->bump_version();  // whoever else saved the logits learns that they are gone
       result[0] = logits.detach();
       if (wanted[1]) result[1] = grad_target;
     } else if (wanted[0] || wanted[1]) {
@@ -326,7 +330,7 @@ bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._
 at::Tensor cross_entropy_autograd(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                   int64_t reduction, int64_t ignore_index, double label_smoothing,
                                   std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace) {
-  check_options(label_smoothing, loss_dtype);
+  check_options(reduction, label_smoothing, loss_dtype);
   const bool forward_mode = has_tangent(logits) || has_tangent(target) || (weight && has_tangent(*weight));
   if (forward_mode || !is_supported(logits, target, weight, ignore_index, label_smoothing, loss_dtype)) {
     return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,

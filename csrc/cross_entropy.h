@@ -35,8 +35,8 @@ ForwardBackwardResult forward_backward(const at::Tensor& logits, const at::Tenso
                                        int64_t reduction, int64_t ignore_index, double label_smoothing,
                                        at::ScalarType loss_dtype, bool empty_is_zero);
 
-// Whether to make the gradient in the forward: one read of the logits instead of two, for memory that is taken earlier.
-// Decided by shape alone.
+// Whether logits of this size profit from making the gradient in the forward: one read instead of two, for memory that
+// is taken earlier.
 bool one_pass_pays(const at::Tensor& logits, int64_t reduction);
 
 // cross_entropy_ext::_backward -> gradients of the logits and of a soft target; empty where `wanted` says no.
@@ -63,7 +63,7 @@ at::ScalarType default_loss_dtype(const at::Tensor& logits, const at::Tensor& ta
 
 // Native takes a negative or NaN label_smoothing for zero; here it is an error, as one above 1 is natively.
 // So is a loss_dtype that is not one of a loss.
-void check_options(double label_smoothing, std::optional<at::ScalarType> loss_dtype);
+void check_options(int64_t reduction, double label_smoothing, std::optional<at::ScalarType> loss_dtype);
 
 // Whether the fused kernels take these arguments. Where they do not, native_cross_entropy does, or raises its own
 // error: there is one source of truth for messages and for corners not worth a kernel.

@@ -1,12 +1,15 @@
 // The operators of torch.ops.cross_entropy_ext: their schemas, what they accept, and the kernels that belong to no
 // device (Meta, autocast, transforms). Also the extension's own Python module.
+#include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ne.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
@@ -103,7 +106,8 @@ at::ScalarType arithmetic_type(const at::Tensor& logits, const at::Tensor& targe
   return default_loss_dtype(logits, target, weight) == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-void check_options(double label_smoothing, std::optional<at::ScalarType> loss_dtype) {
+void check_options(int64_t reduction, double label_smoothing, std::optional<at::ScalarType> loss_dtype) {
+  TORCH_CHECK(reduction >= kNone && reduction <= kSum, "reduction must be 0, 1 or 2. Got: ", reduction);
   TORCH_CHECK(!loss_dtype || is_logits_type(*loss_dtype),
               "loss_dtype must be float16, bfloat16, float32 or float64. Got: ", *loss_dtype);
   TORCH_CHECK(label_smoothing >= 0, "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
@@ -143,13 +147,24 @@ at::Tensor native_cross_entropy(const at::Tensor& logits, const at::Tensor& targ
   const auto native = [&](int64_t reduction) {
     return at::cross_entropy_loss(logits, native_target, weight, reduction, ignore_index, label_smoothing);
   };
-  at::Tensor loss = native(reduction);
-  if (empty_is_zero && reduction == kMean) {
-    const bool soft = is_soft(logits, target);
-    const at::Tensor nothing = soft ? target.new_zeros({}, at::kBool).fill_(target.sym_numel() == 0)
-                                    : native_target.ne(ignore_index).any().logical_not();
-    loss = at::where(nothing, loss.new_zeros({}), loss);
+  if (!empty_is_zero || reduction != kMean) {
+    const at::Tensor loss = native(reduction);
+    return loss_dtype ? loss.to(*loss_dtype) : loss;
   }
+  // 0 / 0 is to be 0, for the gradient too: divide by one there.
+  at::Tensor denominator;
+  if (is_soft(logits, target)) {
+    denominator = at::empty({}, logits.options().dtype(at::kDouble))
+                      .fill_(target.sym_numel() / logits.sym_size(class_dim(logits)));
+  } else {
+    const at::Tensor valid = native_target.ne(ignore_index);
+    const at::Tensor index = at::where(valid, native_target, at::zeros_like(native_target));
+    const at::Tensor counts = has_value(weight) ? weight->to(at::kDouble).take(index) : valid.to(at::kDouble);
+    denominator = at::where(valid, counts, at::zeros_like(counts)).sum();
+  }
+  const at::Tensor sum = native(kSum);
+  const at::Tensor nothing = denominator.eq(0).logical_and(sum.eq(0));
+  const at::Tensor loss = sum / at::where(nothing, at::ones_like(denominator), denominator).to(sum.scalar_type());
   return loss_dtype ? loss.to(*loss_dtype) : loss;
 }
 
@@ -197,7 +212,7 @@ namespace {
 at::Tensor cross_entropy_without_grad(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                       int64_t reduction, int64_t ignore_index, double label_smoothing,
                                       std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool) {
-  check_options(label_smoothing, loss_dtype);
+  check_options(reduction, label_smoothing, loss_dtype);
   if (!is_supported(logits, target, weight, ignore_index, label_smoothing, loss_dtype)) {
     return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
                                 empty_is_zero);
@@ -254,6 +269,8 @@ template <c10::DeviceType device, c10::DispatchKey key>
 at::Tensor cross_entropy_autocast(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                   int64_t reduction, int64_t ignore_index, double label_smoothing,
                                   std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace) {
+  check_options(reduction, label_smoothing, loss_dtype);
+  const auto asked = loss_dtype;
   const auto widened = [](at::ScalarType type) {
     return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
   };
@@ -262,14 +279,14 @@ at::Tensor cross_entropy_autocast(const at::Tensor& logits, const at::Tensor& ta
     if (has_value(weight)) wide_weight = weight->to(widened(weight->scalar_type()));
     if (!loss_dtype) {
       auto type = widened(logits.scalar_type());
-      if (is_soft(logits, target)) {
+      if (is_soft(logits, target) && is_logits_type(type) && is_logits_type(target.scalar_type())) {
         type = c10::promoteTypes(type, widened(target.scalar_type()));
         if (has_value(weight)) type = c10::promoteTypes(type, wide_weight->scalar_type());
       }
       loss_dtype = type;
     }
     if (!is_supported(logits, target, wide_weight, ignore_index, label_smoothing, loss_dtype)) {
-      return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, std::nullopt,
+      return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, asked,
                                   empty_is_zero);
     }
   }
@@ -283,7 +300,7 @@ at::Tensor cross_entropy_autocast(const at::Tensor& logits, const at::Tensor& ta
 at::Tensor cross_entropy_functorch(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                    int64_t reduction, int64_t ignore_index, double label_smoothing,
                                    std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool) {
-  check_options(label_smoothing, loss_dtype);
+  check_options(reduction, label_smoothing, loss_dtype);
   return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
                               empty_is_zero);
 }

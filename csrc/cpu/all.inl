@@ -9,6 +9,7 @@ template <class T>
 static void forward_positions(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
   problem.lanes == Lanes::kClasses ? forward_rows<T>(problem, begin, end, sums)
                                    : forward_tiles<T>(problem, begin, end, sums);
+  if (problem.stream && problem.grad_logits) SIMD_FENCE();
 }
 
 template <class T>

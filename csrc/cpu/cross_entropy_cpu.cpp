@@ -254,6 +254,7 @@ double mean_denominator(const Problem& problem, const Sums& sums) {
 ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                   int64_t reduction, int64_t ignore_index, double label_smoothing,
                                   at::ScalarType loss_dtype, bool empty_is_zero, bool gradient_wanted) {
+  check_options(reduction, label_smoothing, loss_dtype);
   TORCH_CHECK(is_supported(logits, target, weight, ignore_index, label_smoothing, loss_dtype),
               "cross_entropy_ext::_forward: arguments that cross_entropy_ext::cross_entropy does not pass on");
   const bool soft = is_soft(logits, target);
@@ -352,6 +353,8 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   TORCH_CHECK(reduction == kNone ? grad_output.numel() == positions && grad_output.dim() == logits.dim() - 1
                                  : grad_output.numel() == 1,
               "cross_entropy_ext::_backward: grad_output of shape ", grad_output.sizes(), " is not the loss's");
+  TORCH_CHECK(grad_output.is_floating_point(), "cross_entropy_ext::_backward: grad_output of type ",
+              grad_output.scalar_type());
   const auto weights = weight_for_kernel(weight, arithmetic);
 
   const View grad_view = reduction == kNone ? view_of_positions(grad_output)
@@ -360,6 +363,13 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
                                       target, weights, arithmetic, lse, ignore_index, label_smoothing);
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
+  if (!soft && grad_logits.defined() && grad_logits.is_alias_of(logits)) {  // before anything is overwritten
+    for_each_piece(problem, [&](int64_t, int64_t begin, int64_t end) {
+      Sums unused;
+      kernels().sum_weights(problem, begin, end, unused);
+    });
+    raise_bad_target(target, bad_position);
+  }
   for_each_piece(problem, [&](int64_t, int64_t begin, int64_t end) { kernels().backward(problem, begin, end); });
   raise_bad_target(target, bad_position);
 }

@@ -1,6 +1,7 @@
 #include "gradient_memory.h"
 
 #include <c10/util/Exception.h>
+#include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -26,6 +27,9 @@ struct Buffer {
 
 size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
+class GradientMemory;
+GradientMemory& instance();
+
 class GradientMemory final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
@@ -49,10 +53,11 @@ class GradientMemory final : public c10::Allocator {
     bytes = round_up(bytes, bytes < kWorthHugePages ? kPage : kHugePage);
     const std::lock_guard<std::mutex> lock(mutex_);
     Buffer buffer = take_kept(bytes);
-    live_bytes_ += bytes;
-    peak_bytes_ = std::max(peak_bytes_, live_bytes_);
-    shrink_kept_to(peak_bytes_ - live_bytes_);
+    const size_t live = live_bytes_ + bytes;
+    shrink_kept_to(std::max(peak_bytes_, live) - live);
     if (!buffer.data) buffer = {map(bytes), bytes, 0};
+    live_bytes_ = live;
+    peak_bytes_ = std::max(peak_bytes_, live);
     if (buffer.resident > bytes) {
       madvise(static_cast<char*>(buffer.data) + bytes, buffer.resident - bytes, MADV_DONTNEED);
     }
@@ -119,6 +124,7 @@ class GradientMemory final : public c10::Allocator {
   }
 
   static void deallocate(void* data);
+  friend GradientMemory& instance();
 
   std::mutex mutex_;
   std::vector<Buffer> kept_;  // the longest unused first
@@ -126,9 +132,14 @@ class GradientMemory final : public c10::Allocator {
   size_t kept_bytes_ = 0, live_bytes_ = 0, peak_bytes_ = 0;
 };
 
-// Never destroyed: a gradient may outlive every static.
+// Never destroyed: a gradient may outlive every static. A child must not inherit a lock that some thread of its parent
+// was holding when it forked.
 GradientMemory& instance() {
-  static auto* memory = new GradientMemory;
+  static auto* memory = [] {
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
+    return new GradientMemory;
+  }();
   return *memory;
 }
 

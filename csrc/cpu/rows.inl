@@ -46,9 +46,19 @@ XENT_INLINE T block_maximum(const T* x, int64_t n) {
   return maximum_of_lanes<T>(maximum(maximum(m0, m1), maximum(m2, m3)));
 }
 
+// Of an infinite sum, nothing is lost.
+template <class V>
+XENT_INLINE void add_keeping_lost(V& sum, V term, V& lost) {
+  V total, rounding;
+  two_sum(sum, term, total, rounding);
+  lost += select(total - total == V{}, rounding, V{});
+  sum = total;
+}
+
 template <class T, bool dense>
 struct LaneSums {
   Vector<T> others{}, rest{}, spread{}, mass{};  // others: how many logits are not equal to the maximum
+  Vector<T> spread_lost{}, mass_lost{};          // what adding up parts of them lost
 
   // A coefficient of zero adds nothing, even at a logit of -inf; nor does the maximum itself, even at a coefficient of
   // infinity.
@@ -65,7 +75,19 @@ struct LaneSums {
     }
     return exponential;
   }
+
+  XENT_INLINE_MEMBER void add(const LaneSums& part) {
+    rest += part.rest;
+    others += part.others;
+    if constexpr (dense) {
+      add_keeping_lost(spread, part.spread, spread_lost);
+      add_keeping_lost(mass, part.mass, mass_lost);
+    }
+  }
 };
+
+// Long sums of equal terms round the same way each time: no more than this many before the sum goes one level up.
+constexpr int64_t kTermsOfASum = 8;
 
 // The last vector of a block, whose other lanes hold `fill`.
 template <class T>
@@ -82,10 +104,14 @@ XENT_INLINE void add_block(RowSums<T>& sums, const T* x, const T* a, int64_t n, 
   const Vector<T> max = broadcast(sums.max);
   LaneSums<T, dense> lanes;
   int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    __builtin_prefetch(x + i + kBlock<T>);  // while this block is summed, the next one comes from memory
-    const Vector<T> exponential = lanes.add(load(x + i), max, dense ? load(a + i) : Vector<T>{});
-    if constexpr (keep) store(exponentials + i, exponential);
+  while (i + W <= n) {
+    LaneSums<T, dense> part;
+    for (const int64_t end = std::min(i + kTermsOfASum * W, n); i + W <= end; i += W) {
+      __builtin_prefetch(x + i + kBlock<T>);  // while this block is summed, the next one comes from memory
+      const Vector<T> exponential = part.add(load(x + i), max, dense ? load(a + i) : Vector<T>{});
+      if constexpr (keep) store(exponentials + i, exponential);
+    }
+    lanes.add(part);
   }
   if (i < n) {
     if constexpr (keep) store(exponentials + n - W, exp(load(x + n - W) - max));
@@ -95,8 +121,8 @@ XENT_INLINE void add_block(RowSums<T>& sums, const T* x, const T* a, int64_t n, 
   sums.ties += double(i) - sum_of_lanes<T>(lanes.others);
   sums.rest += sum_of_lanes<T>(lanes.rest);
   if constexpr (dense) {
-    sums.spread += sum_of_lanes<T>(lanes.spread);
-    sums.mass += sum_of_lanes<T>(lanes.mass);
+    sums.spread += sum_of_lanes<T>(lanes.spread) + sum_of_lanes<T>(lanes.spread_lost);
+    sums.mass += sum_of_lanes<T>(lanes.mass) + sum_of_lanes<T>(lanes.mass_lost);
   }
 }
 
@@ -127,6 +153,7 @@ XENT_INLINE T one_target_gradient(T hit, T rest_of_total, T smoothed, T log_soft
 // The gradient of an ignored position.
 template <class T>
 static void zero_gradient(const Problem& problem, const View& view, const Cursor& cursor, bool stream) {
+  if (!view) return;
   const T zeros[64] = {};
   const int64_t offset = cursor.offset(view);
   for (int64_t c = 0; c < problem.classes; c += 64) {

@@ -94,7 +94,7 @@ struct TileTargets {
       hit[i] = soft ? T(0) : valid[i] * keep;
     }
     if (soft || !weight) return;
-    for (int64_t i = 0; i < count; ++i) hit[i] *= weight[y[i] < 0 ? 0 : y[i]];
+    for (int64_t i = 0; i < count; ++i) hit[i] = y[i] < 0 ? T(0) : keep * weight[y[i]];
   }
 };
 
@@ -110,12 +110,13 @@ XENT_INLINE Vector<T> coefficient(const Problem& problem, int64_t c, const T* q)
 
 template <class T>
 struct TileSums {
-  alignas(64) T max[kTile], ties[kTile], rest[kTile], lost[kTile], spread[kTile], mass[kTile], target_logit[kTile];
+  alignas(64) T max[kTile], ties[kTile], rest[kTile], lost[kTile], target_logit[kTile];
+  alignas(64) T spread[kTile], spread_lost[kTile], mass[kTile], mass_lost[kTile];
 
   TileSums() {
     for (int64_t i = 0; i < kTile; ++i) {
       max[i] = std::numeric_limits<T>::lowest();
-      ties[i] = rest[i] = lost[i] = spread[i] = mass[i] = target_logit[i] = 0;
+      ties[i] = rest[i] = lost[i] = target_logit[i] = spread[i] = spread_lost[i] = mass[i] = mass_lost[i] = 0;
     }
   }
 
@@ -128,11 +129,15 @@ struct TileSums {
     for (int64_t k = 0; k < classes; ++k) new_max = maximum(load(x + k * kTile + v), new_max);
 
     LaneSums<T, kind != TargetKind::kIndex> lanes;
-    for (int64_t k = 0; k < classes; ++k) {
-      T* const cell = x + k * kTile + v;
-      const Vector<T> exponential =
-          lanes.add(load(cell), new_max, coefficient<T, kind>(problem, c + k, q + k * kTile + v));
-      if constexpr (keep) store(cell, exponential);
+    for (int64_t first = 0; first < classes; first += kTermsOfASum) {
+      LaneSums<T, kind != TargetKind::kIndex> part;
+      for (int64_t k = first; k < std::min(first + kTermsOfASum, classes); ++k) {
+        T* const cell = x + k * kTile + v;
+        const Vector<T> a = coefficient<T, kind>(problem, c + k, q + k * kTile + v);
+        const Vector<T> exponential = part.add(load(cell), new_max, a);
+        if constexpr (keep) store(cell, exponential);
+      }
+      lanes.add(part);
     }
 
     const Vector<T> raised = new_max - old_max;
@@ -148,8 +153,16 @@ struct TileSums {
     store(max + v, new_max);
     if constexpr (kind != TargetKind::kIndex) {
       const Vector<T> old_mass = load(mass + v), old_spread = load(spread + v);
-      store(spread + v, select(old_mass == zero, old_spread, old_spread + old_mass * raised) + lanes.spread);
-      store(mass + v, old_mass + lanes.mass);
+      Vector<T> new_spread = select(higher & (old_mass != zero), old_spread + old_mass * raised, old_spread);
+      Vector<T> new_mass = old_mass;
+      Vector<T> new_spread_lost = load(spread_lost + v) + lanes.spread_lost;
+      Vector<T> new_mass_lost = load(mass_lost + v) + lanes.mass_lost;
+      add_keeping_lost(new_spread, lanes.spread, new_spread_lost);
+      add_keeping_lost(new_mass, lanes.mass, new_mass_lost);
+      store(spread + v, new_spread);
+      store(spread_lost + v, new_spread_lost);
+      store(mass + v, new_mass);
+      store(mass_lost + v, new_mass_lost);
     }
   }
 };
@@ -198,9 +211,10 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
     const int64_t lanes = std::min<int64_t>(kLanes<T>, count - v);
     store_partial(lse + v, select(valid, lse_rounded, zero), lanes);
     store_partial(lse + problem.positions + v, select(valid, lse_lost, zero), lanes);
-    if constexpr (soft) store_partial(lse + 2 * problem.positions + v, load(tile.mass + v), lanes);
-    const Vector<T> loss =
-        index_loss(load(targets.hit + v), share, gap, load(tile.spread + v), load(tile.mass + v), log_sum);
+    const Vector<T> spread = load(tile.spread + v) + load(tile.spread_lost + v);
+    const Vector<T> mass = load(tile.mass + v) + load(tile.mass_lost + v);
+    if constexpr (soft) store_partial(lse + 2 * problem.positions + v, mass, lanes);
+    const Vector<T> loss = index_loss(load(targets.hit + v), share, gap, spread, mass, log_sum);
     store(losses + v, select(valid, loss, zero));
     if constexpr (one_pass) {
       const Vector<T> scaled_hit = T(problem.scale) * load(targets.hit + v);
@@ -216,7 +230,7 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
   if constexpr (!soft) {
     T weights[kTile];
     for (int64_t i = 0; i < count; ++i) {
-      weights[i] = targets.valid[i] * (weight ? weight[targets.y[i] < 0 ? 0 : targets.y[i]] : T(1));
+      weights[i] = targets.y[i] < 0 ? T(0) : weight ? weight[targets.y[i]] : T(1);
     }
     sums.weight += sum_of<T>(weights, count);
   }

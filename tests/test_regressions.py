@@ -1,0 +1,153 @@
+"""Bugs that were found, each with the smallest input that showed it."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_memory import needs_resident, run_alone
+from torch.func import vmap
+
+import cross_entropy_ext
+from cross_entropy_ext.functional import cross_entropy
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (2, 19, 5, 5), (2, 64, 5, 5), (6, 40)])
+def test_an_infinite_weight_of_a_class_that_no_target_has(shape: tuple[int, ...]) -> None:
+    """weight = 1 / counts, a class without samples, and ignored positions: 0 * inf must not get into the mean."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape), torch.ones(shape[1])
+    weight[0] = math.inf
+    target = torch.randint(1, shape[1], (shape[0], *shape[2:]))
+    target[0] = -100
+    torch.testing.assert_close(cross_entropy(x, target, weight), F.cross_entropy(x, target, weight))
+
+
+@pytest.mark.parametrize(
+    ("shape", "one_hot", "smoothing", "scale"),
+    [
+        ((8, 4097), True, 0.1, 1.0),
+        ((8, 32000), True, 0.1, 1.0),
+        ((8, 1000), True, 0.2, 1.0),
+        ((1, 32000, 20), True, 0.1, 1.0),
+        ((1, 32000, 20), False, 0.0, 0.01),
+        ((4, 2000), False, 0.0, 0.01),
+    ],
+)
+def test_many_equal_probabilities(shape: tuple[int, ...], one_hot: bool, smoothing: float, scale: float) -> None:
+    """A long sum of equal terms rounds the same way each time; up to 78 units in the last place were lost."""
+    torch.manual_seed(0)
+    x = torch.randn(shape) * scale
+    if one_hot:
+        labels = torch.randint(shape[1], (shape[0], *shape[2:]))
+        target = F.one_hot(labels, shape[1]).movedim(-1, 1).float()
+    else:
+        target = torch.full(shape, 1 / shape[1])
+    exact = F.cross_entropy(x.double(), target.double(), label_smoothing=smoothing).item()
+    unit = torch.finfo(torch.float32).eps * 2 ** math.floor(math.log2(exact))
+    error = abs(cross_entropy(x, target, label_smoothing=smoothing).item() - exact) / unit
+    native = abs(F.cross_entropy(x, target, label_smoothing=smoothing).item() - exact) / unit
+    assert error <= native + 2
+
+
+def test_autocast_checks_and_keeps_the_options() -> None:
+    x, target = torch.randn(3, 4, 5), torch.zeros(3, 5, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16):
+        for bad in (-0.1, math.nan):
+            with pytest.raises(RuntimeError, match="label_smoothing must be between"):
+                cross_entropy(x, target, label_smoothing=bad)
+        # A weight of this shape is native's to judge.
+        assert cross_entropy(x, target, torch.rand(1, 4), loss_dtype=torch.float64).dtype == torch.float64
+        float8 = torch.rand(3, 4, 5).to(torch.float8_e4m3fn)
+        torch.testing.assert_close(cross_entropy(x, float8), F.cross_entropy(x, float8))
+
+
+def test_in_place_beside_a_target_in_the_same_memory() -> None:
+    leaf = torch.rand(30, 30, requires_grad=True)
+    expected = torch.autograd.grad(cross_entropy(leaf, leaf.detach().t(), reduction="sum"), leaf)[0]
+    logits = leaf * 1
+    cross_entropy(logits, logits.detach().t(), reduction="sum", inplace=True).backward()
+    torch.testing.assert_close(leaf.grad, expected)
+
+
+def test_in_place_looks_at_the_targets_before_it_writes() -> None:
+    logits = torch.randn(5, 7, requires_grad=True) * 1
+    target = torch.arange(5)
+    loss = cross_entropy(logits, target, inplace=True)
+    before = logits.detach().clone()
+    target.numpy()[3] = 9  # behind autograd's back
+    with pytest.raises(IndexError, match=r"Target 9 is out of bounds\."):
+        loss.backward()
+    assert torch.equal(logits, before)
+
+
+def test_an_infinite_probability_among_many_classes() -> None:
+    torch.manual_seed(0)
+    for shape in ((2, 64, 9), (2, 64), (2, 20, 9)):
+        x, target = torch.randn(shape), torch.rand(shape)
+        target[0, 3] = math.inf
+        assert cross_entropy(x, target) == F.cross_entropy(x, target) == math.inf
+
+
+def test_nothing_is_zero_for_the_fallbacks_too() -> None:
+    x, target, weight = torch.randn(6, 4), torch.randint(4, (6,)), torch.zeros(4)
+    assert cross_entropy(x, target, weight, empty="zero") == 0
+    assert vmap(lambda x, t: cross_entropy(x, t, weight, empty="zero"))(x, target).eq(0).all()
+
+    class Subclass(torch.Tensor):
+        pass
+
+    leaf = torch.randn(6, 4, requires_grad=True)
+    loss = cross_entropy(leaf.as_subclass(Subclass), target, weight, empty="zero")
+    assert loss == 0
+    assert torch.autograd.grad(loss, leaf)[0].eq(0).all()
+
+
+def test_private_operators_refuse_what_they_would_misread() -> None:
+    ops = torch.ops.cross_entropy_ext
+    x, target = torch.randn(6, 4), torch.tensor([1, 2, -100, 3, 1, 2])
+    _, lse, denominator = ops._forward(x, target, None, 1, -100, 0.0, torch.float32, False)
+    rest = (x, target, None, lse, denominator, 1, -100, 0.0)
+    assert all(g.numel() == 0 for g in ops._backward(torch.ones(()), *rest, [False, False]))
+    with pytest.raises(RuntimeError, match="grad_output of type"):
+        ops._backward(torch.ones((), dtype=torch.int32), *rest, [True, False])
+    with pytest.raises(RuntimeError, match="loss_dtype must be"):
+        ops._forward(x, target, None, 1, -100, 0.0, torch.int32, False)
+    with pytest.raises(RuntimeError, match="reduction must be"):
+        ops.cross_entropy(x, target, None, 7)
+
+
+def test_a_gradient_that_cannot_be_scaled_is_not_kept() -> None:
+    """The forward's gradient, rounded to bfloat16, is of no use for a third of it; it was kept as long as the loss."""
+    losses = []
+    for _ in range(4):
+        leaf = torch.randn(256, 8192).bfloat16().requires_grad_()
+        losses.append(cross_entropy(leaf, torch.randint(8192, (256,))))
+        (losses[-1] / 3).backward()
+        leaf.grad = None
+        del leaf
+    kept = cross_entropy_ext.empty_cache()
+    losses.clear()
+    assert kept and cross_entropy_ext.empty_cache() == 0
+
+
+@needs_resident
+def test_a_small_gradient_in_a_large_buffer_gives_its_tail_back() -> None:
+    result = run_alone("""
+        def gradient(rows):
+            x = torch.zeros(rows, 8192, requires_grad=True)
+            return torch.autograd.grad(cross_entropy(x, torch.zeros(rows, dtype=torch.long)), x)[0]
+        large = gradient(2048)
+        del large
+        before = resident()
+        small = gradient(32)
+        result = before - resident()
+    """)
+    assert result > 50 * 2**20
+
+
+def test_torchscript_does_not_drop_what_it_does_not_have() -> None:
+    x, target = torch.randn(6, 4), torch.randint(4, (6,))
+    assert torch.jit.script(cross_entropy_ext.CrossEntropyLoss())(x, target) == F.cross_entropy(x, target)
+    with pytest.raises(Exception, match="TorchScript"):
+        torch.jit.script(cross_entropy_ext.CrossEntropyLoss(empty="zero"))(x, target)
