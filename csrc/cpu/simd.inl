@@ -202,6 +202,22 @@ XENT_INLINE V exp(V x) {
   return times_power_of_two((exp_polynomial(reduced.r) * reduced.r + T(1)) * reduced.r + T(1), reduced);
 }
 
+#if SIMD_X86 && SIMD_BYTES == 64 && !defined(__clang__)
+// Two instructions of AVX-512 save a third of the work: with t = x / ln 2, one takes t - floor(t), the other multiplies
+// by 2^floor(t). Infinity and NaN need no care: exp(-inf) = 0, and exp(0) = 1 exactly.
+// 2^f for f in [0, 1): minimax of the relative error, 2.0e-9, with the first term fixed.
+XENT_INLINE FloatVector exp(FloatVector x) {
+  const FloatVector t = x * 1.44269504f;
+  const FloatVector f = __builtin_ia32_reduceps512_mask(t, 0x09, t, -1);
+  FloatVector p = f * 0.000216129160f + 0.00124678461f;
+  p = p * f + 0.00967545161f;
+  p = p * f + 0.0554852806f;
+  p = p * f + 0.240229306f;
+  p = p * f + 0.693147044f;
+  return __builtin_ia32_scalefps512_mask(p * f + 1.f, t, p, -1, 4);
+}
+#endif
+
 // Both, for little more than one: with p = exp(r) - 1, expm1(x) = 2^n p + (2^n - 1) keeps its relative accuracy for
 // small x, where n = 0.
 template <class V>
