@@ -141,9 +141,10 @@ int64_t piece_size(const Problem& problem) {
   return problem.lanes == Lanes::kClasses ? positions : (positions + kTile - 1) / kTile * kTile;
 }
 
-// Calls function(piece, begin, end) for every piece, on libtorch's own threads.
+// Calls function(piece, begin, end) for every piece, on libtorch's own threads where there is enough to do: a position
+// costs `work` elements.
 template <class Function>
-void for_each_piece(const Problem& problem, const Function& function) {
+void for_each_piece(const Problem& problem, int64_t work, const Function& function) {
   constexpr int64_t kElementsWorthAThread = 16384;
   const int64_t size = piece_size(problem), pieces = (problem.positions + size - 1) / size;
   struct Context {
@@ -157,7 +158,7 @@ void for_each_piece(const Problem& problem, const Function& function) {
       context.function(piece, begin, std::min(begin + context.size, context.positions));
     }
   };
-  const int64_t grain = std::max<int64_t>(1, kElementsWorthAThread / std::max<int64_t>(1, size * problem.classes));
+  const int64_t grain = std::max<int64_t>(1, kElementsWorthAThread / std::max<int64_t>(1, size * work));
   if (pieces <= grain) {
     run(0, pieces, &context);
   } else {
@@ -287,7 +288,7 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
   std::vector<Sums> pieces(size_t(problem.positions / piece_size(problem) + 1));
   if (grad_logits.defined() && reduction == kMean) {  // the gradient needs the denominator first
     if (!soft) {
-      for_each_piece(problem, [&](int64_t piece, int64_t begin, int64_t end) {
+      for_each_piece(problem, 1, [&](int64_t piece, int64_t begin, int64_t end) {
         kernels().sum_weights(problem, begin, end, pieces[size_t(piece)]);
       });
       raise_bad_target(target, bad_position);
@@ -303,7 +304,7 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
                                 logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
     gradient.first_bad_position = &bad_position;
   }
-  for_each_piece(problem, [&](int64_t piece, int64_t begin, int64_t end) {
+  for_each_piece(problem, problem.classes, [&](int64_t piece, int64_t begin, int64_t end) {
     kernels().forward(problem, begin, end, pieces[size_t(piece)]);
     if (gradient.grad_logits) kernels().backward(gradient, begin, end);
   });
@@ -364,13 +365,14 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
   if (!soft && grad_logits.defined() && grad_logits.is_alias_of(logits)) {  // before anything is overwritten
-    for_each_piece(problem, [&](int64_t, int64_t begin, int64_t end) {
+    for_each_piece(problem, 1, [&](int64_t, int64_t begin, int64_t end) {
       Sums unused;
       kernels().sum_weights(problem, begin, end, unused);
     });
     raise_bad_target(target, bad_position);
   }
-  for_each_piece(problem, [&](int64_t, int64_t begin, int64_t end) { kernels().backward(problem, begin, end); });
+  for_each_piece(problem, problem.classes,
+                 [&](int64_t, int64_t begin, int64_t end) { kernels().backward(problem, begin, end); });
   raise_bad_target(target, bad_position);
 }
 
