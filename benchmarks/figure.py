@@ -40,7 +40,7 @@ def main(source: str, destination: str) -> None:
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     axis.tick_params(axis="y", length=0)
-    axis.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    figure.legend(frameon=False, fontsize=9, loc="outside lower right", ncols=2)
     figure.savefig(destination)
 
 
