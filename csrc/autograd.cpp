@@ -34,16 +34,20 @@ using torch::autograd::variable_list;
 struct Options {
   int64_t reduction, ignore_index;
   double label_smoothing;
+  at::ScalarType loss_dtype = at::kFloat;
+  bool empty_is_zero = false, inplace = false;
 
-  // One entry: each costs an allocation.
+  // In few entries: each costs an allocation.
   void save(AutogradContext* ctx) const {
     ctx->saved_data["options"] = std::make_tuple(reduction, ignore_index, label_smoothing);
+    ctx->saved_data["extras"] = std::make_tuple(int64_t(loss_dtype), empty_is_zero, inplace);
   }
 
   static Options saved_in(AutogradContext* ctx) {
     const auto [reduction, ignore_index, label_smoothing] =
         ctx->saved_data["options"].to<std::tuple<int64_t, int64_t, double>>();
-    return {reduction, ignore_index, label_smoothing};
+    const auto [loss_dtype, empty_is_zero, inplace] = ctx->saved_data["extras"].to<std::tuple<int64_t, bool, bool>>();
+    return {reduction, ignore_index, label_smoothing, at::ScalarType(loss_dtype), empty_is_zero, inplace};
   }
 };
 
@@ -259,15 +263,12 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       std::tie(loss, lse, denominator, grad_logits) =
           forward_backward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero);
       ctx->saved_data["grad_logits"] = grad_logits;
-      ctx->saved_data["loss_dtype"] = loss_dtype;
-      ctx->saved_data["empty_is_zero"] = empty_is_zero;
     } else {
       std::tie(loss, lse, denominator) =
           xent::forward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero);
     }
     ctx->save_for_backward({logits, target, weight.value_or(at::Tensor()), lse, denominator});
-    Options{reduction, ignore_index, label_smoothing}.save(ctx);
-    if (inplace) ctx->saved_data["inplace"] = true;
+    Options{reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace}.save(ctx);
     return {loss};
   }
 
@@ -279,8 +280,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     at::IValue& made = ctx->saved_data["grad_logits"];
     if (!made.isNone()) return std::exchange(made, at::IValue()).toTensor();
     return std::get<3>(forward_backward(logits, target, optional(weight), options.reduction, options.ignore_index,
-                                        options.label_smoothing, ctx->saved_data["loss_dtype"].toScalarType(),
-                                        ctx->saved_data["empty_is_zero"].toBool()));
+                                        options.label_smoothing, options.loss_dtype, options.empty_is_zero));
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -304,7 +304,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     }
     if (ctx->saved_data.count("grad_logits")) ctx->saved_data["grad_logits"] = at::IValue();  // of no use: free it
     if (wanted[2]) result[2] = weight_gradient(grad, logits, target, weight, denominator, options);
-    if (wanted[0] && ctx->saved_data.count("inplace") && can_overwrite(logits, target, weight)) {
+    if (wanted[0] && options.inplace && can_overwrite(logits, target, weight)) {
       const at::AutoDispatchBelowADInplaceOrView below;
       logits.unsafeGetTensorImpl()->bump_version();  // whoever else saved the logits learns that they are gone
       const at::Tensor grad_target =

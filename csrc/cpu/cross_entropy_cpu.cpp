@@ -134,19 +134,24 @@ void describe(Problem& problem, const at::Tensor& logits, const at::Tensor& targ
 // ---- threads --------------------------------------------------------------------------------------------------------
 
 // Positions are cut into pieces of a size that follows from the shape alone, so that the order in which sums are
-// formed, and with it every bit of the result, is the same for any number of threads.
-int64_t piece_size(const Problem& problem) {
-  constexpr int64_t kElements = 16384;
-  const int64_t positions = std::max<int64_t>(1, kElements / std::max<int64_t>(1, problem.classes));
+// formed, and with it every bit of the result, is the same for any number of threads. `work`: how many elements a
+// position costs.
+int64_t piece_size(const Problem& problem, int64_t work) {
+  constexpr int64_t kElements = 32768;
+  const int64_t positions = std::max<int64_t>(1, kElements / std::max<int64_t>(1, work));
   return problem.lanes == Lanes::kClasses ? positions : (positions + kTile - 1) / kTile * kTile;
 }
 
-// Calls function(piece, begin, end) for every piece, on libtorch's own threads where there is enough to do: a position
-// costs `work` elements.
+int64_t count_of_pieces(const Problem& problem, int64_t work) {
+  const int64_t size = piece_size(problem, work);
+  return (problem.positions + size - 1) / size;
+}
+
+// Calls function(piece, begin, end) for every piece, on libtorch's own threads where there is enough to do.
 template <class Function>
 void for_each_piece(const Problem& problem, int64_t work, const Function& function) {
   constexpr int64_t kElementsWorthAThread = 16384;
-  const int64_t size = piece_size(problem), pieces = (problem.positions + size - 1) / size;
+  const int64_t size = piece_size(problem, work), pieces = count_of_pieces(problem, work);
   struct Context {
     const Function& function;
     int64_t size, positions;
@@ -181,6 +186,11 @@ void raise_bad_target(const at::Tensor& target, int64_t position) {
 
 // ---- what forward and backward share --------------------------------------------------------------------------------
 
+// For what is small: without the dispatcher's help, which would cost more than the tensor.
+at::Tensor new_tensor(at::IntArrayRef shape, at::ScalarType type) {
+  return at::detail::empty_cpu(shape, at::TensorOptions().dtype(type));
+}
+
 // A tensor for the gradient of `tensor`, in its memory format.
 at::Tensor empty_gradient(const at::Tensor& tensor) {
   if (tensor.numel() * tensor.element_size() < int64_t(kLargeGradient)) return at::empty_like(tensor);
@@ -192,7 +202,7 @@ at::Tensor empty_gradient(const at::Tensor& tensor) {
 }
 
 bool is_larger_than_caches(const at::Tensor& tensor) {
-  constexpr int64_t kCaches = int64_t{32} << 20;
+  constexpr int64_t kCaches = int64_t{16} << 20;
   return tensor.numel() * tensor.element_size() >= kCaches;
 }
 
@@ -247,9 +257,16 @@ Sums sum_pieces(const std::vector<Sums>& pieces) {
   return sums;
 }
 
-// What a mean divides by.
-double mean_denominator(const Problem& problem, const Sums& sums) {
-  return problem.kind == TargetKind::kSoft ? double(problem.positions) : sums.weight;
+// Over the targets that are not ignored. Raises the error for a target that is no class.
+double sum_target_weights(Problem& problem, const at::Tensor& target) {
+  int64_t bad_position = kNoPosition;
+  problem.first_bad_position = &bad_position;
+  std::vector<Sums> pieces(size_t(count_of_pieces(problem, 1)));
+  for_each_piece(problem, 1, [&](int64_t piece, int64_t begin, int64_t end) {
+    kernels().sum_weights(problem, begin, end, pieces[size_t(piece)]);
+  });
+  raise_bad_target(target, bad_position);
+  return sum_pieces(pieces).weight;
 }
 
 ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
@@ -262,8 +279,8 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
   const auto arithmetic = arithmetic_type(logits, target, weight);
   const auto weights = weight_for_kernel(weight, arithmetic);
   const int64_t positions = logits.numel() / std::max<int64_t>(1, logits.size(class_dim(logits)));
-  at::Tensor lse = at::empty({soft ? 3 : 2, positions}, logits.options().dtype(arithmetic));
-  at::Tensor denominator = at::empty({}, logits.options().dtype(at::kDouble));
+  const at::Tensor lse = new_tensor({soft ? 3 : 2, positions}, arithmetic);
+  const at::Tensor denominator = new_tensor({}, at::kDouble);
   at::Tensor grad_logits;
   if (gradient_wanted) grad_logits = empty_gradient(logits);
 
@@ -274,29 +291,22 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
   problem.stream = is_larger_than_caches(logits);
   merge_dimensions(problem, {&problem.logits, &problem.target, &problem.grad_logits});
   problem.lanes = choose_lanes(problem);
-  int64_t bad_position = kNoPosition;
-  problem.first_bad_position = &bad_position;
 
   at::Tensor loss;
   if (reduction == kNone) {
     at::DimVector shape(logits.sizes());
     shape.erase(shape.begin() + class_dim(logits));
-    loss = at::empty(shape, logits.options().dtype(loss_dtype));
+    loss = new_tensor(shape, loss_dtype);
     problem.loss = View{data_of(loss), element_type(loss_dtype)};
   }
 
-  std::vector<Sums> pieces(size_t(problem.positions / piece_size(problem) + 1));
-  if (grad_logits.defined() && reduction == kMean) {  // the gradient needs the denominator first
-    if (!soft) {
-      for_each_piece(problem, 1, [&](int64_t piece, int64_t begin, int64_t end) {
-        kernels().sum_weights(problem, begin, end, pieces[size_t(piece)]);
-      });
-      raise_bad_target(target, bad_position);
-    }
-    const double count = mean_denominator(problem, sum_pieces(pieces));
+  double count = double(problem.positions);  // what a mean divides by
+  if (grad_logits.defined() && reduction == kMean) {  // the gradient needs it first
+    if (!soft) count = sum_target_weights(problem, target);
     problem.scale = count == 0 && empty_is_zero ? 1 : 1 / count;
-    std::fill(pieces.begin(), pieces.end(), Sums());
   }
+  int64_t bad_position = kNoPosition;
+  problem.first_bad_position = &bad_position;
   static const double one = 1;
   Backward gradient;
   if (grad_logits.defined() && !in_kernel) {
@@ -304,6 +314,7 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
                                 logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
     gradient.first_bad_position = &bad_position;
   }
+  std::vector<Sums> pieces(size_t(count_of_pieces(problem, problem.classes)));
   for_each_piece(problem, problem.classes, [&](int64_t piece, int64_t begin, int64_t end) {
     kernels().forward(problem, begin, end, pieces[size_t(piece)]);
     if (gradient.grad_logits) kernels().backward(gradient, begin, end);
@@ -313,9 +324,10 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
   double divide_by = 1;
   if (reduction != kNone) {
     const Sums sums = sum_pieces(pieces);
-    if (reduction == kMean) divide_by = mean_denominator(problem, sums);
+    if (!grad_logits.defined() && !soft) count = sums.weight;
+    if (reduction == kMean) divide_by = count;
     if (empty_is_zero && divide_by == 0 && sums.loss == 0) divide_by = 1;
-    loss = at::empty({}, logits.options().dtype(loss_dtype));
+    loss = new_tensor({}, loss_dtype);
     store_scalar(loss, sums.loss / divide_by);
   }
   *denominator.mutable_data_ptr<double>() = divide_by;
@@ -362,15 +374,11 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
                                             : View{data_of(grad_output), element_type(grad_output.scalar_type())};
   Backward problem = backward_problem(grad_logits, grad_target, grad_view, 1 / denominator.item<double>(), logits,
                                       target, weights, arithmetic, lse, ignore_index, label_smoothing);
+  if (!soft && grad_logits.defined() && grad_logits.is_alias_of(logits)) {
+    sum_target_weights(problem, target);  // for its error, before anything is overwritten
+  }
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
-  if (!soft && grad_logits.defined() && grad_logits.is_alias_of(logits)) {  // before anything is overwritten
-    for_each_piece(problem, 1, [&](int64_t, int64_t begin, int64_t end) {
-      Sums unused;
-      kernels().sum_weights(problem, begin, end, unused);
-    });
-    raise_bad_target(target, bad_position);
-  }
   for_each_piece(problem, problem.classes,
                  [&](int64_t, int64_t begin, int64_t end) { kernels().backward(problem, begin, end); });
   raise_bad_target(target, bad_position);

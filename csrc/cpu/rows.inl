@@ -3,8 +3,9 @@
 // buffer, for any other stride.
 //
 // The forward reads the logits from memory once: a block's maximum and then its sum of exponentials are taken while the
-// block is in the first-level cache, and the sums so far are rescaled when a block raises the maximum. The backward
-// reads them once more and writes the gradient, softmax(x) = exp(x - lse).
+// block is in the first-level cache, and the sums so far are rescaled when a block raises the maximum. The maximum is
+// taken one block ahead, while the sums before it make their way from lanes to a number, which is all waiting. The
+// backward reads the logits once more and writes the gradient, softmax(x) = exp(x - lse).
 
 template <class T>
 constexpr int64_t kBlock = kBlockVectors * kLanes<T>;
@@ -25,6 +26,18 @@ struct RowSums {
     ties = 0;
     if (mass != 0) spread += mass * raised;
     max = new_max;
+  }
+
+  // Of n classes, in whole vectors.
+  template <class Lanes>
+  XENT_INLINE_MEMBER void add(const Lanes& lanes, int64_t n) {
+    const int64_t counted = (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+    ties += double(counted) - sum_of_lanes<T>(lanes.count_of_others());
+    rest += sum_of_lanes<T>(lanes.rest);
+    if constexpr (Lanes::kDense) {
+      spread += sum_of_lanes<T>(lanes.spread) + sum_of_lanes<T>(lanes.spread_lost);
+      mass += sum_of_lanes<T>(lanes.mass) + sum_of_lanes<T>(lanes.mass_lost);
+    }
   }
 };
 
@@ -57,24 +70,28 @@ XENT_INLINE void add_keeping_lost(V& sum, V term, V& lost) {
 
 template <class T, bool dense>
 struct LaneSums {
-  Vector<T> others{}, rest{}, spread{}, mass{};  // others: how many logits are not equal to the maximum
-  Vector<T> spread_lost{}, mass_lost{};          // what adding up parts of them lost
+  static constexpr bool kDense = dense;
+  typename VectorOf<T>::ints others{};      // how many logits are not equal to the maximum: integers are cheaper
+  Vector<T> rest{}, spread{}, mass{};       // as in RowSums
+  Vector<T> spread_lost{}, mass_lost{};     // what adding up parts of them lost
 
   // A coefficient of zero adds nothing, even at a logit of -inf; nor does the maximum itself, even at a coefficient of
   // infinity.
   XENT_INLINE_MEMBER Vector<T> add(Vector<T> x, Vector<T> max, Vector<T> a) {
-    const Vector<T> zero{}, one = broadcast(T(1));
+    const Vector<T> zero{};
     const Vector<T> difference = x - max;
     const auto other = difference != zero;
     const Vector<T> exponential = exp(difference);
     rest = select(other, rest + exponential, rest);
-    others = select(other, others + one, others);
+    others = select(other, others + 1, others);
     if constexpr (dense) {
       spread = select(other & (a != zero), spread - a * difference, spread);
       mass += a;
     }
     return exponential;
   }
+
+  XENT_INLINE_MEMBER Vector<T> count_of_others() const { return __builtin_convertvector(others, Vector<T>); }
 
   XENT_INLINE_MEMBER void add(const LaneSums& part) {
     rest += part.rest;
@@ -95,35 +112,42 @@ XENT_INLINE Vector<T> load_last(const T* p, int64_t n, T fill) {
   return n >= kLanes<T> ? load_rest(p, n, fill) : load_partial(p, n, fill);
 }
 
-// `a` holds the coefficients of the block where they are dense. The exponentials are kept where there is room for them.
-template <class T, bool dense, bool keep>
-XENT_INLINE void add_block(RowSums<T>& sums, const T* x, const T* a, int64_t n, T* exponentials) {
+// A part of a row, in memory or staged.
+template <class T>
+struct Block {
+  const T* x = nullptr;
+  int64_t n = 0;
+  T max{};
+};
+
+template <class T, bool dense>
+XENT_INLINE void add_vector(LaneSums<T, dense>& sums, const T* x, Vector<T> max, const T* a, int64_t i) {
+  __builtin_prefetch(x + i + kBlock<T>);  // while this block is summed, the next one comes from memory
+  if constexpr (dense) __builtin_prefetch(a + i + kBlock<T>);
+  sums.add(load(x + i), max, dense ? load(a + i) : Vector<T>{});
+}
+
+// The sums of a block, relative to `row_max`. `a` holds its coefficients where they are dense.
+template <class T, bool dense>
+XENT_INLINE LaneSums<T, dense> sum_block(const Block<T>& block, T row_max, const T* a) {
   constexpr int W = kLanes<T>;
-  const T block_max = block_maximum(x, n);
-  if (block_max > sums.max) sums.raise_max(block_max);
-  const Vector<T> max = broadcast(sums.max);
-  LaneSums<T, dense> lanes;
+  const T* const x = block.x;
+  const int64_t n = block.n;
+  const Vector<T> max = broadcast(row_max);
+  LaneSums<T, dense> sums, rest;
   int64_t i = 0;
-  while (i + W <= n) {
+  for (; i + kTermsOfASum * W <= n; i += kTermsOfASum * W) {
     LaneSums<T, dense> part;
-    for (const int64_t end = std::min(i + kTermsOfASum * W, n); i + W <= end; i += W) {
-      __builtin_prefetch(x + i + kBlock<T>);  // while this block is summed, the next one comes from memory
-      const Vector<T> exponential = part.add(load(x + i), max, dense ? load(a + i) : Vector<T>{});
-      if constexpr (keep) store(exponentials + i, exponential);
-    }
-    lanes.add(part);
+#pragma GCC unroll 8
+    for (int k = 0; k < kTermsOfASum; ++k) add_vector<T, dense>(part, x, max, a, i + k * W);
+    sums.add(part);
   }
+  for (; i + W <= n; i += W) add_vector<T, dense>(rest, x, max, a, i);
+  sums.add(rest);
   if (i < n) {
-    if constexpr (keep) store(exponentials + n - W, exp(load(x + n - W) - max));
-    i += W;
-    lanes.add(load_last(x, n, -std::numeric_limits<T>::infinity()), max, dense ? load_last(a, n, T(0)) : Vector<T>{});
+    sums.add(load_last(x, n, -std::numeric_limits<T>::infinity()), max, dense ? load_last(a, n, T(0)) : Vector<T>{});
   }
-  sums.ties += double(i) - sum_of_lanes<T>(lanes.others);
-  sums.rest += sum_of_lanes<T>(lanes.rest);
-  if constexpr (dense) {
-    sums.spread += sum_of_lanes<T>(lanes.spread) + sum_of_lanes<T>(lanes.spread_lost);
-    sums.mass += sum_of_lanes<T>(lanes.mass) + sum_of_lanes<T>(lanes.mass_lost);
-  }
+  return sums;
 }
 
 // The dense part of the coefficients, for the classes [c, c + n) of a position:
@@ -152,97 +176,275 @@ XENT_INLINE T one_target_gradient(T hit, T rest_of_total, T smoothed, T log_soft
 
 // The gradient of an ignored position.
 template <class T>
-static void zero_gradient(const Problem& problem, const View& view, const Cursor& cursor, bool stream) {
+static void zero_gradient(const Problem& problem, const View& view, int64_t offset, bool stream) {
   if (!view) return;
   const T zeros[64] = {};
-  const int64_t offset = cursor.offset(view);
   for (int64_t c = 0; c < problem.classes; c += 64) {
     write_from(zeros, view, offset + c * view.class_stride, view.class_stride,
                std::min<int64_t>(64, problem.classes - c), stream);
   }
 }
 
-// The gradient of a row whose exponentials are at hand: exp(x - max) * factor, but for the target's class.
-template <class T>
-XENT_INLINE void scaled_exponentials(const Forward& problem, const Cursor& cursor, T* exponentials, T factor, int64_t y,
-                                     T own) {
-  const View& view = problem.grad_logits;
-  const int64_t n = problem.classes, offset = cursor.offset(view);
-  T* const result = write_or_point(exponentials, view, offset, view.class_stride, problem.stream);
-  int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) store(result + i, load(exponentials + i) * factor);
-  for (; i < n; ++i) result[i] = exponentials[i] * factor;
-  result[y] = own;
-  if (result == exponentials) write_from(exponentials, view, offset, view.class_stride, n, problem.stream);
+// Where a position's logits, target and gradient begin, and its class: -1 where it is ignored.
+struct Row {
+  int64_t position, logits, target, gradient, y;
+};
+
+XENT_INLINE Row row_at(const Forward& problem, const Cursor& cursor, int64_t position) {
+  const int64_t target = cursor.offset(problem.target);
+  int64_t y = 0;
+  if (problem.kind != TargetKind::kSoft) {
+    read_into(&y, problem.target, target, 1, 1);
+    check_targets(&y, problem, position, 1);
+  }
+  return {position, cursor.offset(problem.logits), target, cursor.offset(problem.grad_logits), y};
 }
 
-template <class T, bool dense, bool one_pass>
-static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
-  alignas(64) T logits_buffer[kBlock<T>], coefficient_buffer[kBlock<T>], exponentials[one_pass ? kBlock<T> : 1];
-  const T* weight = static_cast<const T*>(problem.weight);
-  T* const lse = static_cast<T*>(problem.lse);
-  const bool soft = problem.kind == TargetKind::kSoft;
-  const double share = problem.label_smoothing / double(problem.classes);
-  Cursor cursor(problem, begin);
-  for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
-    const int64_t x = cursor.offset(problem.logits), t = cursor.offset(problem.target);
-    int64_t y = 0;
-    if (!soft) {
-      read_into(&y, problem.target, t, 1, 1);
-      check_targets(&y, problem, p, 1);
-    }
-    double loss = 0;
-    T lse_rounded = 0, lse_lost = 0, mass = 0;
-    if (y >= 0) {
-      RowSums<T> row;
-      for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
-        const int64_t n = std::min(kBlock<T>, problem.classes - c);
-        const int64_t stride = problem.logits.class_stride;
-        const T* block = read_or_point(logits_buffer, problem.logits, x + c * stride, stride, n);
-        const T* a = dense ? dense_coefficients(coefficient_buffer, problem, t, c, n) : nullptr;
-        add_block<T, dense, one_pass>(row, block, a, n, exponentials);
-      }
-      const double log_sum = log_of_sum(row.ties, row.rest);
-      double sum, lost;
-      two_sum(double(row.max), log_sum, sum, lost);
-      lse_rounded = T(sum);
-      lse_lost = T(sizeof(T) == sizeof(double) ? lost : (double(row.max) - double(lse_rounded)) + log_sum);
-      mass = T(row.mass);
-      if (soft) {
-        loss = index_loss(0., 1., 0., row.spread, row.mass, log_sum);
-      } else {
-        const double w = weight ? double(weight[y]) : 1;
-        const double gap = double(row.max) - double(read_one<T>(problem.logits, x + y * problem.logits.class_stride));
-        loss = index_loss((1 - problem.label_smoothing) * w, share, gap, row.spread, row.mass, log_sum);
-        sums.weight += w;
-        if constexpr (one_pass) {
-          // The softmax of the target minus one: exact, for a target at the maximum has the exponential 1 and is a tie.
-          const double minus_others = (double(exponentials[y]) - row.ties) - row.rest;
-          const double factor_exact = problem.scale * w / (row.ties + row.rest);
-          const T factor = T(factor_exact), own = T(factor_exact * minus_others);
-          scaled_exponentials(problem, cursor, exponentials, factor, y, own);
-        }
-      }
-    }
-    if constexpr (one_pass) {
-      if (y < 0) zero_gradient<T>(problem, problem.grad_logits, cursor, problem.stream);
-    }
+// The blocks of rows, each valid until the next but one is read.
+template <class T>
+struct BlockReader {
+  const Forward& problem;
+  T buffers[2][kBlock<T>];
+  int which = 0;
+
+  XENT_INLINE_MEMBER explicit BlockReader(const Forward& problem) : problem(problem) {}
+
+  XENT_INLINE_MEMBER Block<T> read(const Row& row, int64_t c) {
+    const int64_t n = std::min(kBlock<T>, problem.classes - c), stride = problem.logits.class_stride;
+    const T* x = read_or_point(buffers[which ^= 1], problem.logits, row.logits + c * stride, stride, n);
+    return {x, n, block_maximum(x, n)};
+  }
+};
+
+// What a position leaves behind: its lse, and its loss. An ignored one leaves zeros.
+template <class T>
+struct PositionResult {
+  T lse_rounded = 0, lse_lost = 0, mass = 0;
+  double loss = 0;
+
+  XENT_INLINE_MEMBER void set_lse(double max, double log_sum) {
+    double sum, lost;
+    two_sum(max, log_sum, sum, lost);
+    lse_rounded = T(sum);
+    lse_lost = T(sizeof(T) == sizeof(double) ? lost : (max - double(lse_rounded)) + log_sum);
+  }
+
+  XENT_INLINE_MEMBER void write(const Forward& problem, int64_t p, Sums& sums) const {
+    T* const lse = static_cast<T*>(problem.lse);
     lse[p] = lse_rounded;
     lse[problem.positions + p] = lse_lost;
-    if (soft) lse[2 * problem.positions + p] = mass;
+    if (problem.kind == TargetKind::kSoft) lse[2 * problem.positions + p] = mass;
     sums.loss += loss;
     if (problem.loss) {
       const T rounded = T(loss);
       write_from(&rounded, problem.loss, p, 1, 1);
     }
   }
+};
+
+template <class T, bool dense>
+static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
+  alignas(64) T coefficient_buffer[kBlock<T>];
+  const T* weight = static_cast<const T*>(problem.weight);
+  const double share = problem.label_smoothing / double(problem.classes);
+  BlockReader<T> blocks(problem);
+  Cursor cursor(problem, begin);
+  Row next_row = row_at(problem, cursor, begin);
+  Block<T> next;
+  if (next_row.y >= 0) next = blocks.read(next_row, 0);
+  for (int64_t p = begin; p < end; ++p) {
+    const Row here = next_row;
+    next_row.y = -1;
+    if (p + 1 < end) {
+      cursor.advance(1);
+      next_row = row_at(problem, cursor, p + 1);
+    }
+    PositionResult<T> result;
+    if (here.y >= 0) {
+      RowSums<T> row;
+      for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
+        const Block<T> block = next;
+        if (block.max > row.max) row.raise_max(block.max);
+        const T* a = dense ? dense_coefficients(coefficient_buffer, problem, here.target, c, block.n) : nullptr;
+        const auto lanes = sum_block<T, dense>(block, row.max, a);
+        if (c + kBlock<T> < problem.classes) {
+          next = blocks.read(here, c + kBlock<T>);
+        } else if (next_row.y >= 0) {
+          next = blocks.read(next_row, 0);
+        }
+        row.add(lanes, block.n);
+      }
+      const double log_sum = log_of_sum(row.ties, row.rest);
+      result.set_lse(double(row.max), log_sum);
+      result.mass = T(row.mass);
+      if (problem.kind == TargetKind::kSoft) {
+        result.loss = index_loss(0., 1., 0., row.spread, row.mass, log_sum);
+      } else {
+        const double w = weight ? double(weight[here.y]) : 1;
+        const int64_t own = here.logits + here.y * problem.logits.class_stride;
+        const double gap = double(row.max) - double(read_one<T>(problem.logits, own));
+        result.loss = index_loss((1 - problem.label_smoothing) * w, share, gap, row.spread, row.mass, log_sum);
+        sums.weight += w;
+      }
+    } else if (next_row.y >= 0) {
+      next = blocks.read(next_row, 0);
+    }
+    result.write(problem, p, sums);
+  }
+}
+
+// ---- forward with gradient ------------------------------------------------------------------------------------------
+//
+// For rows of one block, whose exponentials are all at hand when their sum is known: the gradient is exp(x - max) times
+// one factor for the row, but for the target's class. Three rows are under way in one loop: while the exponentials of
+// one are summed, the gradient of the row two before it is stored and the maximum of the row two after it is taken. One
+// after the other, the three would leave the units idle that they do not need; and two rows apart, nothing waits for
+// lanes to become a number (a maximum, a sum, its reciprocal), which takes as long as a dozen vectors.
+
+template <class T>
+struct RowGradient {
+  T* out;  // in memory, or staged
+  T factor = 0, own = 0;
+  int64_t offset = 0, y = -1;  // no class: there is no such row, and whatever is stored is of no use
+
+  XENT_INLINE_MEMBER void finish(const Forward& problem, const T* staged) const {
+    if (y < 0) return;
+    out[y] = own;
+    if (out != staged) return;
+    const View& view = problem.grad_logits;
+    write_from(staged, view, offset, view.class_stride, problem.classes, problem.stream);
+  }
+};
+
+// One vector of each of the three rows. `exponentials` are those of the row before, and then those of this one.
+template <class T>
+XENT_INLINE void add_vector(LaneSums<T, false>& sums, const T* x, Vector<T> max, T* exponentials, T* out,
+                            Vector<T> factor, const T* after, Vector<T>& max_of_after) {
+  store(out, load(exponentials) * factor);
+  store(exponentials, sums.add(load(x), max, Vector<T>{}));
+  max_of_after = maximum(load(after), max_of_after);
+}
+
+// n is at least kLanes.
+template <class T>
+XENT_INLINE LaneSums<T, false> sum_row(const T* x, T row_max, T* exponentials, const RowGradient<T>& before,
+                                       const T* after, T& max_of_after, int64_t n) {
+  constexpr int W = kLanes<T>;
+  const Vector<T> max = broadcast(row_max), factor = broadcast(before.factor);
+  T* const out = before.out;
+  // The last vector overlaps the one before it, which is overwritten by then.
+  store(out + n - W, load(exponentials + n - W) * factor);
+  Vector<T> max1 = broadcast(std::numeric_limits<T>::lowest()), max0 = maximum(load(after + n - W), max1);
+  LaneSums<T, false> sums, rest;
+  int64_t i = 0;
+  for (; i + kTermsOfASum * W <= n; i += kTermsOfASum * W) {
+    LaneSums<T, false> part;
+#pragma GCC unroll 8
+    for (int k = 0; k < kTermsOfASum; ++k) {
+      const int64_t at = i + k * W;
+      add_vector(part, x + at, max, exponentials + at, out + at, factor, after + at, k % 2 ? max0 : max1);
+    }
+    sums.add(part);
+  }
+  for (; i + W <= n; i += W) add_vector(rest, x + i, max, exponentials + i, out + i, factor, after + i, max0);
+  sums.add(rest);
+  if (i < n) {
+    store(exponentials + n - W, exp(load(x + n - W) - max));
+    sums.add(load_rest(x, n, -std::numeric_limits<T>::infinity()), max, Vector<T>{});
+  }
+  max_of_after = maximum_of_lanes<T>(maximum(max0, max1));
+  return sums;
+}
+
+// What is left to do for each row does it for as many as a vector has lanes.
+struct RowBatch {
+  static constexpr int64_t kRows = 64;
+  Row rows[kRows];
+  int64_t count = 0;
+  double max[kRows], ties[kRows], rest[kRows], gap[kRows], hit[kRows];  // of RowSums and index_loss
+
+  template <class T>
+  XENT_INLINE_MEMBER void finish(const Forward& problem, Sums& sums) {
+    constexpr int L = kLanes<double>;
+    for (int64_t k = count; k % L != 0; ++k) max[k] = ties[k] = rest[k] = gap[k] = hit[k] = 1;
+    for (int64_t first = 0; first < count; first += L) {
+      const DoubleVector log_sum = log_of_sum(load(ties + first), load(rest + first)), m = load(max + first);
+      const DoubleVector loss = index_loss(load(hit + first), DoubleVector{}, load(gap + first), DoubleVector{},
+                                           DoubleVector{}, log_sum);
+      for (int64_t k = first; k < std::min(first + L, count); ++k) {
+        PositionResult<T> result;
+        result.set_lse(m[k - first], log_sum[k - first]);
+        result.loss = loss[k - first];
+        result.write(problem, rows[k].position, sums);
+        sums.weight += hit[k];
+      }
+    }
+  }
+};
+
+template <class T>
+static void forward_backward_rows(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
+  alignas(64) T exponentials[2][kBlock<T>], logits[3][kBlock<T>], staged[kBlock<T>];
+  const int64_t n = problem.classes, stride = problem.logits.class_stride;
+  const T* weight = static_cast<const T*>(problem.weight);
+  Cursor cursor(problem, begin);
+  while (begin < end) {
+    RowBatch batch;
+    Row* const rows = batch.rows;
+    int64_t& count = batch.count;
+    for (const int64_t stop = std::min(begin + RowBatch::kRows, end); begin < stop; ++begin, cursor.advance(1)) {
+      rows[count] = row_at(problem, cursor, begin);
+      if (rows[count].y >= 0) {
+        ++count;
+      } else {
+        zero_gradient<T>(problem, problem.grad_logits, rows[count].gradient, problem.stream);
+        PositionResult<T>().write(problem, begin, sums);
+      }
+    }
+    Block<T> blocks[3];
+    for (int64_t k = 0; k < std::min<int64_t>(2, count); ++k) {
+      const T* x = read_or_point(logits[k], problem.logits, rows[k].logits, stride, n);
+      blocks[k] = {x, n, block_maximum(x, n)};
+    }
+    RowGradient<T> gradients[2] = {{staged}, {staged}};
+    for (int64_t k = 0; k < count; ++k) {
+      const Row& here = rows[k];
+      const Block<T> block = blocks[k % 3];
+      Block<T>& after = blocks[(k + 2) % 3];
+      RowGradient<T>& gradient = gradients[k % 2];
+      T* const e = exponentials[k % 2];
+      after.x = k + 2 < count ? read_or_point(logits[(k + 2) % 3], problem.logits, rows[k + 2].logits, stride, n)
+                              : block.x;
+      RowSums<T> row;
+      row.max = std::max(row.max, block.max);
+      row.add(sum_row(block.x, row.max, e, gradient, after.x, after.max, n), n);
+      gradient.finish(problem, staged);
+      const double w = weight ? double(weight[here.y]) : 1, factor = problem.scale * w / (row.ties + row.rest);
+      // The softmax of the target minus one: exact, for a target at the maximum has the exponential 1 and is a tie.
+      const double minus_others = (double(e[here.y]) - row.ties) - row.rest;
+      T* const out = write_or_point(staged, problem.grad_logits, here.gradient, problem.grad_logits.class_stride,
+                                    problem.stream);
+      gradient = {out, T(factor), T(factor * minus_others), here.gradient, here.y};
+      batch.max[k] = double(row.max);
+      batch.ties[k] = row.ties;
+      batch.rest[k] = row.rest;
+      batch.gap[k] = double(row.max) - double(block.x[here.y]);
+      batch.hit[k] = w;
+    }
+    batch.finish<T>(problem, sums);
+    for (int64_t k = count; k < count + 2; ++k) {
+      const RowGradient<T>& gradient = gradients[k % 2];
+      for (int64_t i = 0; i < n; ++i) gradient.out[i] = exponentials[k % 2][i] * gradient.factor;
+      gradient.finish(problem, staged);
+    }
+  }
 }
 
 template <class T>
 static void forward_rows(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
-  if (problem.kind != TargetKind::kIndex) return forward_rows_of<T, true, false>(problem, begin, end, sums);
-  problem.grad_logits ? forward_rows_of<T, false, true>(problem, begin, end, sums)
-                      : forward_rows_of<T, false, false>(problem, begin, end, sums);
+  if (problem.kind != TargetKind::kIndex) return forward_rows_of<T, true>(problem, begin, end, sums);
+  problem.grad_logits ? forward_backward_rows<T>(problem, begin, end, sums)
+                      : forward_rows_of<T, false>(problem, begin, end, sums);
 }
 
 // What a position's gradient is made of; `scale` is grad_output / denominator.
@@ -305,7 +507,7 @@ static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end
       check_targets(&y, problem, p, 1);
     }
     if (y < 0) {
-      zero_gradient<T>(problem, problem.grad_logits, cursor, problem.stream);
+      zero_gradient<T>(problem, problem.grad_logits, dx, problem.stream);
       continue;
     }
     const T scale = T(read_one<double>(problem.grad_output, cursor.offset(problem.grad_output)) * problem.scale);

@@ -149,7 +149,7 @@ struct TileSums {
     two_sum(select(higher, (old_rest + old_ties) * factor, old_rest), lanes.rest, sum, sum_lost);
     store(rest + v, sum);
     store(lost + v, select(higher, old_lost * factor, old_lost) + sum_lost);
-    store(ties + v, select(higher, zero, old_ties) + (T(classes) - lanes.others));
+    store(ties + v, select(higher, zero, old_ties) + (T(classes) - lanes.count_of_others()));
     store(max + v, new_max);
     if constexpr (kind != TargetKind::kIndex) {
       const Vector<T> old_mass = load(mass + v), old_spread = load(spread + v);
