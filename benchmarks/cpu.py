@@ -2,8 +2,10 @@
 
     python -m benchmarks.cpu [--only PATTERN] [--seconds 4] [--json FILE]
 
-Each case runs both losses in turn, A B A B ..., so that both meet the same machine. Values are compared before anything
-is timed. `copy` is the time to copy the logits, which no loss with a gradient of its own can beat by much.
+Each case runs both losses in turns of 10 ms, A B A B ..., so that both meet the same machine. In shorter turns each
+would also pay for what the other leaves behind: caches and address translations, flushed by the memory it gave back.
+Values are compared before anything is timed. `copy` is the time to copy the logits, which no loss with a gradient of
+its own can beat by much.
 """
 
 from __future__ import annotations
@@ -101,21 +103,25 @@ def check(case: Case, logits: Tensor, target: Tensor, options: dict) -> None:
 
 
 def interleaved(runs: dict[str, Callable[[], None]], seconds: float) -> dict[str, list[float]]:
-    """Seconds of each run, all in turn until the time is up; two rounds of warm-up."""
+    """Seconds of a run, a mean over each turn of 10 ms, all in turn until the time is up."""
+    turn = 10e-3
+    repeats: dict[str, int] = {}
+    for name, run in runs.items():
+        run()
+        before, count = time.perf_counter(), 0
+        while time.perf_counter() - before < turn:
+            run()
+            count += 1
+        repeats[name] = count
     times: dict[str, list[float]] = {name: [] for name in runs}
-    started, round = time.perf_counter(), -2
-    inner = 1
-    while round < 7 or time.perf_counter() - started < seconds:
+    started, turns = time.perf_counter(), 0
+    while turns < 7 or time.perf_counter() - started < seconds:
         for name, run in runs.items():
             before = time.perf_counter()
-            for _ in range(inner):
+            for _ in range(repeats[name]):
                 run()
-            took = (time.perf_counter() - before) / inner
-            if round >= 0:
-                times[name].append(took)
-            elif took < 5e-5:
-                inner = max(inner, int(1e-4 / took))  # a clock's tick must not show
-        round += 1
+            times[name].append((time.perf_counter() - before) / repeats[name])
+        turns += 1
     return times
 
 

@@ -300,7 +300,7 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
     problem.loss = View{data_of(loss), element_type(loss_dtype)};
   }
 
-  double count = double(problem.positions);  // what a mean divides by
+  double count = double(problem.positions);           // what a mean divides by
   if (grad_logits.defined() && reduction == kMean) {  // the gradient needs it first
     if (!soft) count = sum_target_weights(problem, target);
     problem.scale = count == 0 && empty_is_zero ? 1 : 1 / count;

@@ -71,9 +71,9 @@ XENT_INLINE void add_keeping_lost(V& sum, V term, V& lost) {
 template <class T, bool dense>
 struct LaneSums {
   static constexpr bool kDense = dense;
-  typename VectorOf<T>::ints others{};      // how many logits are not equal to the maximum: integers are cheaper
-  Vector<T> rest{}, spread{}, mass{};       // as in RowSums
-  Vector<T> spread_lost{}, mass_lost{};     // what adding up parts of them lost
+  typename VectorOf<T>::ints others{};   // how many logits are not equal to the maximum: integers are cheaper
+  Vector<T> rest{}, spread{}, mass{};    // as in RowSums
+  Vector<T> spread_lost{}, mass_lost{};  // what adding up parts of them lost
 
   // A coefficient of zero adds nothing, even at a logit of -inf; nor does the maximum itself, even at a coefficient of
   // infinity.
@@ -369,8 +369,8 @@ struct RowBatch {
     for (int64_t k = count; k % L != 0; ++k) max[k] = ties[k] = rest[k] = gap[k] = hit[k] = 1;
     for (int64_t first = 0; first < count; first += L) {
       const DoubleVector log_sum = log_of_sum(load(ties + first), load(rest + first)), m = load(max + first);
-      const DoubleVector loss = index_loss(load(hit + first), DoubleVector{}, load(gap + first), DoubleVector{},
-                                           DoubleVector{}, log_sum);
+      const DoubleVector loss =
+          index_loss(load(hit + first), DoubleVector{}, load(gap + first), DoubleVector{}, DoubleVector{}, log_sum);
       for (int64_t k = first; k < std::min(first + L, count); ++k) {
         PositionResult<T> result;
         result.set_lse(m[k - first], log_sum[k - first]);
@@ -413,8 +413,8 @@ static void forward_backward_rows(const Forward& problem, int64_t begin, int64_t
       Block<T>& after = blocks[(k + 2) % 3];
       RowGradient<T>& gradient = gradients[k % 2];
       T* const e = exponentials[k % 2];
-      after.x = k + 2 < count ? read_or_point(logits[(k + 2) % 3], problem.logits, rows[k + 2].logits, stride, n)
-                              : block.x;
+      after.x =
+          k + 2 < count ? read_or_point(logits[(k + 2) % 3], problem.logits, rows[k + 2].logits, stride, n) : block.x;
       RowSums<T> row;
       row.max = std::max(row.max, block.max);
       row.add(sum_row(block.x, row.max, e, gradient, after.x, after.max, n), n);
@@ -422,8 +422,8 @@ static void forward_backward_rows(const Forward& problem, int64_t begin, int64_t
       const double w = weight ? double(weight[here.y]) : 1, factor = problem.scale * w / (row.ties + row.rest);
       // The softmax of the target minus one: exact, for a target at the maximum has the exponential 1 and is a tie.
       const double minus_others = (double(e[here.y]) - row.ties) - row.rest;
-      T* const out = write_or_point(staged, problem.grad_logits, here.gradient, problem.grad_logits.class_stride,
-                                    problem.stream);
+      T* const out =
+          write_or_point(staged, problem.grad_logits, here.gradient, problem.grad_logits.class_stride, problem.stream);
       gradient = {out, T(factor), T(factor * minus_others), here.gradient, here.y};
       batch.max[k] = double(row.max);
       batch.ties[k] = row.ties;

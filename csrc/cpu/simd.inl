@@ -208,8 +208,8 @@ XENT_INLINE V exp(V x) {
 // 2^(j/16), by the low bits of t rounded down to sixteenths. Infinity and NaN need no care: exp(-inf) = 0, and
 // exp(0) = 1 exactly. Polynomial: 2^f, minimax of the relative error, 1.4e-9, with the first term fixed (Remez).
 alignas(64) static constexpr float kPowersOfTwo[16] = {
-    1.f,          1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
-    1.41421356f,  1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
+    1.f,         1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
+    1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
 
 XENT_INLINE FloatVector exp(FloatVector x) {
   const FloatVector t = x * 1.44269504f;
