@@ -136,7 +136,8 @@ def test_the_true_class_is_found_at_every_place_of_a_row() -> None:
     for shape, classes in [((67, 67), 67), ((67, 67, 3), 67), ((300, 300), 300)]:
         logits = torch.randn(shape, generator=generator(shape))
         target = torch.arange(classes).view(-1, *[1] * (len(shape) - 2)).expand(shape[0], *shape[2:])
-        check(logits, target, reduction="none", reason="the true class moves through the row")
+        for reduction in ("none", "mean"):
+            check(logits, target, reduction=reduction, reason="the true class moves through the row")
 
 
 def test_the_maximum_is_found_at_every_place_of_a_row() -> None:
@@ -147,7 +148,8 @@ def test_the_maximum_is_found_at_every_place_of_a_row() -> None:
             for i in range(131):
                 logits[i, i] = 300.0
             logits[::2] -= 600.0
-            check(logits.to(dtype), torch.zeros(131, *shape[2:], dtype=torch.long), reduction="none")
+            for reduction in ("none", "mean"):
+                check(logits.to(dtype), torch.zeros(131, *shape[2:], dtype=torch.long), reduction=reduction)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -499,6 +501,32 @@ def test_core_ignored_positions_are_not_read(form: str) -> None:
                         ours["input"], clean["input"], None, arithmetic=arithmetic_of(logits), name="gradient"
                     )
                     assert (ours["input"].masked_select(ignored.unsqueeze(1)) == 0).all()
+
+
+@pytest.mark.parametrize("classes", [32, 33, 47, 64, 129, 500])
+def test_core_rows_in_any_number_with_ignored_ones_anywhere(classes: int) -> None:
+    """Rows that make their gradient in the forward have neighbours under way with them: the first and the last
+    have none, ignored ones (NaN here) are no neighbours, and 64 rows make a batch."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for rows in (1, 2, 3, 4, 63, 64, 65, 131):
+            random = generator(classes, rows, dtype)
+            logits = (3 * torch.randn(rows, classes, generator=random, dtype=torch.double)).to(dtype)
+            target = torch.randint(classes, (rows,), generator=random)
+            position = torch.arange(rows)
+            for ignored in (
+                position < 0,
+                position == 0,
+                position >= rows - 2,
+                position % 2 == 1,
+                (position >= 1) & (position <= 62),
+                torch.rand(rows, generator=random) < 0.9,
+            ):
+                poisoned, labels = logits.masked_fill(ignored[:, None], nan), target.masked_fill(ignored, -100)
+                ours = run(ext.cross_entropy, poisoned, labels, None, None, empty="zero")
+                exact = reference(logits, labels, None, empty="zero")
+                for name in ("loss", "input"):
+                    assert_as_exact(ours[name], exact[name], None, arithmetic=arithmetic_of(logits), name=name)
+                assert (ours["input"][ignored] == 0).all()
 
 
 def test_infinity_and_nan_stay_in_their_position() -> None:

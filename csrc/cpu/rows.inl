@@ -10,6 +10,8 @@
 template <class T>
 constexpr int64_t kBlock = kBlockVectors * kLanes<T>;
 
+// ---- sums over classes ----------------------------------------------------------------------------------------------
+
 // Sums over the classes seen so far, relative to their maximum. `max` starts at the least finite number rather than at
 // -inf: a leading block of masked logits then sums to zero instead of to NaN.
 template <class T>
@@ -174,6 +176,8 @@ XENT_INLINE T one_target_gradient(T hit, T rest_of_total, T smoothed, T log_soft
   return target_gradient(broadcast(hit), broadcast(rest_of_total), broadcast(smoothed), broadcast(log_softmax))[0];
 }
 
+// ---- forward --------------------------------------------------------------------------------------------------------
+
 // The gradient of an ignored position.
 template <class T>
 static void zero_gradient(const Problem& problem, const View& view, int64_t offset, bool stream) {
@@ -318,17 +322,18 @@ struct RowGradient {
 
 // One vector of each of the three rows. `exponentials` are those of the row before, and then those of this one.
 template <class T>
-XENT_INLINE void add_vector(LaneSums<T, false>& sums, const T* x, Vector<T> max, T* exponentials, T* out,
-                            Vector<T> factor, const T* after, Vector<T>& max_of_after) {
+XENT_INLINE void pipeline_vector(LaneSums<T, false>& sums, const T* x, Vector<T> max, T* exponentials, T* out,
+                                 Vector<T> factor, const T* after, Vector<T>& max_of_after) {
   store(out, load(exponentials) * factor);
   store(exponentials, sums.add(load(x), max, Vector<T>{}));
   max_of_after = maximum(load(after), max_of_after);
 }
 
-// n is at least kLanes.
+// The sums of a row of n >= kLanes classes, relative to `row_max`; with them the gradient of `before` and the maximum
+// of `after`.
 template <class T>
-XENT_INLINE LaneSums<T, false> sum_row(const T* x, T row_max, T* exponentials, const RowGradient<T>& before,
-                                       const T* after, T& max_of_after, int64_t n) {
+XENT_INLINE LaneSums<T, false> pipeline_row(const T* x, T row_max, T* exponentials, const RowGradient<T>& before,
+                                            const T* after, T& max_of_after, int64_t n) {
   constexpr int W = kLanes<T>;
   const Vector<T> max = broadcast(row_max), factor = broadcast(before.factor);
   T* const out = before.out;
@@ -342,11 +347,11 @@ XENT_INLINE LaneSums<T, false> sum_row(const T* x, T row_max, T* exponentials, c
 #pragma GCC unroll 8
     for (int k = 0; k < kTermsOfASum; ++k) {
       const int64_t at = i + k * W;
-      add_vector(part, x + at, max, exponentials + at, out + at, factor, after + at, k % 2 ? max0 : max1);
+      pipeline_vector(part, x + at, max, exponentials + at, out + at, factor, after + at, k % 2 ? max0 : max1);
     }
     sums.add(part);
   }
-  for (; i + W <= n; i += W) add_vector(rest, x + i, max, exponentials + i, out + i, factor, after + i, max0);
+  for (; i + W <= n; i += W) pipeline_vector(rest, x + i, max, exponentials + i, out + i, factor, after + i, max0);
   sums.add(rest);
   if (i < n) {
     store(exponentials + n - W, exp(load(x + n - W) - max));
@@ -417,7 +422,7 @@ static void forward_backward_rows(const Forward& problem, int64_t begin, int64_t
           k + 2 < count ? read_or_point(logits[(k + 2) % 3], problem.logits, rows[k + 2].logits, stride, n) : block.x;
       RowSums<T> row;
       row.max = std::max(row.max, block.max);
-      row.add(sum_row(block.x, row.max, e, gradient, after.x, after.max, n), n);
+      row.add(pipeline_row(block.x, row.max, e, gradient, after.x, after.max, n), n);
       gradient.finish(problem, staged);
       const double w = weight ? double(weight[here.y]) : 1, factor = problem.scale * w / (row.ties + row.rest);
       // The softmax of the target minus one: exact, for a target at the maximum has the exponential 1 and is a tie.
@@ -446,6 +451,8 @@ static void forward_rows(const Forward& problem, int64_t begin, int64_t end, Sum
   problem.grad_logits ? forward_backward_rows<T>(problem, begin, end, sums)
                       : forward_rows_of<T, false>(problem, begin, end, sums);
 }
+
+// ---- backward -------------------------------------------------------------------------------------------------------
 
 // What a position's gradient is made of; `scale` is grad_output / denominator.
 template <class T>
