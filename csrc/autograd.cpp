@@ -34,20 +34,20 @@ using torch::autograd::variable_list;
 struct Options {
   int64_t reduction, ignore_index;
   double label_smoothing;
-  at::ScalarType loss_dtype = at::kFloat;
+  int64_t loss_dtype = int64_t(at::kFloat);
   bool empty_is_zero = false, inplace = false;
 
   // In few entries: each costs an allocation.
   void save(AutogradContext* ctx) const {
     ctx->saved_data["options"] = std::make_tuple(reduction, ignore_index, label_smoothing);
-    ctx->saved_data["extras"] = std::make_tuple(int64_t(loss_dtype), empty_is_zero, inplace);
+    ctx->saved_data["extras"] = std::make_tuple(loss_dtype, empty_is_zero, inplace);
   }
 
   static Options saved_in(AutogradContext* ctx) {
     const auto [reduction, ignore_index, label_smoothing] =
         ctx->saved_data["options"].to<std::tuple<int64_t, int64_t, double>>();
     const auto [loss_dtype, empty_is_zero, inplace] = ctx->saved_data["extras"].to<std::tuple<int64_t, bool, bool>>();
-    return {reduction, ignore_index, label_smoothing, at::ScalarType(loss_dtype), empty_is_zero, inplace};
+    return {reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace};
   }
 };
 
@@ -255,7 +255,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
 
   static variable_list forward(AutogradContext* ctx, const Variable& logits, const Variable& target,
                                const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                               double label_smoothing, at::ScalarType loss_dtype, bool empty_is_zero, bool inplace,
+                               double label_smoothing, int64_t loss_dtype, bool empty_is_zero, bool inplace,
                                bool one_pass) {
     const at::AutoDispatchBelowADInplaceOrView below;
     at::Tensor loss, lse, denominator, grad_logits;
@@ -336,7 +336,7 @@ at::Tensor cross_entropy_autograd(const at::Tensor& logits, const at::Tensor& ta
     return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
                                 empty_is_zero);
   }
-  const auto type = loss_dtype.value_or(default_loss_dtype(logits, target, weight));
+  const auto type = int64_t(loss_dtype.value_or(default_loss_dtype(logits, target, weight)));
   const bool needs_graph = logits.requires_grad() || target.requires_grad() || (weight && weight->requires_grad());
   if (!needs_graph || !c10::GradMode::is_enabled()) {
     const at::AutoDispatchBelowADInplaceOrView below;

@@ -23,9 +23,11 @@ at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, con
 // cross_entropy_ext::_forward -> loss, lse, denominator.
 //   lse: (2, positions), or (3, positions) for soft targets; see Problem::lse.
 //   denominator: what reduction 'mean' divided by, a float64 scalar; 1 for the others.
+//   loss_dtype: an at::ScalarType, as a number: AOTInductor of torch 2.11 hands an operator that is declared with a
+//   type the wrong one, off by one.
 using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                      int64_t reduction, int64_t ignore_index, double label_smoothing, at::ScalarType loss_dtype,
+                      int64_t reduction, int64_t ignore_index, double label_smoothing, int64_t loss_dtype,
                       bool empty_is_zero);
 
 // cross_entropy_ext::_forward_backward: the same, and the gradient of the logits for a grad_output of one. For
@@ -33,7 +35,7 @@ ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, const 
 using ForwardBackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 ForwardBackwardResult forward_backward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                        int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                       at::ScalarType loss_dtype, bool empty_is_zero);
+                                       int64_t loss_dtype, bool empty_is_zero);
 
 // Whether logits of this size profit from making the gradient in the forward: one read instead of two, for memory that
 // is taken earlier.

@@ -178,7 +178,7 @@ at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, con
 }
 
 ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                      int64_t reduction, int64_t ignore_index, double label_smoothing, at::ScalarType loss_dtype,
+                      int64_t reduction, int64_t ignore_index, double label_smoothing, int64_t loss_dtype,
                       bool empty_is_zero) {
   return forward_operator().call(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
                                  empty_is_zero);
@@ -186,7 +186,7 @@ ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, const 
 
 ForwardBackwardResult forward_backward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                        int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                       at::ScalarType loss_dtype, bool empty_is_zero) {
+                                       int64_t loss_dtype, bool empty_is_zero) {
   return forward_backward_operator().call(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
                                           empty_is_zero);
 }
@@ -218,13 +218,13 @@ at::Tensor cross_entropy_without_grad(const at::Tensor& logits, const at::Tensor
                                 empty_is_zero);
   }
   return std::get<0>(forward(logits, target, weight, reduction, ignore_index, label_smoothing,
-                             loss_dtype.value_or(default_loss_dtype(logits, target, weight)), empty_is_zero));
+                             int64_t(loss_dtype.value_or(default_loss_dtype(logits, target, weight))), empty_is_zero));
 }
 
 // ---- Meta: shapes, types and strides --------------------------------------------------------------------------------
 
 ForwardResult forward_meta(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                           int64_t reduction, int64_t, double, at::ScalarType loss_dtype, bool) {
+                           int64_t reduction, int64_t, double, int64_t loss_dtype, bool) {
   const int64_t dim = class_dim(logits);
   c10::SymDimVector shape;
   c10::SymInt positions = 1;
@@ -235,7 +235,7 @@ ForwardResult forward_meta(const at::Tensor& logits, const at::Tensor& target, c
   }
   if (reduction != kNone) shape.clear();
   const auto arithmetic = arithmetic_type(logits, target, weight);
-  return {at::empty_symint(shape, logits.options().dtype(loss_dtype)),
+  return {at::empty_symint(shape, logits.options().dtype(at::ScalarType(loss_dtype))),
           at::empty_symint({is_soft(logits, target) ? 3 : 2, positions}, logits.options().dtype(arithmetic)),
           at::empty({}, logits.options().dtype(at::kDouble))};
 }
@@ -246,7 +246,7 @@ at::Tensor gradient_meta(const at::Tensor& tensor, bool wanted) {
 
 ForwardBackwardResult forward_backward_meta(const at::Tensor& logits, const at::Tensor& target,
                                             const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                            double label_smoothing, at::ScalarType loss_dtype, bool empty_is_zero) {
+                                            double label_smoothing, int64_t loss_dtype, bool empty_is_zero) {
   auto [loss, lse, denominator] =
       forward_meta(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero);
   return {loss, lse, denominator, at::empty_like(logits)};
@@ -314,10 +314,10 @@ TORCH_LIBRARY(cross_entropy_ext, m) {
       "-> Tensor");
   m.def(
       "_forward(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing, "
-      "ScalarType loss_dtype, bool empty_is_zero) -> (Tensor loss, Tensor lse, Tensor denominator)");
+      "int loss_dtype, bool empty_is_zero) -> (Tensor loss, Tensor lse, Tensor denominator)");
   m.def(
       "_forward_backward(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, "
-      "float label_smoothing, ScalarType loss_dtype, bool empty_is_zero) "
+      "float label_smoothing, int loss_dtype, bool empty_is_zero) "
       "-> (Tensor loss, Tensor lse, Tensor denominator, Tensor grad_logits)");
   m.def(
       "_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor lse, Tensor denominator, "

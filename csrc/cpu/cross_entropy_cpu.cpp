@@ -335,18 +335,20 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
 }
 
 ForwardResult forward_cpu(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                          int64_t reduction, int64_t ignore_index, double label_smoothing, at::ScalarType loss_dtype,
+                          int64_t reduction, int64_t ignore_index, double label_smoothing, int64_t loss_dtype,
                           bool empty_is_zero) {
   auto [loss, lse, denominator, grad_logits] =
-      run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, false);
+      run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, at::ScalarType(loss_dtype),
+                  empty_is_zero, false);
   return {loss, lse, denominator};
 }
 
 ForwardBackwardResult forward_backward_cpu(const at::Tensor& logits, const at::Tensor& target,
                                            const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                           double label_smoothing, at::ScalarType loss_dtype, bool empty_is_zero) {
+                                           double label_smoothing, int64_t loss_dtype, bool empty_is_zero) {
   TORCH_CHECK(reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
-  return run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, true);
+  return run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, at::ScalarType(loss_dtype),
+                     empty_is_zero, true);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
