@@ -224,9 +224,13 @@ bool has_distinct_addresses(const at::Tensor& tensor) {
 }
 
 // Not while a graph of the backward is being built, which needs the logits again, nor under tracing, where the compiler
-// plans memory; not for logits that are a view with arithmetic of its own, or that share addresses.
-bool can_overwrite(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& weight) {
-  if (target.is_alias_of(logits) || (weight.defined() && weight.is_alias_of(logits))) return false;
+// plans memory; not for logits that are a view with arithmetic of its own, or that share addresses, among themselves or
+// with what else is read.
+bool can_overwrite(const at::Tensor& logits, const at::Tensor& grad_output, const at::Tensor& target,
+                   const at::Tensor& weight) {
+  for (const at::Tensor& read : {grad_output, target, weight}) {
+    if (read.defined() && read.is_alias_of(logits)) return false;
+  }
   return !c10::GradMode::is_enabled() && is_concrete(logits) && !logits.is_neg() && !logits.is_inference() &&
          has_distinct_addresses(logits);
 }
@@ -241,13 +245,14 @@ bool wants_one_pass(const at::Tensor& logits, const at::Tensor& target, const Op
          !at::SavedTensorDefaultHooks::get_hooks();
 }
 
-// Whether a gradient for a grad_output of one can be scaled to another: not where it has been rounded to few bits or to
-// zero, unless only its exponent changes; nor by infinity or NaN, which ignored positions do not take.
+// Whether a gradient for a grad_output of one can be scaled to another: not where it has been rounded to few bits,
+// unless only its exponent changes; nor enlarged, for its smallest elements have lost bits or become zero; nor by NaN,
+// which ignored positions do not take.
 bool can_scale(at::ScalarType type, double scale) {
   if (scale == 1) return true;
   int exponent;
   const bool power_of_two = std::abs(std::frexp(scale, &exponent)) == 0.5;
-  return std::isfinite(scale) && type != at::kHalf && (type != at::kBFloat16 || power_of_two);
+  return std::abs(scale) <= 1 && type != at::kHalf && (type != at::kBFloat16 || power_of_two);
 }
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
@@ -304,7 +309,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     }
     if (ctx->saved_data.count("grad_logits")) ctx->saved_data["grad_logits"] = at::IValue();  // of no use: free it
     if (wanted[2]) result[2] = weight_gradient(grad, logits, target, weight, denominator, options);
-    if (wanted[0] && options.inplace && can_overwrite(logits, target, weight)) {
+    if (wanted[0] && options.inplace && can_overwrite(logits, grad, target, weight)) {
       const at::AutoDispatchBelowADInplaceOrView below;
       logits.unsafeGetTensorImpl()->bump_version();  // whoever else saved the logits learns that they are gone
       const at::Tensor grad_target =

@@ -131,6 +131,33 @@ def test_a_gradient_that_cannot_be_scaled_is_not_kept() -> None:
     assert kept and cross_entropy_ext.empty_cache() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("power", [16, 40])
+@pytest.mark.parametrize("margin", [80, 86, 88])
+def test_the_smallest_gradients_survive_a_loss_scale(dtype, power, margin) -> None:
+    """The forward's gradient had lost their bits, or them: they are subnormal until they are scaled."""
+    logits = torch.zeros(2048, 64)
+    logits[:, 1::2] = -margin
+    logits, target, scale = logits.to(dtype), torch.zeros(2048, dtype=torch.long), torch.tensor(2.0**power)
+    exact = torch.autograd.grad(F.cross_entropy(x := logits.double().requires_grad_(), target), x, scale.double())[0]
+    found = torch.autograd.grad(cross_entropy(x := logits.clone().requires_grad_(), target), x, scale.to(dtype))[0]
+    torch.testing.assert_close(found.double(), exact, rtol=4e-6 if dtype == torch.float32 else 2**-8, atol=2**-149)
+
+
+@pytest.mark.parametrize(("rows", "classes"), [(5000, 5), (200, 64), (20, 5000)])
+def test_inplace_with_a_grad_output_in_the_same_memory(rows, classes) -> None:
+    """Rows that were already written were read as the grad_output of those to come."""
+    x, target = torch.randn(rows, classes), torch.randint(classes, (rows,))
+    found = []
+    for inplace in (False, True):
+        leaf = x.clone().requires_grad_()
+        logits = leaf * 1
+        loss = cross_entropy(logits, target, reduction="none", inplace=inplace)
+        loss.backward(logits.detach().flatten()[:rows])
+        found.append(leaf.grad)
+    assert torch.equal(*found)
+
+
 @needs_resident
 def test_a_small_gradient_in_a_large_buffer_gives_its_tail_back() -> None:
     result = run_alone("""
