@@ -746,14 +746,15 @@ def test_grad_output_in_any_layout(dtype: torch.dtype, shape: tuple[int, ...]) -
             check(logits, target, grad_output=torch.tensor(g), reduction=reduction)
 
 
-def test_grad_output_scales_exactly() -> None:
-    """A loss scaler's power of two changes the exponent of the gradient and no digit of it."""
+@pytest.mark.parametrize(("inplace", "scale"), [(False, 0.25), (False, 2.0**-16), (True, 0.25), (True, 65536.0)])
+def test_grad_output_scales_exactly(inplace: bool, scale: float) -> None:
+    """A power of two changes the exponent of the gradient and no digit of it. (Where the forward has made the gradient,
+    a larger scale has it made anew, rounded in another place, so that its smallest elements keep their digits.)"""
     x = torch.randn(9, 31, generator=generator(0)).requires_grad_()
     target = torch.arange(9)
-    loss = ext.cross_entropy(x, target)
-    (one,) = torch.autograd.grad(loss, x, retain_graph=True)
-    (scaled,) = torch.autograd.grad(loss * 65536, x)
-    assert torch.equal(scaled, one * 65536)
+    (one,) = torch.autograd.grad(ext.cross_entropy(x * 1, target, inplace=inplace), x)
+    (scaled,) = torch.autograd.grad(ext.cross_entropy(x * 1, target, inplace=inplace) * scale, x)
+    assert torch.equal(scaled, one * scale)
 
 
 def test_only_what_is_asked_for_gets_a_gradient() -> None:
