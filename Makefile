@@ -68,7 +68,7 @@ sanitize: $(VENV)/installed
 	    $(abspath $(BIN))/python -m pytest --capture=sys $(SANITIZE_TESTS)
 
 clean:
-	rm -rf build dist *.egg-info cross_entropy_ext/*.so .pytest_cache .ruff_cache .hypothesis examples/output
+	rm -rf build dist *.egg-info cross_entropy_ext/*.so .pytest_cache .ruff_cache examples/output
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 distclean: clean
