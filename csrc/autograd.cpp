@@ -299,7 +299,17 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const at::Tensor& grad = grads[0];
 
     variable_list result(10);
-    if (ctx->saved_data.count("grad_logits") && wanted[0] && !c10::GradMode::is_enabled() && is_concrete(grad)) {
+    const bool was_made = ctx->saved_data.count("grad_logits") && wanted[0] && !c10::GradMode::is_enabled();
+    if (was_made && adapts_gradient(logits)) {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      const at::IValue made = std::exchange(ctx->saved_data["grad_logits"], at::IValue());
+      if (!made.isNone() && is_concrete(grad)) {
+        result[0] = made.toTensor();
+        adapt_gradient_(grad, result[0], logits, target, optional(weight), lse, denominator, options.reduction,
+                        options.ignore_index, options.label_smoothing);
+        return result;
+      }
+    } else if (was_made && is_concrete(grad)) {
       const double scale = grad.item<double>();
       if (can_scale(logits.scalar_type(), scale)) {
         result[0] = gradient_from_forward(ctx, logits, target, weight, options);

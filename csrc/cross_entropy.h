@@ -52,6 +52,19 @@ at::Tensor backward_(const at::Tensor& grad_output, at::Tensor& logits, const at
                      const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
                      int64_t reduction, int64_t ignore_index, double label_smoothing, bool target_wanted);
 
+// cross_entropy_ext::_adapt_gradient_: grad_logits is the gradient that _forward_backward made, for a grad_output of
+// one, and becomes the one for grad_output. For devices whose host must not wait for the value of grad_output: where it
+// is one, their kernel has nothing to do; else it makes the gradient anew, from the logits. Those that have it
+// (`adapts_gradient`) use it in the place of _backward.
+void adapt_gradient_(const at::Tensor& grad_output, at::Tensor& grad_logits, const at::Tensor& logits,
+                     const at::Tensor& target, const OptionalTensor& weight, const at::Tensor& lse,
+                     const at::Tensor& denominator, int64_t reduction, int64_t ignore_index, double label_smoothing);
+bool adapts_gradient(const at::Tensor& logits);
+
+bool has_value(const OptionalTensor& tensor);
+bool is_logits_type(at::ScalarType type);  // of logits, probabilities and losses
+bool is_index_type(at::ScalarType type);
+
 // Probabilities or class indices: by shape alone, as native decides.
 bool is_soft(const at::Tensor& logits, const at::Tensor& target);
 

@@ -17,35 +17,15 @@
 
 #include "cpu/gradient_memory.h"
 #include "cpu/kernels.h"
+#if defined(WITH_CUDA)
+#include "cuda/device.h"
+#include "cuda/launch.h"
+#endif
 #include "cross_entropy.h"
 #include "problem.h"
 
 namespace xent {
 namespace {
-
-bool is_index_type(at::ScalarType type) {
-  return type == at::kLong || type == at::kInt || type == at::kShort || type == at::kChar || type == at::kByte;
-}
-
-bool is_logits_type(at::ScalarType type) {
-  return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
-}
-
-bool has_value(const OptionalTensor& tensor) { return tensor && tensor->defined(); }
-
-// (N, C, d1..dK) against (N, d1..dK), or (C) against ().
-bool is_shape_of_positions(const at::Tensor& logits, const at::Tensor& target) {
-  if (target.dim() != logits.dim() - 1) return false;
-  const int64_t dim = class_dim(logits);
-  for (int64_t d = 0; d < target.dim(); ++d) {
-    if (target.sym_size(d) != logits.sym_size(d < dim ? d : d + 1)) return false;
-  }
-  return true;
-}
-
-bool is_plain(const at::Tensor& tensor, const at::Tensor& logits) {
-  return tensor.layout() == at::kStrided && tensor.device() == logits.device();
-}
 
 const auto& forward_operator() {
   static const auto op =
@@ -72,6 +52,13 @@ const auto& backward_inplace_operator() {
   return op;
 }
 
+const auto& adapt_gradient_operator() {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("cross_entropy_ext::_adapt_gradient_", "")
+                             .typed<decltype(adapt_gradient_)>();
+  return op;
+}
+
 const auto& cross_entropy_operator() {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("cross_entropy_ext::cross_entropy", "")
@@ -79,64 +66,16 @@ const auto& cross_entropy_operator() {
   return op;
 }
 
-// Whether this build has kernels for the device.
-bool has_kernel(c10::Device device) {
-  if (device.is_cpu() || device.is_meta()) return true;
-  if (!device.is_cuda()) return false;
-  static const bool cuda = forward_operator().hasKernelForDispatchKey(c10::DispatchKey::CUDA);
-  return cuda;
-}
-
 }  // namespace
 
-// ---- what is accepted -----------------------------------------------------------------------------------------------
-
-bool is_soft(const at::Tensor& logits, const at::Tensor& target) {
-  return logits.dim() == target.dim() && logits.sym_sizes() == target.sym_sizes();
-}
-
-at::ScalarType default_loss_dtype(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight) {
-  auto type = logits.scalar_type();
-  if (!is_soft(logits, target)) return type;
-  type = c10::promoteTypes(type, target.scalar_type());
-  return has_value(weight) ? c10::promoteTypes(type, weight->scalar_type()) : type;
-}
-
-at::ScalarType arithmetic_type(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight) {
-  return default_loss_dtype(logits, target, weight) == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-void check_options(int64_t reduction, double label_smoothing, std::optional<at::ScalarType> loss_dtype) {
-  TORCH_CHECK(reduction >= kNone && reduction <= kSum, "reduction must be 0, 1 or 2. Got: ", reduction);
-  TORCH_CHECK(!loss_dtype || is_logits_type(*loss_dtype),
-              "loss_dtype must be float16, bfloat16, float32 or float64. Got: ", *loss_dtype);
-  TORCH_CHECK(label_smoothing >= 0, "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
-}
-
-bool is_supported(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                  int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> loss_dtype) {
-  constexpr int64_t kMostDims = kMaxDims + 1;
-  if (!is_plain(logits, logits) || !is_plain(target, logits) || !has_kernel(logits.device())) return false;
-  if (!is_logits_type(logits.scalar_type()) || logits.dim() < 1 || logits.dim() > kMostDims) return false;
-  if (!(label_smoothing >= 0 && label_smoothing <= 1)) return false;
-  const bool soft = is_soft(logits, target);
-  if (soft && (!is_logits_type(target.scalar_type()) || ignore_index >= 0)) return false;
-  if (!soft && (!is_index_type(target.scalar_type()) || !is_shape_of_positions(logits, target))) return false;
-  const auto classes = logits.sym_size(class_dim(logits));
-  if (classes == 0) return false;
-  if (!has_value(weight)) return true;
-  if (!is_plain(*weight, logits) || weight->dim() != 1 || weight->sym_size(0) != classes) return false;
-  if (soft) return !weight->is_complex();
-  // Native asks for the logits' type; where the loss is wanted in float32, weights of that type go with it.
-  const bool type_matches =
-      weight->scalar_type() == logits.scalar_type() ||
-      (weight->scalar_type() == at::kFloat && loss_dtype == at::kFloat && logits.scalar_type() != at::kDouble);
-  return type_matches && !(c10::GradMode::is_enabled() && weight->requires_grad());
-}
+// ---- which way
+// --------------------------------------------------------------------------------------------------------
 
 bool one_pass_pays(const at::Tensor& logits, int64_t reduction) {
+  if (reduction == kNone) return false;
+  if (logits.is_cuda()) return true;  // time is what memory moves
   constexpr int64_t kBytes = int64_t{64} << 20;
-  return logits.is_cpu() && reduction != kNone && logits.numel() * logits.element_size() <= kBytes;
+  return logits.is_cpu() && logits.numel() * logits.element_size() <= kBytes;
 }
 
 at::Tensor native_cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
@@ -205,6 +144,18 @@ at::Tensor backward_(const at::Tensor& grad_output, at::Tensor& logits, const at
                                           ignore_index, label_smoothing, target_wanted);
 }
 
+void adapt_gradient_(const at::Tensor& grad_output, at::Tensor& grad_logits, const at::Tensor& logits,
+                     const at::Tensor& target, const OptionalTensor& weight, const at::Tensor& lse,
+                     const at::Tensor& denominator, int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  adapt_gradient_operator().call(grad_output, grad_logits, logits, target, weight, lse, denominator, reduction,
+                                 ignore_index, label_smoothing);
+}
+
+bool adapts_gradient(const at::Tensor& logits) {
+  return adapt_gradient_operator().hasKernelForDispatchKey(logits.is_cuda() ? c10::DispatchKey::CUDA
+                                                                            : c10::DispatchKey::CPU);
+}
+
 namespace {
 
 // ---- without autograd -----------------------------------------------------------------------------------------------
@@ -262,6 +213,9 @@ at::Tensor backward_meta_(const at::Tensor&, at::Tensor&, const at::Tensor& targ
                           const at::Tensor&, const at::Tensor&, int64_t, int64_t, double, bool target_wanted) {
   return gradient_meta(target, target_wanted);
 }
+
+void adapt_gradient_meta_(const at::Tensor&, at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
+                          const at::Tensor&, const at::Tensor&, int64_t, int64_t, double) {}
 
 // ---- autocast: half logits are read as they are, the loss is float32 ------------------------------------------------
 
@@ -327,6 +281,9 @@ TORCH_LIBRARY(cross_entropy_ext, m) {
       "_backward_(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, Tensor lse, "
       "Tensor denominator, int reduction, int ignore_index, float label_smoothing, bool target_wanted) "
       "-> Tensor grad_target");
+  m.def(
+      "_adapt_gradient_(Tensor grad_output, Tensor(a!) grad_logits, Tensor logits, Tensor target, Tensor? weight, "
+      "Tensor lse, Tensor denominator, int reduction, int ignore_index, float label_smoothing) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) {
@@ -338,6 +295,7 @@ TORCH_LIBRARY_IMPL(cross_entropy_ext, Meta, m) {
   m.impl("_forward_backward", &forward_backward_meta);
   m.impl("_backward", &backward_meta);
   m.impl("_backward_", &backward_meta_);
+  m.impl("_adapt_gradient_", &adapt_gradient_meta_);
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, AutocastCPU, m) {
@@ -363,8 +321,18 @@ pybind11::dict build_info() {
 #endif
   info["torch"] = TORCH_VERSION;
   info["instruction_set"] = kernels_for(at::get_cpu_capability().c_str()).instruction_set;
+#if defined(WITH_CUDA)
+  info["cuda_archs"] = gpu::compiled_archs();
+#else
   info["cuda_archs"] = pybind11::none();
+#endif
   return info;
+}
+
+void check_errors() {
+#if defined(WITH_CUDA)
+  gpu::check_errors();
+#endif
 }
 
 }  // namespace
@@ -372,5 +340,6 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &xent::build_info);
+  m.def("check_errors", &xent::check_errors, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("empty_cache", &xent::release_gradient_memory);
 }

@@ -20,7 +20,7 @@ struct View {
   int64_t class_stride = 0;
   int64_t stride[kMaxDims] = {};
 
-  explicit operator bool() const { return data != nullptr; }
+  XENT_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
 enum class TargetKind : uint8_t {

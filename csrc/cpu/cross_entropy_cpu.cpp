@@ -11,7 +11,7 @@
 #include <limits>
 #include <vector>
 
-#include "../cross_entropy.h"
+#include "../describe.h"
 #include "gradient_memory.h"
 #include "kernels.h"
 
@@ -21,69 +21,6 @@ namespace {
 const Kernels& kernels() {
   static const Kernels& chosen = kernels_for(at::get_cpu_capability().c_str());
   return chosen;
-}
-
-ElementType element_type(at::ScalarType type) {
-  switch (type) {
-    case at::kHalf: return ElementType::kFloat16;
-    case at::kBFloat16: return ElementType::kBFloat16;
-    case at::kFloat: return ElementType::kFloat32;
-    case at::kDouble: return ElementType::kFloat64;
-    case at::kByte: return ElementType::kUInt8;
-    case at::kChar: return ElementType::kInt8;
-    case at::kShort: return ElementType::kInt16;
-    case at::kInt: return ElementType::kInt32;
-    case at::kLong: return ElementType::kInt64;
-    default: TORCH_CHECK(false, "cross_entropy_ext: no kernel for ", type);
-  }
-}
-
-// ---- tensors -> Problem ---------------------------------------------------------------------------------------------
-
-void* data_of(const at::Tensor& tensor) {
-  // Kernels write only through views of tensors that are theirs to write.
-  return const_cast<void*>(tensor.const_data_ptr());
-}
-
-// A tensor of the logits' shape.
-View view_with_classes(const at::Tensor& tensor) {
-  View view{data_of(tensor), element_type(tensor.scalar_type())};
-  const int64_t dim = class_dim(tensor);
-  view.class_stride = tensor.stride(dim);
-  for (int64_t d = 0, at = 0; d < tensor.dim(); ++d) {
-    if (d != dim) view.stride[at++] = tensor.stride(d);
-  }
-  return view;
-}
-
-// A tensor with one element for each position.
-View view_of_positions(const at::Tensor& tensor) {
-  View view{data_of(tensor), element_type(tensor.scalar_type())};
-  for (int64_t d = 0; d < tensor.dim(); ++d) view.stride[d] = tensor.stride(d);
-  return view;
-}
-
-// Drops dimensions of size one and merges neighbours that all views step through as through one.
-void merge_dimensions(Problem& problem, std::initializer_list<View*> views) {
-  int last = -1;
-  for (int d = 0; d < problem.dims; ++d) {
-    const int64_t size = problem.size[d];
-    if (size == 1) continue;
-    const bool merges = last >= 0 && std::all_of(views.begin(), views.end(), [&](const View* view) {
-                          return view->stride[last] == size * view->stride[d];
-                        });
-    if (merges) {
-      problem.size[last] *= size;
-    } else {
-      problem.size[++last] = size;
-    }
-    for (View* view : views) view->stride[last] = view->stride[d];
-  }
-  if (last < 0) {
-    problem.size[++last] = 1;
-    for (View* view : views) view->stride[last] = 0;
-  }
-  problem.dims = last + 1;
 }
 
 constexpr int64_t kFewClasses = 32;
@@ -96,38 +33,22 @@ Lanes choose_lanes(const Problem& problem) {
   return neighbours ? Lanes::kPositions : Lanes::kClasses;
 }
 
-// The weights as the kernels want them: contiguous, in the type of arithmetic.
-OptionalTensor weight_for_kernel(const OptionalTensor& weight, at::ScalarType arithmetic) {
-  if (!weight || !weight->defined()) return std::nullopt;
-  return weight->to(arithmetic).contiguous();
+// Where there are weights, what smoothing makes of their sum.
+double smoothed_total_of(const Problem& problem, const at::Tensor& weight) {
+  double sum = 0;
+  for (int64_t c = 0; c < problem.classes; ++c) {
+    sum += problem.arithmetic_in_double ? weight.const_data_ptr<double>()[c]
+                                        : double(weight.const_data_ptr<float>()[c]);
+  }
+  return problem.label_smoothing / double(problem.classes) * sum;
 }
 
-void describe(Problem& problem, const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-              at::ScalarType arithmetic, const at::Tensor& lse, int64_t ignore_index, double label_smoothing) {
-  const bool soft = is_soft(logits, target);
-  const int64_t dim = class_dim(logits);
-  problem.classes = logits.size(dim);
-  problem.positions = 1;
-  for (int64_t d = 0; d < logits.dim(); ++d) {
-    if (d == dim) continue;
-    problem.size[problem.dims++] = logits.size(d);
-    problem.positions *= logits.size(d);
-  }
-  problem.kind = soft ? TargetKind::kSoft : label_smoothing > 0 ? TargetKind::kSmoothedIndex : TargetKind::kIndex;
-  problem.arithmetic_in_double = arithmetic == at::kDouble;
-  problem.label_smoothing = label_smoothing;
-  problem.ignore_index = ignore_index;
-  problem.logits = view_with_classes(logits);
-  problem.target = soft ? view_with_classes(target) : view_of_positions(target);
-  problem.weight = weight ? data_of(*weight) : nullptr;
-  problem.lse = data_of(lse);
-  if (problem.kind == TargetKind::kSmoothedIndex) {
-    double weight_sum = weight ? 0 : double(problem.classes);
-    for (int64_t c = 0; weight && c < problem.classes; ++c) {
-      weight_sum += problem.arithmetic_in_double ? weight->const_data_ptr<double>()[c]
-                                                 : double(weight->const_data_ptr<float>()[c]);
-    }
-    problem.smoothed_total = label_smoothing / double(problem.classes) * weight_sum;
+void describe_with_weights(Problem& problem, const at::Tensor& logits, const at::Tensor& target,
+                           const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse,
+                           int64_t ignore_index, double label_smoothing) {
+  describe(problem, logits, target, kernel_weight, arithmetic, lse, ignore_index, label_smoothing);
+  if (kernel_weight && problem.kind == TargetKind::kSmoothedIndex) {
+    problem.smoothed_total = smoothed_total_of(problem, *kernel_weight);
   }
 }
 
@@ -212,7 +133,7 @@ Backward backward_problem(const at::Tensor& grad_logits, const at::Tensor& grad_
                           const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse,
                           int64_t ignore_index, double label_smoothing) {
   Backward problem;
-  describe(problem, logits, target, kernel_weight, arithmetic, lse, ignore_index, label_smoothing);
+  describe_with_weights(problem, logits, target, kernel_weight, arithmetic, lse, ignore_index, label_smoothing);
   problem.grad_output = grad_output;
   problem.scale = scale;
   if (grad_logits.defined()) problem.grad_logits = view_with_classes(grad_logits);
@@ -272,20 +193,17 @@ double sum_target_weights(Problem& problem, const at::Tensor& target) {
 ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                   int64_t reduction, int64_t ignore_index, double label_smoothing,
                                   at::ScalarType loss_dtype, bool empty_is_zero, bool gradient_wanted) {
-  check_options(reduction, label_smoothing, loss_dtype);
-  TORCH_CHECK(is_supported(logits, target, weight, ignore_index, label_smoothing, loss_dtype),
-              "cross_entropy_ext::_forward: arguments that cross_entropy_ext::cross_entropy does not pass on");
+  check_forward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype);
   const bool soft = is_soft(logits, target);
   const auto arithmetic = arithmetic_type(logits, target, weight);
   const auto weights = weight_for_kernel(weight, arithmetic);
-  const int64_t positions = logits.numel() / std::max<int64_t>(1, logits.size(class_dim(logits)));
-  const at::Tensor lse = new_tensor({soft ? 3 : 2, positions}, arithmetic);
+  const at::Tensor lse = new_tensor({soft ? 3 : 2, count_positions(logits)}, arithmetic);
   const at::Tensor denominator = new_tensor({}, at::kDouble);
   at::Tensor grad_logits;
   if (gradient_wanted) grad_logits = empty_gradient(logits);
 
   Forward problem;
-  describe(problem, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
+  describe_with_weights(problem, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
   const bool in_kernel = grad_logits.defined() && kernel_makes_gradient(problem);
   if (in_kernel) problem.grad_logits = view_with_classes(grad_logits);
   problem.stream = is_larger_than_caches(logits);
@@ -357,19 +275,9 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
                    const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                    const at::Tensor& lse, const at::Tensor& denominator, int64_t reduction, int64_t ignore_index,
                    double label_smoothing) {
-  TORCH_CHECK(is_supported(logits, target, weight, ignore_index, label_smoothing, std::nullopt) ||
-                  is_supported(logits, target, weight, ignore_index, label_smoothing, at::kFloat),
-              "cross_entropy_ext::_backward: arguments that _forward does not accept");
+  check_backward(grad_output, logits, target, weight, lse, reduction, ignore_index, label_smoothing);
   const bool soft = is_soft(logits, target);
   const auto arithmetic = arithmetic_type(logits, target, weight);
-  const int64_t positions = logits.numel() / std::max<int64_t>(1, logits.size(class_dim(logits)));
-  TORCH_CHECK(lse.is_contiguous() && lse.scalar_type() == arithmetic && lse.numel() == (soft ? 3 : 2) * positions,
-              "cross_entropy_ext::_backward: lse is not what _forward returned");
-  TORCH_CHECK(reduction == kNone ? grad_output.numel() == positions && grad_output.dim() == logits.dim() - 1
-                                 : grad_output.numel() == 1,
-              "cross_entropy_ext::_backward: grad_output of shape ", grad_output.sizes(), " is not the loss's");
-  TORCH_CHECK(grad_output.is_floating_point(), "cross_entropy_ext::_backward: grad_output of type ",
-              grad_output.scalar_type());
   const auto weights = weight_for_kernel(weight, arithmetic);
 
   const View grad_view = reduction == kNone ? view_of_positions(grad_output)

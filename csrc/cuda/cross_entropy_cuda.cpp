@@ -1,0 +1,211 @@
+// The CUDA operators: tensors become a Task, kernels are put on the current stream. Nothing here waits for the device,
+// so everything can be captured into a CUDA graph.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "../describe.h"
+#include "cross_entropy_cuda.h"
+#include "device.h"
+#include "launch.h"
+
+namespace xent::gpu {
+
+void raise_bad_target(c10::Device index) {
+  const DeviceScope device(index);
+  const volatile BadTarget* const report = device.bad_target();
+  if (report->reported == 0 || device.is_capturing()) return;
+  const int64_t value = report->value, position = report->position, classes = report->classes;
+  device.forget_bad_target();
+  TORCH_CHECK_INDEX(false, "Target ", value, " is out of bounds. (Position ", position, " of a cross entropy over ",
+                    classes, " classes, earlier on ", index,
+                    ": its loss is NaN and its gradient zero. Kernels report this when they have run.)");
+}
+
+void check_errors() {
+  for (const c10::Device device : synchronized_devices()) raise_bad_target(device);
+}
+
+namespace {
+
+Task describe_task(const DeviceScope& device, const at::Tensor& logits, const at::Tensor& target,
+                   const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse,
+                   int64_t ignore_index, double label_smoothing) {
+  Task task;
+  describe(task, logits, target, kernel_weight, arithmetic, lse, ignore_index, label_smoothing);
+  task.bad_target = device.bad_target();
+  task.bad_target_taken = device.bad_target_taken();
+  return task;
+}
+
+// What kernels leave for each other, in one tensor of float64: the sums of the blocks that count the targets, those of
+// the blocks of the loss, and smoothing's sum of the class weights.
+struct Workspace {
+  at::Tensor memory;
+  double* weight_sum;
+  Sums *counted, *partial;
+
+  Workspace(const at::Tensor& logits, int64_t counting_blocks, int64_t blocks) {
+    static_assert(sizeof(Sums) == 2 * sizeof(double));
+    memory = at::empty({2 * (1 + counting_blocks + blocks)}, logits.options().dtype(at::kDouble));
+    weight_sum = memory.mutable_data_ptr<double>();
+    counted = reinterpret_cast<Sums*>(weight_sum + 2);
+    partial = counted + counting_blocks;
+  }
+};
+
+// With class weights, what smoothing makes of their sum is known only on the device.
+void sum_class_weights(Task& task, double* result, const DeviceScope& device) {
+  if (task.kind != TargetKind::kSmoothedIndex || task.weight == nullptr) return;
+  const WeightSum request{task.weight, task.classes, task.arithmetic_in_double,
+                          task.label_smoothing / double(task.classes), result};
+  check(launch_weight_sum(request, device.stream()), "sum of the class weights");
+  task.smoothed_total_on_device = result;
+}
+
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                                  int64_t reduction, int64_t ignore_index, double label_smoothing,
+                                  at::ScalarType loss_dtype, bool empty_is_zero, bool gradient_wanted) {
+  check_forward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype);
+  const DeviceScope device(logits.device());
+  raise_bad_target(logits.device());
+  const bool soft = is_soft(logits, target);
+  const auto arithmetic = arithmetic_type(logits, target, weight);
+  const auto weights = weight_for_kernel(weight, arithmetic);
+  const at::Tensor lse = at::empty({soft ? 3 : 2, count_positions(logits)}, logits.options().dtype(arithmetic));
+  const at::Tensor denominator = at::empty({}, logits.options().dtype(at::kDouble));
+  const at::Tensor grad_logits = gradient_wanted ? at::empty_like(logits) : at::Tensor();
+  at::DimVector shape;
+  if (reduction == kNone) {
+    shape = logits.sizes();
+    shape.erase(shape.begin() + class_dim(logits));
+  }
+  const at::Tensor loss = at::empty(shape, logits.options().dtype(loss_dtype));
+
+  Task task = describe_task(device, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
+  task.pass = gradient_wanted ? Pass::kForwardBackward : Pass::kForward;
+  task.known_denominator = reduction == kMean ? double(task.positions) : 1;
+  task.empty_is_zero = empty_is_zero;
+  if (reduction == kNone) task.loss = view_of_positions(loss);
+  if (gradient_wanted) task.grad_logits = view_with_classes(grad_logits);
+  merge_dimensions(task, {&task.logits, &task.target, &task.loss, &task.grad_logits});
+  const Plan how = plan(task, device.limits());
+
+  const bool count_first = gradient_wanted && reduction == kMean && !soft;
+  const int counting_blocks = count_first ? blocks_to_count(task.positions, device.limits()) : 0;
+  const Workspace workspace(logits, counting_blocks, how.shape.blocks);
+  sum_class_weights(task, workspace.weight_sum, device);
+  if (count_first) {
+    task.partial_sums = workspace.counted;
+    check(launch_count(task, counting_blocks, device.stream()), "count of the targets");
+    task.counted = workspace.counted;
+    task.counted_blocks = counting_blocks;
+  }
+  task.partial_sums = reduction == kNone ? nullptr : workspace.partial;
+  check(launch_loss(task, how, device.stream()), "forward");
+
+  Totals totals;
+  totals.partial_sums = task.partial_sums;
+  totals.blocks = reduction == kNone ? 0 : int32_t(how.shape.blocks);
+  totals.mean = reduction == kMean;
+  totals.count_is_known = soft;
+  totals.known_count = double(task.positions);
+  totals.empty_is_zero = empty_is_zero;
+  if (reduction != kNone) totals.loss = View{data_of(loss), element_type(loss_dtype)};
+  totals.denominator = denominator.mutable_data_ptr<double>();
+  check(launch_finish(totals, device.stream()), "reduction");
+  return {loss, lse, denominator, grad_logits};
+}
+
+ForwardResult forward_cuda(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                           int64_t reduction, int64_t ignore_index, double label_smoothing, int64_t loss_dtype,
+                           bool empty_is_zero) {
+  auto [loss, lse, denominator, grad_logits] =
+      run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, at::ScalarType(loss_dtype),
+                  empty_is_zero, false);
+  return {loss, lse, denominator};
+}
+
+ForwardBackwardResult forward_backward_cuda(const at::Tensor& logits, const at::Tensor& target,
+                                            const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                            double label_smoothing, int64_t loss_dtype, bool empty_is_zero) {
+  TORCH_CHECK(reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
+  return run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, at::ScalarType(loss_dtype),
+                     empty_is_zero, true);
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+// Writes whichever gradient is defined. `made_for_one`: grad_logits holds the one for a grad_output of one.
+void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const at::Tensor& grad_output,
+                   const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                   const at::Tensor& lse, const at::Tensor& denominator, int64_t reduction, int64_t ignore_index,
+                   double label_smoothing, bool made_for_one) {
+  check_backward(grad_output, logits, target, weight, lse, reduction, ignore_index, label_smoothing);
+  const DeviceScope device(logits.device());
+  raise_bad_target(logits.device());
+  if (logits.numel() == 0 || (!grad_logits.defined() && !grad_target.defined())) return;
+  const auto arithmetic = arithmetic_type(logits, target, weight);
+  const auto weights = weight_for_kernel(weight, arithmetic);
+  Task task = describe_task(device, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
+  task.pass = Pass::kBackward;
+  task.made_for_one = made_for_one;
+  task.denominator = denominator.const_data_ptr<double>();
+  task.grad_output = reduction == kNone ? view_of_positions(grad_output)
+                                        : View{data_of(grad_output), element_type(grad_output.scalar_type())};
+  if (grad_logits.defined()) task.grad_logits = view_with_classes(grad_logits);
+  if (grad_target.defined()) task.grad_target = view_with_classes(grad_target);
+  merge_dimensions(task, {&task.logits, &task.target, &task.grad_output, &task.grad_logits, &task.grad_target});
+  const Plan how = plan(task, device.limits());
+  const Workspace workspace(logits, 0, 0);
+  sum_class_weights(task, workspace.weight_sum, device);
+  check(launch_loss(task, how, device.stream()), "backward");
+}
+
+at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
+  return gradient.defined() ? gradient : at::empty({0}, like.options());
+}
+
+BackwardResult backward_cuda(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
+                             const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
+                             int64_t reduction, int64_t ignore_index, double label_smoothing,
+                             std::array<bool, 2> wanted) {
+  const at::Tensor grad_logits = wanted[0] ? at::empty_like(logits) : at::Tensor();
+  const at::Tensor grad_target = wanted[1] ? at::empty_like(target) : at::Tensor();
+  backward_into(grad_logits, grad_target, grad_output, logits, target, weight, lse, denominator, reduction,
+                ignore_index, label_smoothing, false);
+  return {or_empty(grad_logits, logits), or_empty(grad_target, target)};
+}
+
+at::Tensor backward_cuda_(const at::Tensor& grad_output, at::Tensor& logits, const at::Tensor& target,
+                          const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
+                          int64_t reduction, int64_t ignore_index, double label_smoothing, bool target_wanted) {
+  const at::Tensor grad_target = target_wanted ? at::empty_like(target) : at::Tensor();
+  backward_into(logits, grad_target, grad_output, logits, target, weight, lse, denominator, reduction, ignore_index,
+                label_smoothing, false);
+  return or_empty(grad_target, target);
+}
+
+void adapt_gradient_cuda_(const at::Tensor& grad_output, at::Tensor& grad_logits, const at::Tensor& logits,
+                          const at::Tensor& target, const OptionalTensor& weight, const at::Tensor& lse,
+                          const at::Tensor& denominator, int64_t reduction, int64_t ignore_index,
+                          double label_smoothing) {
+  backward_into(grad_logits, {}, grad_output, logits, target, weight, lse, denominator, reduction, ignore_index,
+                label_smoothing, true);
+}
+
+}  // namespace
+
+void register_kernels(torch::Library& m) {
+  m.impl("_forward", &forward_cuda);
+  m.impl("_forward_backward", &forward_backward_cuda);
+  m.impl("_backward", &backward_cuda);
+  m.impl("_backward_", &backward_cuda_);
+  m.impl("_adapt_gradient_", &adapt_gradient_cuda_);
+}
+
+}  // namespace xent::gpu

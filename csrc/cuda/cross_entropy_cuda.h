@@ -1,0 +1,11 @@
+// Registers the CUDA kernels of the operators: for CUDA tensors, or in the tests for those of the CPU, where the
+// kernels run in the emulator.
+#pragma once
+
+#include <torch/library.h>
+
+namespace xent::gpu {
+
+void register_kernels(torch::Library& m);
+
+}  // namespace xent::gpu

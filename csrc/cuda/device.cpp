@@ -1,0 +1,109 @@
+#include "device.h"
+
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <atomic>
+#include <mutex>
+
+namespace xent::gpu {
+namespace {
+
+// What is kept of each device, from its first use to the end of the process.
+struct State {
+  std::once_flag once;
+  std::atomic<bool> ready{false};
+  Device limits;
+  BadTarget* bad_target = nullptr;
+  int32_t* bad_target_taken = nullptr;
+};
+
+constexpr int kMostDevices = 64;
+
+State& state_of(int index) {
+  static std::array<State, kMostDevices> states;
+  TORCH_CHECK(index >= 0 && index < kMostDevices, "cross_entropy_ext: device ", index);
+  return states[size_t(index)];
+}
+
+int attribute(cudaDeviceAttr which, int index) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
+  return value;
+}
+
+// May come while a graph is being captured, which must not notice.
+void initialize(State& state, int index) {
+  const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
+  Device& limits = state.limits;
+  limits.multiprocessors = attribute(cudaDevAttrMultiProcessorCount, index);
+  limits.shared_per_multiprocessor = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+  limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  limits.most_threads = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, index);
+  limits.most_blocks = attribute(cudaDevAttrMaxBlocksPerMultiprocessor, index);
+  // 8 is what every device with clusters can do.
+  const bool clusters =
+      attribute(cudaDevAttrClusterLaunch, index) != 0 && attribute(cudaDevAttrComputeCapabilityMajor, index) >= 9;
+  limits.largest_cluster = clusters ? 8 : 1;
+
+  void* host = nullptr;
+  C10_CUDA_CHECK(cudaHostAlloc(&host, sizeof(BadTarget), cudaHostAllocMapped | cudaHostAllocPortable));
+  state.bad_target = new (host) BadTarget();
+  void* device = nullptr;
+  C10_CUDA_CHECK(cudaMalloc(&device, sizeof(int32_t)));
+  cudaStream_t stream = nullptr;
+  C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  C10_CUDA_CHECK(cudaMemsetAsync(device, 0, sizeof(int32_t), stream));
+  C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+  C10_CUDA_CHECK(cudaStreamDestroy(stream));
+  state.bad_target_taken = static_cast<int32_t*>(device);
+  state.ready = true;
+}
+
+State& ready_state(int index) {
+  State& state = state_of(index);
+  std::call_once(state.once, [&] { initialize(state, index); });
+  return state;
+}
+
+}  // namespace
+
+DeviceScope::DeviceScope(c10::Device device)
+    : index_(device.index()), previous_(c10::cuda::ExchangeDevice(device.index())) {}
+DeviceScope::~DeviceScope() { c10::cuda::MaybeExchangeDevice(c10::DeviceIndex(previous_)); }
+
+const Device& DeviceScope::limits() const { return ready_state(index_).limits; }
+void* DeviceScope::stream() const { return c10::cuda::getCurrentCUDAStream(c10::DeviceIndex(index_)).stream(); }
+bool DeviceScope::is_capturing() const {
+  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
+BadTarget* DeviceScope::bad_target() const { return ready_state(index_).bad_target; }
+int32_t* DeviceScope::bad_target_taken() const { return ready_state(index_).bad_target_taken; }
+
+void DeviceScope::forget_bad_target() const {
+  const State& state = ready_state(index_);
+  state.bad_target->reported = 0;
+  C10_CUDA_CHECK(cudaMemsetAsync(state.bad_target_taken, 0, sizeof(int32_t), static_cast<cudaStream_t>(stream())));
+}
+
+std::vector<c10::Device> synchronized_devices() {
+  std::vector<c10::Device> devices;
+  for (int index = 0; index < kMostDevices; ++index) {
+    if (!state_of(index).ready) continue;
+    devices.emplace_back(c10::kCUDA, c10::DeviceIndex(index));
+    const DeviceScope device(devices.back());
+    C10_CUDA_CHECK(cudaDeviceSynchronize());
+  }
+  return devices;
+}
+
+void check(int status, const char* what) {
+  TORCH_CHECK(status == cudaSuccess, "cross_entropy_ext: ", what, ": ",
+              cudaGetErrorString(static_cast<cudaError_t>(status)));
+}
+
+}  // namespace xent::gpu

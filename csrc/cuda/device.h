@@ -1,0 +1,47 @@
+// What the host code needs of a CUDA runtime: which device and stream, what the device can do, and what its kernels
+// have reported. The tests on the CPU bring an implementation of their own.
+#pragma once
+
+#include <c10/core/Device.h>
+
+#include <vector>
+
+#include "task.h"
+
+namespace xent::gpu {
+
+// Makes a tensor's device the current one, for as long as it lives.
+class DeviceScope {
+ public:
+  explicit DeviceScope(c10::Device device);
+  ~DeviceScope();
+  DeviceScope(const DeviceScope&) = delete;
+
+  const Device& limits() const;
+  void* stream() const;  // torch's current one
+  bool is_capturing() const;
+
+  // Where kernels report a target that is no class.
+  BadTarget* bad_target() const;
+  int32_t* bad_target_taken() const;
+
+  // Takes the report back, for the next one.
+  void forget_bad_target() const;
+
+ private:
+  int index_, previous_;
+};
+
+// The devices that may have reported something, all work on them done.
+std::vector<c10::Device> synchronized_devices();
+
+// Raises an error unless `status`, a cudaError_t, is success.
+void check(int status, const char* what);
+
+// Raises what a kernel reported on this device. Does not wait for it.
+void raise_bad_target(c10::Device device);
+
+// Waits for all devices, and raises what any of them reported.
+void check_errors();
+
+}  // namespace xent::gpu

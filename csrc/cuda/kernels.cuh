@@ -1,0 +1,46 @@
+// The kernel that a plan asks for, for logits of one type. Each type is compiled in a file of its own.
+#pragma once
+
+#include "rows.cuh"
+#include "small_rows.cuh"
+#include "spatial.cuh"
+#include "strided.cuh"
+
+namespace xent::gpu {
+
+template <class T, TargetKind kind>
+Status launch_kind(const Task& task, const Plan& plan, void* stream) {
+  const auto with = [&](void (*kernel)(const Task)) { return launch(kernel, plan.shape, stream, task); };
+  using A = Arithmetic<T>;
+  constexpr int N = kPerVector<T>;
+  switch (plan.family) {
+    case Family::kSmallRows: return with(small_rows<T, kind>);
+    case Family::kRows:
+      if (!plan.copied) return with(rows<T, kind, Team::kBlock, false>);
+      if (plan.team == Team::kWarp) return with(rows<T, kind, Team::kWarp, true>);
+      if (plan.team == Team::kBlock) return with(rows<T, kind, Team::kBlock, true>);
+      return with(rows<T, kind, Team::kCluster, true>);
+    case Family::kSpatial:
+      if (!plan.vectors) return with(spatial<T, kind, 1, false>);
+      return plan.copied ? with(spatial<T, kind, N, true>) : with(spatial<T, kind, N, false>);
+    case Family::kStrided: break;
+  }
+  if constexpr (kind == TargetKind::kSoft && !std::is_same_v<A, double>) {
+    if (task.arithmetic_in_double) {
+      return plan.team == Team::kWarp ? with(strided<T, double, kind, Team::kWarp>)
+                                      : with(strided<T, double, kind, Team::kBlock>);
+    }
+  }
+  return plan.team == Team::kWarp ? with(strided<T, A, kind, Team::kWarp>) : with(strided<T, A, kind, Team::kBlock>);
+}
+
+template <class T>
+Status launch_loss_of(const Task& task, const Plan& plan, void* stream) {
+  switch (task.kind) {
+    case TargetKind::kIndex: return launch_kind<T, TargetKind::kIndex>(task, plan, stream);
+    case TargetKind::kSmoothedIndex: return launch_kind<T, TargetKind::kSmoothedIndex>(task, plan, stream);
+    default: return launch_kind<T, TargetKind::kSoft>(task, plan, stream);
+  }
+}
+
+}  // namespace xent::gpu

@@ -1,0 +1,37 @@
+#include "launch.h"
+
+#include "reduce.cuh"
+
+namespace xent::gpu {
+
+template <class T>
+Status launch_loss_of(const Task& task, const Plan& plan, void* stream);  // kernels_*.cu
+
+int launch_loss(const Task& task, const Plan& plan, void* stream) {
+  switch (task.logits.type) {
+    case ElementType::kFloat16: return launch_loss_of<Float16>(task, plan, stream);
+    case ElementType::kBFloat16: return launch_loss_of<BFloat16>(task, plan, stream);
+    case ElementType::kFloat32: return launch_loss_of<float>(task, plan, stream);
+    default: return launch_loss_of<double>(task, plan, stream);
+  }
+}
+
+int launch_count(const Task& task, int blocks, void* stream) {
+  const LaunchShape shape{blocks, kReduceThreads};
+  return launch(task.arithmetic_in_double ? count_targets<double> : count_targets<float>, shape, stream, task);
+}
+
+int launch_weight_sum(const WeightSum& request, void* stream) {
+  const LaunchShape shape{1, kReduceThreads};
+  return launch(request.in_double ? sum_weights<double> : sum_weights<float>, shape, stream, request);
+}
+
+int launch_finish(const Totals& totals, void* stream) {
+  return launch(finish, LaunchShape{1, kReduceThreads}, stream, totals);
+}
+
+#define XENT_TEXT_OF(...) #__VA_ARGS__
+#define XENT_TEXT(...) XENT_TEXT_OF(__VA_ARGS__)
+const char* compiled_archs() { return XENT_TEXT(__CUDA_ARCH_LIST__); }
+
+}  // namespace xent::gpu

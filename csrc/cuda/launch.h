@@ -1,0 +1,22 @@
+// The CUDA kernels as functions: the wall between torch and CUDA. Each puts one kernel on a stream (a cudaStream_t) and
+// returns its cudaError_t.
+#pragma once
+
+#include "plan.h"
+
+namespace xent::gpu {
+
+// Before: a mean's denominator and smoothing's sum of weights, where they are not known on the host.
+int launch_count(const Task& task, int blocks, void* stream);
+int launch_weight_sum(const WeightSum& request, void* stream);
+
+// The loss, the gradient or both, as task.pass says.
+int launch_loss(const Task& task, const Plan& plan, void* stream);
+
+// After: the loss of all positions.
+int launch_finish(const Totals& totals, void* stream);
+
+// For which GPUs: "800,900", as nvcc counts them.
+const char* compiled_archs();
+
+}  // namespace xent::gpu

@@ -1,0 +1,186 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <initializer_list>
+
+namespace xent::gpu {
+namespace {
+
+constexpr int64_t kVectorBytes = 16;
+constexpr int kWarpThreads = 32;
+
+// What a block takes of shared memory beside its copies: arrays of its own, and what the system reserves.
+constexpr int64_t kOverheadBytes = 2 << 10;
+
+// Rows of fewer bytes are staged many at a time; up to the second, a warp each; above, a block or a cluster.
+constexpr int64_t kSmallRowBytes = 1 << 10;
+constexpr int64_t kWarpRowBytes = 8 << 10;
+
+constexpr int64_t kSmallTileBytes = 4 << 10;  // of a warp, about
+constexpr int kMostRowsOfThread = 8;
+
+// Blocks on a multiprocessor, at least, for one to load while another computes and a third stores.
+constexpr int kRowBlocks = 3;
+constexpr int kSpatialBlocks = 5;
+
+constexpr int kMostSlices = 32;
+constexpr int kShortRun = 8;          // fewer neighbouring positions are not worth threads along them
+constexpr int64_t kManyClasses = 64;  // for one thread to read twice
+constexpr int64_t kWarpClasses = 2048;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t size_of(ElementType type) {
+  switch (type) {
+    case ElementType::kFloat16:
+    case ElementType::kBFloat16: return 2;
+    case ElementType::kFloat32: return 4;
+    default: return 8;
+  }
+}
+
+// As many blocks as fit on the device at a time, or as there is work for. Registers allow more than shared memory does
+// (tests/test_cuda_compile.py).
+int64_t persistent_blocks(const Device& device, int threads, int64_t shared_bytes, int64_t work) {
+  const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + kOverheadBytes);
+  const int64_t each =
+      std::max<int64_t>(1, std::min({by_shared, int64_t(device.most_threads / threads), int64_t(device.most_blocks)}));
+  return std::max<int64_t>(1, std::min(each * device.multiprocessors, work));
+}
+
+bool is_class_contiguous(const Task& task) {
+  return task.logits.class_stride == 1 && (!task.grad_logits || task.grad_logits.class_stride == 1);
+}
+
+Plan plan_small_rows(Task& task, const Device& device) {
+  Plan plan;
+  plan.family = Family::kSmallRows;
+  const int64_t row_bytes = task.classes * size_of(task.logits.type);
+  int64_t lanes = std::min<int64_t>(kWarpThreads, task.classes & -task.classes);  // the power of two in it
+  while (lanes < kWarpThreads && kWarpThreads / lanes * row_bytes > kSmallTileBytes) lanes *= 2;
+  const int64_t at_a_time = kWarpThreads / lanes;
+  const int64_t repeat = std::clamp<int64_t>(kSmallTileBytes / (at_a_time * row_bytes), 1, kMostRowsOfThread);
+  task.lanes_per_row = int32_t(lanes);
+  task.rows_per_tile = int32_t(at_a_time * repeat);
+  // A tile begins anywhere within 16 bytes.
+  task.copy_bytes = int32_t(divide_up(task.rows_per_tile * row_bytes, kVectorBytes) * kVectorBytes + kVectorBytes);
+  const int warps = kSmallRowsThreads / kWarpThreads;
+  plan.shape.threads = kSmallRowsThreads;
+  plan.shape.shared_bytes = int64_t(warps) * task.copy_bytes;
+  const int64_t tiles = divide_up(task.positions, task.rows_per_tile);
+  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, divide_up(tiles, warps));
+  return plan;
+}
+
+Plan plan_rows(Task& task, const Device& device) {
+  Plan plan;
+  plan.family = Family::kRows;
+  const int64_t row_bytes = task.classes * size_of(task.logits.type), vectors = row_bytes / kVectorBytes;
+  const auto bytes_of = [&](int64_t blocks) { return divide_up(vectors, blocks) * kVectorBytes; };
+  const int64_t preferred = device.shared_per_multiprocessor / kRowBlocks - kOverheadBytes;
+  const int64_t most = device.shared_per_block - kOverheadBytes;
+
+  int cluster = 1, rows = 1;
+  if (row_bytes <= kWarpRowBytes) {
+    plan.team = Team::kWarp;
+    rows = block_threads(Team::kWarp) / kWarpThreads;
+  } else {
+    while (cluster < device.largest_cluster && bytes_of(cluster) > preferred) cluster *= 2;
+    plan.team = cluster > 1 ? Team::kCluster : Team::kBlock;
+  }
+  plan.copied = bytes_of(cluster) <= most;
+  if (!plan.copied) {
+    cluster = 1;
+    plan.team = Team::kBlock;
+  }
+  task.copy_bytes = plan.copied ? int32_t(bytes_of(cluster)) : 0;
+  plan.shape.threads = block_threads(plan.team);
+  plan.shape.cluster = cluster;
+  plan.shape.shared_bytes = int64_t(rows) * task.copy_bytes;
+  const int64_t work = divide_up(task.positions, rows) * cluster;
+  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, work);
+  plan.shape.blocks = std::max<int64_t>(cluster, plan.shape.blocks / cluster * cluster);
+  return plan;
+}
+
+// Whether 16 bytes along the last dimension are 16 aligned bytes of one class, wherever they begin.
+bool has_vectors(const Task& task, const View& view) {
+  const int64_t size = size_of(view.type), per_vector = kVectorBytes / size;
+  const int last = task.dims - 1;
+  if (view.stride[last] != 1 || task.size[last] % per_vector != 0 || view.class_stride % per_vector != 0) return false;
+  for (int d = 0; d < last; ++d) {
+    if (view.stride[d] % per_vector != 0) return false;
+  }
+  return reinterpret_cast<uintptr_t>(view.data) % kVectorBytes == 0;
+}
+
+Plan plan_spatial(Task& task, const Device& device) {
+  Plan plan;
+  plan.family = Family::kSpatial;
+  plan.vectors = has_vectors(task, task.logits) && (!task.grad_logits || has_vectors(task, task.grad_logits));
+  task.twin_target = plan.vectors && task.kind == TargetKind::kSoft && task.target.type == task.logits.type &&
+                     has_vectors(task, task.target);
+  const int64_t inner = task.size[task.dims - 1];
+  const int64_t of_thread = plan.vectors ? kVectorBytes / size_of(task.logits.type) : 1;
+  const int64_t preferred = device.shared_per_multiprocessor / kSpatialBlocks;
+  const auto bytes_of = [&](int64_t slices) {
+    return divide_up(task.classes, slices) * kSpatialThreads * kVectorBytes;
+  };
+
+  int slices = 1;
+  const auto is_wide = [&] { return kSpatialThreads / slices * of_thread >= 2 * inner && slices * 2 <= task.classes; };
+  while (slices < kMostSlices && is_wide()) slices *= 2;
+  if (plan.vectors) {
+    int more = slices;
+    while (more < kMostSlices && bytes_of(more) + kOverheadBytes > preferred) more *= 2;
+    plan.copied = bytes_of(more) + 3 * kOverheadBytes <= device.shared_per_block;
+    if (plan.copied) slices = more;
+  }
+  if (!plan.copied) {
+    while (slices < kMostSlices && task.classes / slices > kManyClasses) slices *= 2;
+  }
+  task.slices = slices;
+  plan.shape.threads = kSpatialThreads;
+  plan.shape.shared_bytes = plan.copied ? bytes_of(slices) : 0;
+  const int64_t tiles = task.positions / inner * divide_up(inner, kSpatialThreads / slices * of_thread);
+  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, tiles);
+  return plan;
+}
+
+Plan plan_strided(Task& task, const Device& device) {
+  Plan plan;
+  plan.family = Family::kStrided;
+  plan.team = task.classes > kWarpClasses ? Team::kBlock : Team::kWarp;
+  plan.shape.threads = block_threads(plan.team);
+  const int64_t rows = plan.team == Team::kWarp ? plan.shape.threads / kWarpThreads : 1;
+  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, 0, divide_up(task.positions, rows));
+  return plan;
+}
+
+}  // namespace
+
+Plan plan(Task& task, const Device& device) {
+  task.keep = 1 - task.label_smoothing;
+  task.share = task.label_smoothing / double(task.classes);
+  if (task.classes == 1) {  // whose stride means nothing
+    for (View* view : {&task.logits, &task.target, &task.grad_logits, &task.grad_target}) view->class_stride = 1;
+  }
+  const bool mixed = task.arithmetic_in_double && task.logits.type != ElementType::kFloat64;
+  const bool is_countable = task.classes < INT32_MAX;  // within a kernel's int
+  if (mixed || !is_countable) return plan_strided(task, device);
+  const bool small = task.classes * size_of(task.logits.type) <= kSmallRowBytes;
+  if (is_class_contiguous(task)) return small ? plan_small_rows(task, device) : plan_rows(task, device);
+  const int last = task.dims - 1;
+  const bool along_positions = task.size[last] >= kShortRun && task.logits.stride[last] != 0 &&
+                               task.logits.stride[last] < task.logits.class_stride;
+  if (along_positions) return plan_spatial(task, device);
+  return small ? plan_small_rows(task, device) : plan_strided(task, device);
+}
+
+int blocks_to_count(int64_t positions, const Device& device) {
+  constexpr int64_t kEach = 8;  // targets of a thread, at least
+  return int(persistent_blocks(device, kReduceThreads, 0, divide_up(positions, kReduceThreads * kEach)));
+}
+
+}  // namespace xent::gpu

@@ -1,0 +1,273 @@
+// The one file that knows which compiler reads a kernel: nvcc, for a GPU, or a C++ compiler, for the emulator in which
+// the tests run the same text on the CPU, one fiber for each CUDA thread. Whatever is more than plain CUDA C++ (PTX,
+// launches, shared memory, clusters, asynchronous copies) has its two halves here.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include "cuda_emulator.h"  // tests/cuda_on_cpu
+#endif
+
+#include "../scalar_types.h"
+#include "plan.h"
+
+#define XENT_DEVICE __device__ __forceinline__
+
+namespace xent::gpu {
+
+// How many threads run in lockstep, and shuffle values among each other.
+constexpr int kWarp = 32;
+
+// ---- shared memory --------------------------------------------------------------------------------------------------
+
+#if defined(__CUDACC__)
+#define XENT_SHARED_ARRAY(T, name, count) __shared__ T name[count]
+#define XENT_DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#else
+#define XENT_SHARED_ARRAY(T, name, count) T* const name = emulator::shared_array<T>(count, #name, __FILE__, __LINE__)
+#define XENT_DYNAMIC_SHARED(name) \
+  unsigned char* const name = static_cast<unsigned char*>(emulator::dynamic_shared_memory())
+#endif
+
+// ---- 16 bytes at a time ---------------------------------------------------------------------------------------------
+
+// As an address in a 16-byte grid: two pointers of equal phase can be walked with the same vectors.
+XENT_DEVICE uint32_t phase_of(const void* p) { return uint32_t(reinterpret_cast<uintptr_t>(p)) & 15u; }
+
+#if defined(__CUDACC__)
+
+XENT_DEVICE uint4 load_vector(const void* p) { return *static_cast<const uint4*>(p); }
+XENT_DEVICE void store_vector(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+
+// Written once and not read again by this kernel: the first to leave the caches.
+XENT_DEVICE void stream_vector(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
+
+// Global to shared memory, past the registers and the first-level cache.
+XENT_DEVICE void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
+               "l"(global)
+               : "memory");
+}
+XENT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most `kGroups` of this thread's groups of copies are under way.
+template <int kGroups>
+XENT_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
+#else
+
+inline void* aligned(const void* p) {
+  if (phase_of(p) != 0) throw emulator::Error("a vector access at an address that is not a multiple of 16");
+  return const_cast<void*>(p);
+}
+inline uint4 load_vector(const void* p) {
+  uint4 v;
+  memcpy(&v, aligned(p), sizeof v);
+  return v;
+}
+inline void store_vector(void* p, uint4 v) { memcpy(aligned(p), &v, sizeof v); }
+inline void stream_vector(void* p, uint4 v) { store_vector(p, v); }
+inline void copy_async(void* shared, const void* global) { emulator::cp_async(shared, global, 16); }
+inline void commit_copies() { emulator::cp_async_commit(); }
+template <int kGroups>
+void wait_for_copies() {
+  emulator::cp_async_wait(kGroups);
+}
+
+#endif
+
+// ---- elements -------------------------------------------------------------------------------------------------------
+
+// The type in which a position's sums are formed.
+template <class T>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+template <class T>
+using Arithmetic = typename ArithmeticOf<T>::type;
+
+template <class A, class T>
+XENT_DEVICE A widen(T x) {
+  return A(x);
+}
+
+#if defined(__CUDACC__)
+
+template <class A>
+XENT_DEVICE A widen(Float16 x) {
+  return A(__half2float(__half(__half_raw{x.bits})));
+}
+template <class A>
+XENT_DEVICE A widen(BFloat16 x) {
+  return A(to_float(x));
+}
+
+template <class T, class A>
+XENT_DEVICE T narrow(A x) {
+  if constexpr (sizeof(T) == 2) {
+    const float y = float(x);
+    T narrowed;
+    if constexpr (std::is_same_v<T, Float16>) {
+      narrowed.bits = __half_as_ushort(__float2half_rn(y));
+    } else {
+      narrowed.bits = __bfloat16_as_ushort(__float2bfloat16_rn(y));
+    }
+    return narrowed;
+  } else {
+    return T(x);
+  }
+}
+
+// Two neighbours as one word, the first in its lower half: one instruction for both.
+template <class T>
+XENT_DEVICE uint32_t narrow_pair(float low, float high) {
+  if constexpr (std::is_same_v<T, Float16>) {
+    return bit_cast<uint32_t>(__floats2half2_rn(low, high));
+  } else {
+    return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+  }
+}
+
+#else
+
+template <class A>
+inline A widen(Float16 x) {
+  return A(to_float(x));
+}
+template <class A>
+inline A widen(BFloat16 x) {
+  return A(to_float(x));
+}
+
+template <class T, class A>
+inline T narrow(A x) {
+  if constexpr (std::is_same_v<T, Float16>) {
+    return to_float16(float(x));
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    return to_bfloat16(float(x));
+  } else {
+    return T(x);
+  }
+}
+template <class T>
+inline uint32_t narrow_pair(float low, float high) {
+  return uint32_t(narrow<T>(low).bits) | uint32_t(narrow<T>(high).bits) << 16;
+}
+
+#endif
+
+// ---- elementary functions -------------------------------------------------------------------------------------------
+
+#if defined(__CUDACC__)
+// One instruction: relative error 2^-22, and results below 2^-126 are zero (PTX ISA, ex2.approx.ftz).
+XENT_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+#else
+inline float exp2_fast(float x) { return exp2f(x); }
+#endif
+XENT_DEVICE double exp2_fast(double x) { return exp2(x); }
+
+XENT_DEVICE float log(float x) { return ::logf(x); }
+XENT_DEVICE double log(double x) { return ::log(x); }
+XENT_DEVICE float expm1(float x) { return ::expm1f(x); }
+XENT_DEVICE double expm1(double x) { return ::expm1(x); }
+XENT_DEVICE float maximum(float a, float b) { return ::fmaxf(a, b); }  // the other one, where one is NaN
+XENT_DEVICE double maximum(double a, double b) { return ::fmax(a, b); }
+XENT_DEVICE float abs(float x) { return ::fabsf(x); }
+XENT_DEVICE double abs(double x) { return ::fabs(x); }
+XENT_DEVICE float fused(float a, float b, float c) { return ::fmaf(a, b, c); }
+XENT_DEVICE double fused(double a, double b, double c) { return ::fma(a, b, c); }
+
+// ---- clusters: blocks that read each other's shared memory (sm_90 and up)
+// ---------------------------------------------
+
+#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+XENT_DEVICE void cluster_barrier() { cooperative_groups::this_cluster().sync(); }
+XENT_DEVICE uint32_t cluster_rank() { return cooperative_groups::this_cluster().block_rank(); }
+XENT_DEVICE uint32_t cluster_blocks() { return cooperative_groups::this_cluster().num_blocks(); }
+template <class T>
+XENT_DEVICE T* in_block(T* shared, uint32_t rank) {
+  return cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+}
+#else
+XENT_DEVICE void cluster_barrier() { __syncthreads(); }
+XENT_DEVICE uint32_t cluster_rank() { return 0; }
+XENT_DEVICE uint32_t cluster_blocks() { return 1; }
+template <class T>
+XENT_DEVICE T* in_block(T* shared, uint32_t) {
+  return shared;
+}
+#endif
+#else
+inline void cluster_barrier(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  emulator::cluster_sync(file, line);
+}
+inline uint32_t cluster_rank() { return emulator::cluster_rank(); }
+inline uint32_t cluster_blocks() { return emulator::cluster_size(); }
+template <class T>
+T* in_block(T* shared, uint32_t rank) {
+  return emulator::map_shared_rank(shared, rank);
+}
+#endif
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+#if defined(__CUDACC__)
+
+using Status = cudaError_t;
+constexpr Status kSuccess = cudaSuccess;
+
+template <class Argument>
+Status launch(void (*kernel)(const Argument), const LaunchShape& shape, void* stream, const Argument& argument) {
+  constexpr int64_t kWithoutAsking = 48 << 10;
+  if (shape.shared_bytes > kWithoutAsking) {
+    const Status status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
+    if (status != cudaSuccess) return status;
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(shape.cluster), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(shape.blocks));
+  config.blockDim = dim3(unsigned(shape.threads));
+  config.dynamicSmemBytes = size_t(shape.shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, argument);
+}
+
+#else
+
+using Status = int;
+constexpr Status kSuccess = 0;
+
+template <class Argument>
+Status launch(void (*kernel)(const Argument), const LaunchShape& shape, void*, const Argument& argument) {
+  emulator::launch(dim3(unsigned(shape.blocks)), dim3(unsigned(shape.threads)), size_t(shape.shared_bytes),
+                   unsigned(shape.cluster), [&] { kernel(argument); });
+  return kSuccess;
+}
+
+#endif
+
+}  // namespace xent::gpu

@@ -1,0 +1,92 @@
+// Sums over positions. In two stages and a fixed order, without atomics, in double: each block of a kernel adds up its
+// own positions and leaves one sum; whoever needs the total adds those in the order of the blocks. The result has the
+// same bits in every run, and the host is never asked.
+#pragma once
+
+#include "position.cuh"
+
+namespace xent::gpu {
+
+XENT_DEVICE Sums add(Sums a, Sums b) { return {a.loss + b.loss, a.weight + b.weight}; }
+
+// The sum over all threads of the block, for each of them. All threads call it.
+XENT_DEVICE Sums block_sum(Sums sums) {
+  XENT_SHARED_ARRAY(Sums, of_warps, 32);
+  __syncthreads();  // an earlier sum has been read
+  sums = {lanes_sum(sums.loss, kWarp), lanes_sum(sums.weight, kWarp)};
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = sums;
+  __syncthreads();
+  Sums total{0, 0};
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) total = add(total, of_warps[warp]);
+  return total;
+}
+
+// The sum of what `count` blocks left behind.
+XENT_DEVICE Sums sum_of_blocks(const Sums* partial_sums, int count) {
+  Sums sums{0, 0};
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) sums = add(sums, partial_sums[i]);
+  return block_sum(sums);
+}
+
+// ---- what every kernel of the loss begins and ends with -------------------------------------------------------------
+
+// Whether the gradient that the forward made is right as it is.
+XENT_DEVICE bool nothing_to_do(const Task& task) {
+  return task.made_for_one && read_element<double>(task.grad_output, 0) == 1;
+}
+
+// 1 / denominator. All threads of the block call it.
+template <class A>
+XENT_DEVICE A gradient_scale(const Task& task) {
+  if (task.pass == Pass::kForward) return A(0);
+  if (task.denominator) return A(1 / *task.denominator);
+  double denominator = task.known_denominator;
+  if (task.counted) denominator = sum_of_blocks(task.counted, task.counted_blocks).weight;
+  return A(denominator == 0 && task.empty_is_zero ? 1 : 1 / denominator);
+}
+
+XENT_DEVICE void leave_sums(const Task& task, Sums sums) {
+  if (task.partial_sums == nullptr) return;
+  sums = block_sum(sums);
+  if (threadIdx.x == 0) task.partial_sums[blockIdx.x] = sums;
+}
+
+// ---- before the loss: what a mean divides by, for a gradient that is made together with it --------------------------
+
+// The weights of the targets that count. Reads one index for each position.
+template <class A>
+__global__ void __launch_bounds__(kReduceThreads) count_targets(const __grid_constant__ Task task) {
+  Sums sums{0, 0};
+  const int64_t step = int64_t(gridDim.x) * kReduceThreads;
+  for (int64_t p = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x; p < task.positions; p += step) {
+    const Label label = read_label<TargetKind::kIndex>(task, offset_of(task, task.target, p));
+    if (label.standing == Standing::kCounts) sums.weight += double(class_weight<A>(task, label.target));
+  }
+  leave_sums(task, sums);
+}
+
+// factor * sum of the class weights. One block.
+template <class A>
+__global__ void __launch_bounds__(kReduceThreads) sum_weights(const __grid_constant__ WeightSum request) {
+  Sums sums{0, 0};
+  for (int64_t c = threadIdx.x; c < request.classes; c += kReduceThreads) {
+    sums.weight += double(static_cast<const A*>(request.weight)[c]);
+  }
+  sums = block_sum(sums);
+  if (threadIdx.x == 0) *request.result = request.factor * sums.weight;
+}
+
+// ---- after the loss -------------------------------------------------------------------------------------------------
+
+// The loss of all positions, and what a mean divided by. One block.
+__global__ void __launch_bounds__(kReduceThreads) finish(const __grid_constant__ Totals totals) {
+  const Sums sums = sum_of_blocks(totals.partial_sums, totals.blocks);
+  if (threadIdx.x != 0) return;
+  double denominator = 1;
+  if (totals.mean) denominator = totals.count_is_known ? totals.known_count : sums.weight;
+  if (totals.empty_is_zero && denominator == 0 && sums.loss == 0) denominator = 1;
+  if (totals.loss) write_element(totals.loss, 0, sums.loss / denominator);
+  *totals.denominator = denominator;
+}
+
+}  // namespace xent::gpu

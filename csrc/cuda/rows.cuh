@@ -1,0 +1,302 @@
+// Rows: positions whose classes are neighbours in memory, and too many for small_rows.cuh.
+//
+// Fuses the log-sum-exp, the loss and the gradient of a row. A warp, a block or a cluster of blocks has a row to
+// itself, brings it into shared memory once, and makes the gradient from there:
+//
+//   forward with gradient    1 read + 1 write of the row (probabilities are read twice, the second time from L2)
+//   forward alone            1 read
+//   backward alone           1 read + 1 write
+//
+// Why so:
+// * Copies into shared memory are asynchronous and need no registers, so a multiprocessor has up to 200 KB under way,
+//   where latency x bandwidth asks for about 25 (H200: 4.8 TB/s x 0.7 us / 132).
+// * Each thread copies, sums and writes the same vectors. It needs no barrier to see its own copies, and may write the
+//   gradient in the logits' place as soon as the row's sums are joined. One barrier for each row, and none for a warp.
+// * Copies are waited for in quarters: the first is summed while the last is on its way.
+// * A row that fits no shared memory is read twice, the second time from the L2 cache where that is large enough.
+// * The grid is as large as fits on the device at a time and walks the rows, so the sums of each block come in an order
+//   that depends on the shapes alone.
+//
+// Vectors lie at addresses that are multiples of 16 whatever a row's own alignment; the elements around them (fewer
+// than 2 x 16 bytes) are taken one by one, each by a thread of its own, in a register.
+#pragma once
+
+#include "position.cuh"
+#include "reduce.cuh"
+#include "vector.cuh"
+
+namespace xent::gpu {
+
+// Threads of a block.
+template <Team team>
+constexpr int kBlockThreads = block_threads(team);
+
+// The threads that share a row, and what they exchange.
+template <Team team>
+struct Members {
+  static constexpr int kThreads = team == Team::kWarp ? kWarp : kBlockThreads<team>;  // in one block
+  static constexpr int kWarps = kThreads / kWarp;
+
+  int thread;
+  int rank = 0, blocks = 1;  // of a cluster
+  int64_t first, step;       // positions: this team's first, and from one to the next
+
+  XENT_DEVICE Members() : thread(int(threadIdx.x) % kThreads) {
+    constexpr int kTeams = kBlockThreads<team> / kThreads;  // in one block
+    if constexpr (team == Team::kCluster) {
+      rank = int(cluster_rank());
+      blocks = int(cluster_blocks());
+    }
+    first = int64_t(blockIdx.x / blocks) * kTeams + int(threadIdx.x) / kThreads;
+    step = int64_t(gridDim.x / blocks) * kTeams;
+  }
+
+  XENT_DEVICE bool leads() const { return rank == 0 && thread == 0; }
+
+  // The statistics of all members, for each of them. `exchange` has two halves, taken in turn: a warp may be one
+  // barrier ahead of another that still reads.
+  template <class S>
+  XENT_DEVICE void join(S& statistics, S* exchange, int64_t round) const {
+    join_lanes(statistics, kWarp);
+    if constexpr (team != Team::kWarp) {
+      S* const mine = exchange + (round % 2) * kWarps;
+      const int lane = thread % kWarp;
+      if (lane == 0) mine[thread / kWarp] = statistics;
+      if constexpr (team == Team::kCluster) {
+        cluster_barrier();
+      } else {
+        __syncthreads();
+      }
+      statistics = S::of_nothing();
+      for (int i = lane; i < blocks * kWarps; i += kWarp) {
+        statistics.merge(*in_block(mine + i % kWarps, uint32_t(i / kWarps)));
+      }
+      join_lanes(statistics, kWarp);
+    }
+  }
+};
+
+// One block's part of a row: its vectors in global memory, and each thread's copies of its own.
+template <class T, Team team, bool kCopied>
+struct Slice {
+  static constexpr int kStages = 4;                  // of copies
+  static constexpr int kTogether = kCopied ? 1 : 4;  // loads that are under way at a time where there are no copies
+  static constexpr int kThreads = Members<team>::kThreads;
+
+  const T* row;
+  unsigned char* copies;
+  Vectors shape;
+  int64_t first;  // of the row's vectors
+  int count, stage_size;
+
+  XENT_DEVICE Slice(const T* row, int64_t classes, unsigned char* copies, const Members<team>& members)
+      : row(row), copies(copies), shape(Vectors::of(row, classes)) {
+    first = shape.vectors * members.rank / members.blocks;
+    count = int(shape.vectors * (members.rank + 1) / members.blocks - first);
+    stage_size = (count + kStages * kThreads - 1) / (kStages * kThreads) * kThreads;
+  }
+
+  XENT_DEVICE int64_t class_of(int i) const { return shape.head + (first + i) * kPerVector<T>; }
+  XENT_DEVICE int stage_end(int stage) const { return min((stage + 1) * stage_size, count); }
+
+  XENT_DEVICE void start_copies(int thread) const {
+#pragma unroll 1
+    for (int stage = 0; stage < kStages; ++stage) {
+      for (int i = stage * stage_size + thread; i < stage_end(stage); i += kThreads) {
+        copy_async(copies + int64_t(i) * 16, row + class_of(i));
+      }
+      commit_copies();
+    }
+  }
+
+  static XENT_DEVICE void wait_for(int stage) {
+    switch (stage) {
+      case 0: wait_for_copies<3>(); break;
+      case 1: wait_for_copies<2>(); break;
+      case 2: wait_for_copies<1>(); break;
+      default: wait_for_copies<0>();
+    }
+  }
+
+  // Calls use(class, vector) for this thread's vectors in [begin, end).
+  template <class Use>
+  XENT_DEVICE void for_each(int begin, int end, int thread, const Use& use) const {
+    for (int i = begin + thread; i < end; i += kThreads * kTogether) {
+      uint4 raw[kTogether];
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        const int at = i + k * kThreads;
+        if constexpr (kCopied) {
+          raw[k] = load_vector(copies + int64_t(at) * 16);
+        } else if (at < end) {
+          raw[k] = load_vector(row + class_of(at));
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        if (kTogether == 1 || i + k * kThreads < end) use(class_of(i + k * kThreads), raw[k]);
+      }
+    }
+  }
+};
+
+// The coefficients of a position's classes, a vector of neighbours at a time.
+template <class T, TargetKind kind>
+struct Coefficients {
+  using A = Arithmetic<T>;
+  const Task& task;
+  int64_t offset = 0;       // of the position's probabilities
+  const T* twin = nullptr;  // those, where they lie as the logits do: read as vectors
+
+  XENT_DEVICE Coefficients(const Task& task, int64_t position, const T* row) : task(task) {
+    if constexpr (kind == TargetKind::kSoft) {
+      offset = offset_of(task, task.target, position);
+      const T* const start = static_cast<const T*>(task.target.data) + offset;
+      const bool alike = task.target.type == task.logits.type && task.target.class_stride == 1;
+      if (alike && phase_of(start) == phase_of(row)) twin = start;
+    }
+  }
+
+  XENT_DEVICE A at(int64_t c) const {
+    A q = 0;
+    if constexpr (kind == TargetKind::kSoft) q = read_element<A>(task.target, offset + c * task.target.class_stride);
+    return coefficient<kind>(task, c, q);
+  }
+
+  XENT_DEVICE void of_vector(int64_t c, A (&a)[kPerVector<T>]) const {
+    if constexpr (kind == TargetKind::kIndex) {
+#pragma unroll
+      for (int j = 0; j < kPerVector<T>; ++j) a[j] = A(0);
+    } else if (kind == TargetKind::kSoft && twin) {
+      widen_vector<T>(load_vector(twin + c), a);
+#pragma unroll
+      for (int j = 0; j < kPerVector<T>; ++j) a[j] = coefficient<kind>(task, c + j, a[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kPerVector<T>; ++j) a[j] = at(c + j);
+    }
+  }
+};
+
+// The gradient of a position that has none: ignored, or with a target that is no class.
+template <class T, Team team>
+XENT_DEVICE void write_zeros(T* out, int64_t classes, const Members<team>& members) {
+  const Vectors shape = Vectors::of(out, classes);
+  const int64_t step = int64_t(members.blocks) * members.kThreads;
+  for (int64_t i = members.rank * members.kThreads + members.thread; i < shape.vectors; i += step) {
+    stream_vector(out + shape.head + i * kPerVector<T>, {0, 0, 0, 0});
+  }
+  if (members.rank == 0 && members.thread < shape.edges) out[shape.edge(members.thread)] = T{};
+}
+
+template <class T, TargetKind kind, Team team, bool kCopied>
+__global__ void __launch_bounds__(kBlockThreads<team>) rows(const __grid_constant__ Task task) {
+  using A = Arithmetic<T>;
+  using S = Statistics<A, kind != TargetKind::kIndex, !kCopied>;
+  using RowSlice = Slice<T, team, kCopied>;
+  constexpr int N = kPerVector<T>;
+  if (nothing_to_do(task)) return;
+
+  XENT_DYNAMIC_SHARED(shared);
+  XENT_SHARED_ARRAY(S, exchange, 2 * Members<team>::kWarps);
+  const Members<team> members;
+  unsigned char* const copies = shared + int64_t(threadIdx.x / members.kThreads) * task.copy_bytes;
+  const A scale_of_all = gradient_scale<A>(task);
+  const bool forward = task.pass != Pass::kBackward, backward = task.pass != Pass::kForward;
+  Sums sums{0, 0};
+  int64_t round = 0;
+
+  for (int64_t position = members.first; position < task.positions; position += members.step, ++round) {
+    const T* const row = static_cast<const T*>(task.logits.data) + offset_of(task, task.logits, position);
+    const Label label = read_label<kind>(task, offset_of(task, task.target, position));
+    const bool counts = label.standing == Standing::kCounts;
+    const Coefficients<T, kind> coefficients(task, position, row);
+    const RowSlice slice(row, task.classes, copies, members);
+    const bool has_edge = counts && members.rank == 0 && members.thread < slice.shape.edges;
+    const int64_t edge = slice.shape.edge(members.thread);
+
+    A edge_logit[1] = {A(0)}, edge_coefficient[1] = {A(0)}, target_logit = 0;
+    if (counts && kCopied) slice.start_copies(members.thread);
+    if (has_edge) {
+      edge_logit[0] = widen<A>(row[edge]);
+      edge_coefficient[0] = coefficients.at(edge);
+    }
+
+    S statistics = S::of_nothing();
+    A max, log_sum, mass;
+    if (forward) {
+      if (kind != TargetKind::kSoft && counts && members.leads()) target_logit = widen<A>(row[label.target]);
+      if (counts) {
+        for (int stage = 0; stage < RowSlice::kStages; ++stage) {
+          if constexpr (kCopied) slice.wait_for(stage);
+          slice.for_each(stage * slice.stage_size, slice.stage_end(stage), members.thread, [&](int64_t c, uint4 raw) {
+            A x[N], a[N];
+            widen_vector<T>(raw, x);
+            coefficients.of_vector(c, a);
+            statistics.add(x, a);
+          });
+        }
+      }
+      if (has_edge) statistics.add(edge_logit, edge_coefficient);
+      members.join(statistics, exchange, round);
+      max = statistics.max;
+      log_sum = statistics.log_sum();
+      mass = statistics.mass.value();
+      if (members.leads()) {
+        finish_loss<kind>(task, position, offset_of(task, task.loss, position), label, target_logit, statistics,
+                          log_sum, sums);
+      }
+    } else {
+      if constexpr (kCopied) wait_for_copies<0>();
+      const SavedLse<A> lse(task, position);
+      max = lse.max;
+      log_sum = lse.log_sum;
+      mass = lse.mass;
+      if (label.standing == Standing::kBad && members.leads()) report_bad_target(task, position, label.target);
+    }
+    if (!backward) continue;
+
+    T* const out = task.grad_logits
+                       ? static_cast<T*>(task.grad_logits.data) + offset_of(task, task.grad_logits, position)
+                       : nullptr;
+    if (!counts) {
+      write_zeros(out, task.classes, members);
+      continue;
+    }
+    Gradient<kind, A> gradient;
+    gradient.set(task, label.target, max, log_sum, mass,
+                 scale_of_all * read_grad_output<A>(task, offset_of(task, task.grad_output, position)));
+    const bool aligned = phase_of(out) == phase_of(row);
+    const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
+    slice.for_each(0, slice.count, members.thread, [&](int64_t c, uint4 raw) {
+      A x[N], a[N], dx[N];
+      widen_vector<T>(raw, x);
+      if (kind == TargetKind::kSoft && task.grad_target) {
+        for (int j = 0; j < N; ++j) write_probability_gradient(task, grad_target, c + j, gradient.of_probability(x[j]));
+        if (!out) return;
+      }
+      coefficients.of_vector(c, a);
+#pragma unroll
+      for (int j = 0; j < N; ++j) dx[j] = gradient(x[j], a[j]);
+      if (kind != TargetKind::kSoft && uint64_t(label.target - c) < uint64_t(N)) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) dx[j] = label.target - c == j ? gradient.own(x[j]) : dx[j];
+      }
+      if (aligned) {
+        stream_vector(out + c, narrow_vector<T>(dx));
+      } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j) out[c + j] = narrow<T>(dx[j]);
+      }
+    });
+    if (has_edge) {
+      const A x = edge_logit[0];
+      if (task.grad_target) write_probability_gradient(task, grad_target, edge, gradient.of_probability(x));
+      if (out) out[edge] = narrow<T>(edge == label.target ? gradient.own(x) : gradient(x, edge_coefficient[0]));
+    }
+  }
+  if constexpr (team == Team::kCluster) cluster_barrier();  // others may still read this block's shared memory
+  leave_sums(task, sums);
+}
+
+}  // namespace xent::gpu

@@ -1,0 +1,205 @@
+// What one read of a position's logits has to find out, wherever they come from and however many threads share them:
+// the maximum and the sum of exponentials, online; and for label smoothing and probabilities the sums that the loss is
+// made of.
+//
+// Sums are kept so that nothing is lost at confidence: logits that equal the maximum are counted (`ties`), and `rest`
+// sums the exponentials of the others, which may be 1e-9. See log_of_sum in online_softmax.h.
+//
+// An element costs a maximum, a multiply-add, an ex2 and an addition. Powers of two save the multiplication by log2(e)
+// after the subtraction of the maximum: 2^(x l - m l), l = log2(e), with m l rounded once to `reference`. That rounding
+// shifts all exponents alike, and is taken back where sums meet.
+#pragma once
+
+#include "portable.cuh"
+#include "../problem.h"
+
+namespace xent::gpu {
+
+template <class A>
+constexpr A kLog2E = A(1.44269504088896340736);
+
+#define XENT_INLINE XENT_DEVICE
+
+template <class A>
+XENT_DEVICE A select(bool condition, A yes, A no) {
+  return condition ? yes : no;
+}
+
+// expm1 where exp - 1 would cancel; a branch that few threads take.
+template <class A>
+XENT_DEVICE void exp_and_expm1(A x, A& exp_x, A& expm1_x) {
+  exp_x = exp2_fast(x * kLog2E<A>);
+  expm1_x = x > A(-1) ? expm1(x) : exp_x - A(1);
+}
+
+#include "../online_softmax.h"
+
+#undef XENT_INLINE
+
+// A sum of a few terms, as a tree: short chains of additions are faster and lose less.
+template <int N, class A>
+XENT_DEVICE A tree_sum(A (&terms)[N]) {
+#pragma unroll
+  for (int half = N / 2; half > 0; half /= 2) {
+#pragma unroll
+    for (int j = 0; j < half; ++j) terms[j] += terms[j + half];
+  }
+  return terms[0];
+}
+
+// From here on neighbouring numbers are so far apart that beside the maximum every other logit's exponential is zero.
+template <class A>
+XENT_DEVICE bool is_huge(A x) {
+  return abs(x) >= (sizeof(A) == 4 ? A(0x1p30) : A(0x1p62));
+}
+
+// A sum of numbers >= 0. One of many terms in a row remembers what rounding has lost (Dekker's fast two-sum).
+template <class A, bool kLong>
+struct Sum {
+  A sum, lost;
+
+  XENT_DEVICE void add(A term) {
+    const A before = sum;
+    sum += term;
+    if constexpr (kLong) lost += term - (sum - before);
+  }
+  XENT_DEVICE void set(A value) { sum = value, lost = A(0); }
+  XENT_DEVICE A value() const { return kLong && lost == lost ? sum + lost : sum; }  // of infinity nothing is lost
+};
+
+// `kLong`: a thread adds up hundreds of terms.
+template <class A, bool kWithCoefficients, bool kLong = false>
+struct Statistics {
+  A max;
+  A reference;           // max * log2(e), rounded; infinity where the maximum is huge
+  A ties;                // how many are the maximum
+  Sum<A, kLong> rest;    // of 2^(x log2(e) - reference) over the others
+  Sum<A, kLong> spread;  // of a (max - x), with the coefficients a >= 0 of the loss: nothing cancels
+  Sum<A, kLong> mass;    // of a
+
+  static XENT_DEVICE Statistics of_nothing() {
+    return {A(-INFINITY), A(-INFINITY), A(0), {A(0), A(0)}, {A(0), A(0)}, {A(0), A(0)}};
+  }
+
+  // Makes `to` the maximum that sums refer to.
+  XENT_DEVICE void raise(A to) {
+    if (!(to > max)) return;
+    const A new_reference = is_huge(to) ? A(INFINITY) : to * kLog2E<A>;
+    A others = rest.value();
+    if (others != A(0)) others *= exp2_fast(reference - new_reference);
+    rest.set(others + ties * exp2_fast(fused(max, kLog2E<A>, -new_reference)));
+    if constexpr (kWithCoefficients) {
+      if (mass.value() != A(0)) spread.set(spread.value() + mass.value() * (to - max));
+    }
+    max = to;
+    reference = new_reference;
+    ties = 0;
+  }
+
+  // N logits and their coefficients, in any order: most are below what has been the largest so far.
+  template <int N>
+  XENT_DEVICE void add(const A (&x)[N], const A (&a)[N]) {
+    A largest = x[0];
+#pragma unroll
+    for (int j = 1; j < N; ++j) largest = maximum(largest, x[j]);  // a NaN is not seen here; it is in the sum
+    if (largest >= max) {
+      raise(largest);
+      add_up_to_max(x, a);
+    } else {
+      A terms[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) terms[j] = exp2_fast(fused(x[j], kLog2E<A>, -reference));
+      rest.add(tree_sum(terms));
+      add_coefficients(x, a);
+    }
+  }
+
+  // The same where none exceeds the maximum.
+  template <int N>
+  XENT_DEVICE void add_up_to_max(const A (&x)[N], const A (&a)[N]) {
+    A terms[N], equal[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const bool tie = x[j] == max;
+      equal[j] = tie ? A(1) : A(0);
+      terms[j] = tie ? A(0) : exp2_fast(fused(x[j], kLog2E<A>, -reference));
+    }
+    ties += tree_sum(equal);
+    rest.add(tree_sum(terms));
+    add_coefficients(x, a);
+  }
+
+  template <int N>
+  XENT_DEVICE void add_coefficients(const A (&x)[N], const A (&a)[N]) {
+    if constexpr (kWithCoefficients) {
+      A distances[N], masses[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        // Nothing for a = 0, even at x = -inf; nor for the maximum itself, even where that is -inf so far.
+        distances[j] = a[j] == A(0) || x[j] == max ? A(0) : a[j] * (max - x[j]);
+        masses[j] = a[j];
+      }
+      spread.add(tree_sum(distances));
+      mass.add(tree_sum(masses));
+    }
+  }
+
+  XENT_DEVICE void merge(Statistics other) {
+    raise(other.max);
+    other.raise(max);
+    ties += other.ties;
+    rest.add(other.rest.value());
+    if constexpr (kWithCoefficients) {
+      spread.add(other.spread.value());
+      mass.add(other.mass.value());
+    }
+  }
+
+  // Puts what rounding has lost back into the sums.
+  XENT_DEVICE void settle() {
+    rest.set(rest.value());
+    spread.set(spread.value());
+    mass.set(mass.value());
+  }
+
+  // log of the sum of exp(x - max). An infinite maximum makes it NaN, and with it everything, as natively.
+  XENT_DEVICE A log_sum() const {
+    const A others = rest.value();
+    const A shift = others == A(0) ? A(1) : exp2_fast(-fused(max, kLog2E<A>, -reference));
+    return log_of_sum(ties, others * shift) + (max - max);
+  }
+};
+
+// ---- across threads -------------------------------------------------------------------------------------------------
+
+template <class A>
+XENT_DEVICE A shuffle_xor(A x, int lane) {
+  return __shfl_xor_sync(0xffffffffu, x, lane);
+}
+
+template <class A>
+XENT_DEVICE A lanes_max(A x, int lanes) {
+  for (int o = lanes / 2; o > 0; o /= 2) x = maximum(x, shuffle_xor(x, o));
+  return x;
+}
+
+// In an order that is the same for every lane, so all get the same bits.
+template <class A>
+XENT_DEVICE A lanes_sum(A x, int lanes) {
+  for (int o = lanes / 2; o > 0; o /= 2) x += shuffle_xor(x, o);
+  return x;
+}
+
+// The statistics of `lanes` neighbouring threads (a power of two), for each of them. All threads of the warp call it.
+template <class A, bool kWithCoefficients, bool kLong>
+XENT_DEVICE void join_lanes(Statistics<A, kWithCoefficients, kLong>& statistics, int lanes) {
+  statistics.raise(lanes_max(statistics.max, lanes));
+  statistics.ties = lanes_sum(statistics.ties, lanes);
+  statistics.rest.set(lanes_sum(statistics.rest.value(), lanes));
+  if constexpr (kWithCoefficients) {
+    statistics.spread.set(lanes_sum(statistics.spread.value(), lanes));
+    statistics.mass.set(lanes_sum(statistics.mass.value(), lanes));
+  }
+}
+
+}  // namespace xent::gpu

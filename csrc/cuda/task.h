@@ -1,0 +1,95 @@
+// What the host asks of the CUDA kernels: a Problem, and where on the device the results go. Passed by value at each
+// launch. Knows neither torch nor CUDA.
+#pragma once
+
+#include "../problem.h"
+
+namespace xent::gpu {
+
+// The first class index that is neither a class nor ignore_index. In host memory that the device can write to, so that
+// the host learns of it without waiting for the device.
+struct BadTarget {
+  int64_t value = 0;
+  int64_t position = 0;
+  int64_t classes = 0;
+  int32_t reported = 0;  // written last
+};
+
+// What one kernel is to do for every position.
+enum class Pass : uint8_t {
+  kForward,          // lse and loss
+  kForwardBackward,  // and the gradient of the logits, from the same read
+  kBackward,         // the gradients, from lse
+};
+
+struct Task : Problem {
+  Pass pass = Pass::kForward;
+
+  // ---- forward
+  View loss;                     // one for each position, where they are not summed
+  Sums* partial_sums = nullptr;  // else one for each block, in the order of the blocks
+
+  // ---- gradients
+  View grad_logits;
+  View grad_target;  // absent where none is asked for
+  View grad_output;  // one for each position (reduction 'none'), or a single element with strides of zero
+
+  // What a mean divides by. In the backward the forward's result. For a gradient made in the forward it comes first, as
+  // the blocks' sums of the targets' weights (count_targets), or is known.
+  const double* denominator = nullptr;
+  const Sums* counted = nullptr;
+  int32_t counted_blocks = 0;
+  double known_denominator = 1;
+  bool empty_is_zero = false;
+
+  // The gradient was made in the forward for a grad_output of one: if that is what it is, there is nothing to do.
+  bool made_for_one = false;
+
+  double keep = 1, share = 0;  // 1 - e, e / C
+
+  // e / C times the sum of the class weights, where it has to be formed on the device.
+  const double* smoothed_total_on_device = nullptr;
+
+  // How the kernel divides its work (launch.cuh).
+  int32_t copy_bytes = 0;     // of shared memory, for what one team of threads works on at a time
+  int32_t lanes_per_row = 1;  // small rows
+  int32_t rows_per_tile = 1;
+  int32_t slices = 1;        // spatial: how many threads share the classes of a position
+  bool twin_target = false;  // probabilities lie and are aligned as the logits are
+
+  BadTarget* bad_target = nullptr;
+  int32_t* bad_target_taken = nullptr;  // in device memory: whoever sets it reports
+};
+
+// Where the sums of a reduction end up.
+struct Totals {
+  const Sums* partial_sums = nullptr;
+  int32_t blocks = 0;
+  bool mean = false;
+  bool count_is_known = false;  // soft targets: a mean divides by the number of positions
+  bool empty_is_zero = false;
+  double known_count = 1;
+  View loss;
+  double* denominator = nullptr;
+};
+
+// The sum of the class weights, for label smoothing.
+struct WeightSum {
+  const void* weight = nullptr;
+  int64_t classes = 0;
+  bool in_double = false;
+  double factor = 1;
+  double* result = nullptr;
+};
+
+// What launch decisions depend on. The emulator's tests choose small ones, to reach every decision with small inputs.
+struct Device {
+  int multiprocessors = 1;
+  int64_t shared_per_multiprocessor = 100 << 10;
+  int64_t shared_per_block = 99 << 10;
+  int most_threads = 1536;  // of a multiprocessor
+  int most_blocks = 16;
+  int largest_cluster = 1;
+};
+
+}  // namespace xent::gpu

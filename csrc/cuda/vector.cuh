@@ -1,0 +1,63 @@
+// Elements as they lie in memory, 16 bytes at a time, and as arithmetic wants them.
+#pragma once
+
+#include "portable.cuh"
+
+namespace xent::gpu {
+
+template <class T>
+constexpr int kPerVector = 16 / int(sizeof(T));
+
+template <class T>
+XENT_DEVICE void widen_vector(uint4 raw, Arithmetic<T> (&x)[kPerVector<T>]) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int j = 0; j < kPerVector<T>; ++j) {
+    if constexpr (sizeof(T) == 2) {
+      x[j] = widen<float>(T{uint16_t(words[j / 2] >> (16 * (j % 2)))});
+    } else if constexpr (sizeof(T) == 4) {
+      x[j] = bit_cast<float>(words[j]);
+    } else {
+      x[j] = bit_cast<double>(uint64_t(words[2 * j]) | uint64_t(words[2 * j + 1]) << 32);
+    }
+  }
+}
+
+template <class T>
+XENT_DEVICE uint4 narrow_vector(const Arithmetic<T> (&x)[kPerVector<T>]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    if constexpr (sizeof(T) == 2) {
+      words[w] = narrow_pair<T>(x[2 * w], x[2 * w + 1]);
+    } else if constexpr (sizeof(T) == 4) {
+      words[w] = bit_cast<uint32_t>(x[w]);
+    } else {
+      words[w] = uint32_t(bit_cast<uint64_t>(x[w / 2]) >> (32 * (w % 2)));
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// How `count` neighbours divide into vectors at addresses that are multiples of 16, and single elements around them.
+struct Vectors {
+  int64_t head = 0;  // elements before the first vector
+  int64_t vectors = 0;
+  int64_t tail = 0;  // where the elements after the last vector begin
+  int edges = 0;     // elements outside the vectors: fewer than two vectors hold
+
+  template <class T>
+  static XENT_DEVICE Vectors of(const T* p, int64_t count) {
+    Vectors result;
+    result.head = int64_t((16u - phase_of(p)) % 16u / uint32_t(sizeof(T)));
+    if (result.head > count) result.head = count;
+    result.vectors = (count - result.head) / kPerVector<T>;
+    result.tail = result.head + result.vectors * kPerVector<T>;
+    result.edges = int(result.head + (count - result.tail));
+    return result;
+  }
+
+  XENT_DEVICE int64_t edge(int i) const { return i < head ? i : tail + (i - head); }
+};
+
+}  // namespace xent::gpu

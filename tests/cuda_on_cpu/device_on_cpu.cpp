@@ -1,0 +1,34 @@
+// csrc/cuda/device.h where the CUDA device is the emulator.
+#include "../../csrc/cuda/device.h"
+
+#include <c10/util/Exception.h>
+
+#include "device_on_cpu.h"
+
+namespace xent::gpu {
+
+Device& emulated_device() {
+  static Device device;
+  return device;
+}
+
+namespace {
+BadTarget bad_target_word;
+int32_t bad_target_taken_word = 0;
+}  // namespace
+
+DeviceScope::DeviceScope(c10::Device device) : index_(device.index()), previous_(0) {}
+DeviceScope::~DeviceScope() = default;
+const Device& DeviceScope::limits() const { return emulated_device(); }
+void* DeviceScope::stream() const { return nullptr; }
+bool DeviceScope::is_capturing() const { return false; }
+BadTarget* DeviceScope::bad_target() const { return &bad_target_word; }
+int32_t* DeviceScope::bad_target_taken() const { return &bad_target_taken_word; }
+void DeviceScope::forget_bad_target() const {
+  bad_target_word = BadTarget();
+  bad_target_taken_word = 0;
+}
+std::vector<c10::Device> synchronized_devices() { return {c10::Device(c10::kCPU)}; }
+void check(int status, const char* what) { TORCH_CHECK(status == 0, what); }
+
+}  // namespace xent::gpu

@@ -1,0 +1,77 @@
+// The CUDA kernels and their host code, compiled for the CPU, as a Python module. `install` puts them in the place of the
+// CPU kernels, so that every test of the package can run on them; `uninstall` undoes it.
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <string>
+
+#include "../../csrc/cuda/cross_entropy_cuda.h"
+#include "../../csrc/cuda/device.h"
+#include "../../csrc/cuda/plan.h"
+#include "../../csrc/describe.h"
+#include "cuda_emulator.h"
+#include "device_on_cpu.h"
+
+namespace {
+
+std::unique_ptr<torch::Library> installed;
+
+void install() {
+  installed = std::make_unique<torch::Library>(torch::Library::IMPL, "cross_entropy_ext", c10::DispatchKey::CPU,
+                                               __FILE__, __LINE__);
+  xent::gpu::register_kernels(*installed);
+}
+
+void set_schedule(const std::string& order, unsigned seed) {
+  const char* const names[] = {"in_order", "reversed", "shuffled", "starve_thread", "starve_warp", "starve_block"};
+  for (int i = 0; i < 6; ++i) {
+    if (order == names[i]) {
+      emulator::schedule = {emulator::Order(i), seed};
+      return;
+    }
+  }
+  throw pybind11::value_error(order);
+}
+
+// The launch decision for a forward with gradient, in words: which kernel, and how it divides its work.
+pybind11::dict plan(const at::Tensor& logits, const at::Tensor& target) {
+  xent::gpu::Task task;
+  xent::describe(task, logits, target, std::nullopt, xent::arithmetic_type(logits, target, std::nullopt), logits, -100,
+                 0);
+  task.grad_logits = task.logits;
+  xent::merge_dimensions(task, {&task.logits, &task.target, &task.grad_logits});
+  const xent::gpu::Plan plan = xent::gpu::plan(task, xent::gpu::emulated_device());
+  const char* const families[] = {"small_rows", "rows", "spatial", "strided"};
+  const char* const teams[] = {"warp", "block", "cluster"};
+  pybind11::dict result;
+  result["family"] = families[int(plan.family)];
+  result["team"] = teams[int(plan.team)];
+  result["copied"] = plan.copied;
+  result["vectors"] = plan.vectors;
+  result["blocks"] = plan.shape.blocks;
+  result["cluster"] = plan.shape.cluster;
+  result["shared_bytes"] = plan.shape.shared_bytes;
+  result["lanes_per_row"] = task.lanes_per_row;
+  result["rows_per_tile"] = task.rows_per_tile;
+  result["slices"] = task.slices;
+  return result;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using xent::gpu::Device;
+  m.def("install", &install);
+  m.def("uninstall", [] { installed.reset(); });
+  m.def("check_errors", &xent::gpu::check_errors);
+  m.def("set_schedule", &set_schedule);
+  m.def("plan", &plan);
+  m.def("set_device", [](int multiprocessors, int64_t shared_per_multiprocessor, int64_t shared_per_block,
+                         int largest_cluster) {
+    Device& device = xent::gpu::emulated_device();
+    device.multiprocessors = multiprocessors;
+    device.shared_per_multiprocessor = shared_per_multiprocessor;
+    device.shared_per_block = shared_per_block;
+    device.largest_cluster = largest_cluster;
+  });
+}

@@ -1,0 +1,361 @@
+"""The CUDA kernels, run on the CPU in an emulator, through their own host code: values, every launch decision,
+schedules in which a missing barrier shows, and what the kernels report.
+
+The emulated kernels take the place of the CPU's for the length of a test. So the tests of values and of autograd, which
+are imported here, run on them too.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+from cases import DTYPES, Objective, generator, name_of, place
+from cuda_on_cpu import build
+from oracle import arithmetic_of, assert_as_exact, check, reference
+from test_autograd import *  # noqa: F403
+from test_values import *  # noqa: F403
+from test_values import grad_output_for
+from torch import Tensor
+
+from cross_entropy_ext import functional as ext
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="the emulated kernels need a C++ compiler")
+
+# Of the imported tests: what is said of the CPU alone. CUDA reports a bad target at the next call.
+for name in (
+    "test_every_instruction_set",
+    "test_bits_do_not_depend_on_the_threads",
+    "test_core_out_of_range_targets",
+):
+    globals().pop(name, None)
+
+DEVICES = {
+    # multiprocessors, shared memory of each, of a block, largest cluster
+    "h200": (2, 228 << 10, 227 << 10, 8),
+    "a100": (2, 164 << 10, 163 << 10, 1),
+    "small": (3, 24 << 10, 16 << 10, 1),  # rows of 32 KB and more fit no block
+    "small-clusters": (9, 24 << 10, 16 << 10, 8),  # clusters of 2, 4 and 8 for rows of a few KB
+}
+
+
+@pytest.fixture(scope="session")
+def module() -> ModuleType:
+    return build.load()
+
+
+@pytest.fixture(autouse=True)
+def kernels(module: ModuleType):
+    module.set_device(*DEVICES["h200"])
+    module.set_schedule("in_order", 0)
+    module.install()
+    yield module
+    module.uninstall()
+    module.set_schedule("in_order", 0)
+    module.check_errors()
+
+
+# ---- what every case is checked for ------------------------------------------------------------------------
+
+OBJECTIVES_HERE = [
+    Objective("index", "the plain loss, its gradient made in the forward", "mean"),
+    Objective("index-ignored", "the same with weights and ignored rows", "mean", weighted=True, ignored=True),
+    Objective("smoothed", "every class has a coefficient", "sum", weighted=True, label_smoothing=0.1, ignored=True),
+    Objective("soft", "a second operand, in the forward and in the backward", "mean", soft=True, label_smoothing=0.1),
+    Objective("none", "lse read back from memory, a grad_output for each position", "none"),
+]
+
+
+def check_all(logits: Tensor, *, key: object, objectives: list[Objective] = OBJECTIVES_HERE) -> None:
+    """Loss and gradients by the forward's gradient, by the backward's, and in the logits' place."""
+    for objective in objectives:
+        target, weight = objective.target(logits, key), objective.weight(logits, key)
+        options, reason = objective.options(), f"{key} {objective.id}"
+        check(logits, target, weight, reason=reason, **options)
+        check(logits, target, weight, grad_output=grad_output_for(logits, objective.reduction, key), **options)
+        exact = reference(logits, target, weight, **options)["input"]
+        leaf = logits.detach().requires_grad_()
+        loss = ext.cross_entropy(leaf, target, weight, **options)
+        (made,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
+        assert_as_exact(made, exact, None, arithmetic=arithmetic_of(logits), name=reason)
+        leaf = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        memory = leaf * 1
+        ext.cross_entropy(memory, target, weight, inplace=True, **options).sum().backward()
+        assert_as_exact(leaf.grad, exact, None, arithmetic=arithmetic_of(logits), name=f"{reason}, in place")
+
+
+def logits_of(
+    shape: tuple[int, ...], dtype: torch.dtype, order: tuple[int, ...] | None = None, offset: int = 0
+) -> Tensor:
+    values = torch.randn(shape, generator=generator(shape, dtype), dtype=torch.double) * 3
+    return place(values.to(dtype), order=order, offset=offset)
+
+
+def index_target(logits: Tensor) -> Tensor:
+    return torch.zeros([size for d, size in enumerate(logits.shape) if d != 1], dtype=torch.long)
+
+
+# ---- launch decisions: every one, at its boundaries --------------------------------------------------------
+
+half, single, double = torch.bfloat16, torch.float32, torch.float64
+NHWC, NTC = (0, 2, 3, 1), (0, 2, 1)
+small_rows, rows, spatial, strided = ({"family": name} for name in ("small_rows", "rows", "spatial", "strided"))
+warp, block, cluster = (rows | {"team": name, "copied": True} for name in ("warp", "block", "cluster"))
+reread = rows | {"team": "block", "copied": False}
+tiles, direct, scalar = (
+    spatial | {"vectors": vectors, "copied": copied}
+    for vectors, copied in ((True, True), (True, False), (False, False))
+)
+DECISIONS = [
+    # one thread for a row to a whole warp: the power of two in C, and more where a tile would be too large
+    ("h200", single, (70, 1), None, small_rows | {"lanes_per_row": 1, "rows_per_tile": 256}),
+    ("h200", single, (300, 7), None, small_rows | {"lanes_per_row": 1}),
+    ("h200", single, (333, 10), None, small_rows | {"lanes_per_row": 2}),
+    ("h200", single, (65, 12), None, small_rows | {"lanes_per_row": 4}),
+    ("h200", half, (65, 24), None, small_rows | {"lanes_per_row": 8}),
+    ("h200", half, (65, 48), None, small_rows | {"lanes_per_row": 16}),
+    ("h200", single, (33, 32), None, small_rows | {"lanes_per_row": 32}),
+    ("h200", single, (19, 255), None, small_rows | {"lanes_per_row": 8, "rows_per_tile": 4}),
+    ("h200", single, (9, 256), None, small_rows | {"lanes_per_row": 32}),
+    ("h200", half, (9, 512), None, small_rows | {"lanes_per_row": 32}),
+    ("h200", double, (9, 128), None, small_rows),
+    ("h200", single, (2, 19, 5, 7), NHWC, small_rows | {"lanes_per_row": 1}),
+    ("h200", single, (3, 5, 4), None, small_rows),  # a run too short for the spatial kernel
+    # a warp, a block or a cluster for a row
+    ("h200", single, (9, 257), None, warp),
+    ("h200", half, (9, 513), None, warp),
+    ("h200", half, (5, 4096), None, warp),
+    ("h200", single, (5, 2048), None, warp),
+    ("h200", single, (5, 2049), None, block),
+    ("h200", half, (5, 4099), None, block),
+    ("h200", double, (5, 1025), None, block),
+    ("h200", single, (2, 300, 7), NTC, warp),
+    ("h200", half, (3, 37888), None, block),
+    ("h200", half, (2, 38000), None, cluster | {"cluster": 2}),
+    ("h200", half, (2, 128256), None, cluster | {"cluster": 4}),
+    ("h200", single, (1, 262144), None, cluster | {"cluster": 8}),
+    ("h200", half, (1, 1000003), None, reread),
+    ("a100", half, (2, 81000), None, block),
+    ("a100", half, (2, 83000), None, reread),
+    ("small", single, (5, 3000), None, block),
+    ("small", single, (3, 4001), None, reread),
+    ("small", half, (3, 9001), None, reread),
+    ("small-clusters", single, (20, 2051), None, cluster | {"cluster": 2}),
+    ("small-clusters", half, (20, 9001), None, cluster | {"cluster": 4}),
+    ("small-clusters", single, (20, 8191), None, cluster | {"cluster": 8}),
+    ("small-clusters", double, (5, 1601), None, cluster | {"cluster": 4}),
+    # runs of positions: vectors of them, or one by one; one thread for all classes, or slices of them
+    ("h200", single, (2, 19, 12, 40), None, tiles | {"slices": 1}),
+    ("h200", half, (2, 19, 8, 130), None, tiles | {"slices": 1}),
+    ("h200", half, (2, 19, 2, 20), None, tiles | {"slices": 16}),
+    ("h200", single, (2, 23, 600), None, tiles | {"slices": 2}),
+    ("h200", single, (2, 150, 132), None, tiles | {"slices": 8}),
+    ("h200", double, (2, 21, 40), None, tiles),
+    ("h200", single, (1, 700, 64), None, tiles | {"slices": 32}),
+    ("h200", single, (1, 3600, 12), None, direct | {"slices": 32}),
+    ("small", half, (1, 300, 16), None, direct),
+    ("h200", single, (2, 19, 5, 5), None, scalar),
+    ("h200", half, (2, 70, 131), None, scalar),
+    ("h200", single, (2, 5, 3, 3, 7), None, scalar),
+    ("h200", single, (300, 70), (1, 0), tiles),  # (C, N) transposed
+    # everything else
+    ("h200", single, (3, 300, 4), None, strided | {"team": "warp"}),
+    ("h200", single, (2, 3001, 4), None, strided | {"team": "block"}),
+]
+
+
+@pytest.mark.parametrize(("device", "dtype", "shape", "order", "plan"), DECISIONS, ids=str)
+def test_launch_decisions(kernels: ModuleType, device: str, dtype: torch.dtype, shape, order, plan: dict) -> None:
+    kernels.set_device(*DEVICES[device])
+    logits = logits_of(shape, dtype, order)
+    chosen = kernels.plan(logits, index_target(logits))
+    assert {name: chosen[name] for name in plan} == plan
+    large = logits.numel() > 200_000
+    check_all(logits, key=(device, shape), objectives=OBJECTIVES_HERE[1::2] if large else OBJECTIVES_HERE)
+
+
+BOUNDARIES = {
+    # around the vector, the warp, the tile, the stages of copies, the block
+    "small": [*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 256],
+    "warp": [257, 260, 263, 383, 384, 385, 511, 512, 513, 640, 1023, 1024, 1025, 2047, 2048],
+    "block": [2049, 2052, 3071, 3072, 3073, 4095, 4096, 4097, 8191, 8193],
+}
+
+
+@pytest.mark.parametrize("group", BOUNDARIES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_classes_around_every_boundary(dtype: torch.dtype, group: str) -> None:
+    scale = 4 // dtype.itemsize if dtype.itemsize < 8 else 1
+    for classes in BOUNDARIES[group]:
+        classes = classes * scale + (classes % 3) * (scale - 1)
+        offset = classes % 5  # most rows are not aligned, and each differently
+        logits = logits_of((5, classes), dtype, offset=offset)
+        check_all(
+            logits, key=("boundary", classes), objectives=OBJECTIVES_HERE[:3:2] if classes > 100 else OBJECTIVES_HERE
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_inner_sizes_around_every_boundary(dtype: torch.dtype) -> None:
+    for inner in [*range(8, 20), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257, 511, 512, 513, 1024, 1032]:
+        logits = logits_of((2, 5 if inner > 100 else 21, inner), dtype, offset=inner % 2)
+        check_all(logits, key=("inner", inner), objectives=OBJECTIVES_HERE[1:4:2])
+
+
+@pytest.mark.parametrize("dtype", [half, single, double], ids=name_of)
+def test_a_gradient_that_lies_otherwise_than_the_logits(dtype: torch.dtype) -> None:
+    """Logits off the 16-byte grid, or with gaps, have a gradient that is on it and has none."""
+    for shape in [(7, 30), (7, 900), (5, 6000), (2, 16, 24)]:
+        for offset, margin in [(1, 0), (0, 1), (3, 5)]:
+            values = torch.randn(shape, generator=generator(shape), dtype=torch.double).to(dtype)
+            logits = place(values, offset=offset, margin={len(shape) - 1: margin} if margin else None)
+            check_all(logits, key=(shape, offset, margin), objectives=OBJECTIVES_HERE[:4])
+
+
+@pytest.mark.parametrize("dtype", [half, single], ids=name_of)
+def test_probabilities_that_lie_otherwise_than_the_logits(dtype: torch.dtype) -> None:
+    """Not read as vectors: another dtype, alignment or order; float64 ones make the arithmetic double."""
+    for shape in [(5, 40), (5, 700), (3, 5000), (2, 24, 16)]:
+        logits = logits_of(shape, dtype)
+        soft = torch.randn(shape, generator=generator(shape, "soft"), dtype=torch.double).softmax(1)
+        for q in (
+            soft.to(dtype),
+            soft.float(),
+            soft,
+            place(soft.to(dtype), offset=1),
+            place(soft.to(dtype), step={1: 2}),
+        ):
+            check(logits, q, label_smoothing=0.1, reason=f"{shape} {q.dtype}")
+            check(logits, q, reduction="none", grad_output=grad_output_for(logits, "none", shape))
+
+
+# ---- schedules ---------------------------------------------------------------------------------------------
+
+SCHEDULES = [
+    (order, seed)
+    for order in ("reversed", "shuffled", "starve_thread", "starve_warp", "starve_block")
+    for seed in ((0,) if order == "reversed" else (2, 3, 4, 5))
+]
+SCHEDULED = [
+    # every kernel, several tiles or rows for each block, and for each warp
+    ("h200", half, (2000, 10), None),
+    ("h200", single, (90, 100), None),
+    ("h200", single, (70, 300), None),
+    ("h200", half, (40, 4100), None),
+    ("h200", single, (2, 150, 132), None),
+    ("h200", half, (3, 21, 260), None),
+    ("small", single, (30, 4100), None),
+    ("small", single, (2, 300, 160), None),
+    ("small-clusters", half, (20, 9001), None),
+    ("small-clusters", single, (40, 5000), None),
+    ("h200", single, (3, 3001, 4), None),
+    ("h200", single, (9, 300, 5), None),
+]
+
+
+@pytest.mark.parametrize(("order", "seed"), SCHEDULES)
+def test_schedules(kernels: ModuleType, order: str, seed: int) -> None:
+    """Whichever thread, warp or block is last: the same bits as in order, and right ones."""
+    for device, dtype, shape, layout in SCHEDULED:
+        kernels.set_device(*DEVICES[device])
+        logits = logits_of(shape, dtype, layout)
+        for objective in OBJECTIVES_HERE[1:4]:
+            target, weight = objective.target(logits, shape), objective.weight(logits, shape)
+
+            def step(reduction: str) -> tuple[Tensor, Tensor]:
+                leaf = logits.detach().requires_grad_()
+                loss = ext.cross_entropy(
+                    leaf, target, weight, reduction=reduction, label_smoothing=objective.label_smoothing
+                )
+                return loss.detach(), torch.autograd.grad(loss, leaf, torch.ones_like(loss))[0]
+
+            for reduction in ("mean", "none"):
+                kernels.set_schedule("in_order", 0)
+                expected = step(reduction)
+                kernels.set_schedule(order, seed)
+                for got, right in zip(step(reduction), expected, strict=True):
+                    assert torch.equal(got, right), (shape, objective.id, reduction)
+
+
+# ---- targets that are no class -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (6, 400), (6, 5000), (2, 21, 16), (2, 21, 9), (2, 300, 3)], ids=str)
+@pytest.mark.parametrize("value", [-1, "C", 2**40, -(2**62)])
+def test_a_target_that_is_no_class(kernels: ModuleType, shape: tuple[int, ...], value: int | str) -> None:
+    """Nothing is read for it: its loss is NaN, its gradient zero, the others are right; then an IndexError, once."""
+    logits = logits_of(shape, single)
+    classes = shape[1]
+    bad = classes if value == "C" else value
+    good = torch.randint(classes, index_target(logits).shape, generator=generator(shape))
+    target = good.clone()
+    target.view(-1)[3] = bad
+    exact = reference(logits, good, reduction="none")
+    where = torch.zeros(good.shape, dtype=torch.bool)
+    where.view(-1)[3] = True
+
+    for reduction in ("none", "mean"):
+        leaf = logits.detach().requires_grad_()
+        loss = ext.cross_entropy(leaf, target, reduction=reduction)
+        with pytest.raises(
+            IndexError, match=rf"Target {bad} is out of bounds\. \(Position 3 of .* over {classes} classes"
+        ):
+            kernels.check_errors()
+        kernels.check_errors()
+        assert loss.isnan().equal(where if reduction == "none" else torch.tensor(True))
+        (grad,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
+        if reduction == "none":
+            with pytest.raises(IndexError):  # the backward's kernel has seen it too
+                ext.cross_entropy(logits, good)
+        assert grad.isfinite().all() and not grad.movedim(1, -1)[where].any()
+        others = ~where.unsqueeze(1).expand(shape)
+        share = 1 if reduction == "none" else 1 / (good.numel() - 1)
+        torch.testing.assert_close(grad[others], (exact["input"].value * share)[others].float(), rtol=1e-4, atol=1e-6)
+    assert ext.cross_entropy(logits, good).isfinite()
+
+
+def test_the_next_call_raises(kernels: ModuleType) -> None:
+    logits = torch.randn(4, 5)
+    ext.cross_entropy(logits, torch.tensor([0, 1, 7, 9]))
+    with pytest.raises(IndexError, match="Target (7|9) is out of bounds"):
+        ext.cross_entropy(logits, torch.zeros(4, dtype=torch.long))
+    assert ext.cross_entropy(logits, torch.zeros(4, dtype=torch.long)).isfinite()
+
+
+# ---- the gradient that the forward made --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0, 0.0, 0.3, 65536.0, float("nan")])
+@pytest.mark.parametrize("dtype", [half, single], ids=name_of)
+def test_a_gradient_made_for_one_and_wanted_for_another(dtype: torch.dtype, scale: float) -> None:
+    """It is made anew, with one rounding; where it is for one, the very tensor of the forward is handed over, once."""
+    for shape in [(9, 21), (9, 600), (3, 6000), (2, 21, 32), (2, 300, 3)]:
+        logits = logits_of(shape, dtype)
+        target = torch.randint(shape[1], index_target(logits).shape, generator=generator(shape))
+        target.view(-1)[1] = -100
+        exact = reference(logits, target, grad_output=torch.tensor(scale))["input"]
+        leaf = logits.detach().requires_grad_()
+        loss = ext.cross_entropy(leaf, target)
+        first, second = (
+            torch.autograd.grad(loss, leaf, torch.tensor(scale).to(dtype), retain_graph=True)[0] for _ in "ab"
+        )
+        assert first.data_ptr() != second.data_ptr()
+        torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+        if scale == scale:
+            exact = reference(logits, target, grad_output=torch.tensor(scale).to(dtype))["input"]
+            assert_as_exact(first, exact, None, arithmetic=arithmetic_of(logits))
+        else:  # ignored positions keep their zeros
+            ignored = (target == -100).unsqueeze(1).expand(shape)
+            assert first[~ignored].isnan().all() and not first[ignored].any()
+
+
+def test_positions_without_classes_to_speak_of(kernels: ModuleType) -> None:
+    for shape in [(0, 5), (0, 5000), (0, 5, 8), (2, 5, 0), (3, 1), (3, 1, 16), (1, 1)]:
+        logits = torch.randn(shape, requires_grad=True)
+        for reduction in ("mean", "sum", "none"):
+            loss = ext.cross_entropy(logits, index_target(logits), reduction=reduction)
+            native = torch.nn.functional.cross_entropy(logits, index_target(logits), reduction=reduction)
+            torch.testing.assert_close(loss, native, equal_nan=True)
+            grad = torch.autograd.grad(loss, logits, torch.ones_like(loss))[0]
+            assert grad.shape == logits.shape and not grad.any()
