@@ -61,31 +61,24 @@ XENT_DEVICE void write_element(const View& view, int64_t offset, From x) {
 
 // ---- what the target says -------------------------------------------------------------------------------------------
 
-enum class Standing : uint8_t { kCounts, kIgnored, kBad };
+// A class, or one of these. Kernels call with fewer than 2^31 classes, or (strided.cuh) take the class as it is.
+constexpr int kIgnored = -1, kBad = -2, kProbabilities = -3;
 
-// Only of a class index.
-struct Label {
-  int64_t target = -1;  // -1 for probabilities
-  Standing standing = Standing::kCounts;
-};
-
+// What a position's target is.
 template <TargetKind kind>
-XENT_DEVICE Label read_label(const Task& task, int64_t offset) {
-  Label label;
-  if constexpr (kind != TargetKind::kSoft) {
-    label.target = read_element<int64_t>(task.target, offset);
-    if (label.target == task.ignore_index) {
-      label.standing = Standing::kIgnored;
-    } else if (label.target < 0 || label.target >= task.classes) {
-      label.standing = Standing::kBad;
-    }
-  }
-  return label;
+XENT_DEVICE int64_t read_label(const Task& task, int64_t offset) {
+  if constexpr (kind == TargetKind::kSoft) return kProbabilities;
+  const int64_t target = read_element<int64_t>(task.target, offset);
+  if (target == task.ignore_index) return kIgnored;
+  return target < 0 || target >= task.classes ? kBad : target;
 }
 
-// The first to come here tells the host.
-XENT_DEVICE void report_bad_target(const Task& task, int64_t position, int64_t value) {
+XENT_DEVICE bool is_counted(int64_t label) { return label >= 0 || label == kProbabilities; }
+
+// The first to come here tells the host. `offset`: of the position in the target.
+XENT_DEVICE void report_bad_target(const Task& task, int64_t position, int64_t offset) {
   if (atomicCAS(task.bad_target_taken, 0, 1) != 0) return;
+  const int64_t value = read_element<int64_t>(task.target, offset);
   volatile BadTarget* const report = task.bad_target;
   report->value = value;
   report->position = position;
@@ -109,22 +102,23 @@ XENT_DEVICE A coefficient(const Task& task, int64_t c, A probability) {
 
 // ---- the loss -------------------------------------------------------------------------------------------------------
 
-// What a position adds to its block's sums, and leaves for the backward. By one thread.
+// What a position adds to its block's sums, and leaves for the backward. By one thread. `target_offset`, `loss_offset`:
+// of the position in the target and in the losses.
 template <TargetKind kind, class A, class S>
-XENT_DEVICE void finish_loss(const Task& task, int64_t position, int64_t loss_offset, const Label& label,
-                             A target_logit, const S& statistics, A log_sum, Sums& sums) {
+XENT_DEVICE void finish_loss(const Task& task, int64_t position, int64_t target_offset, int64_t loss_offset,
+                             int64_t label, A target_logit, const S& statistics, A log_sum, Sums& sums) {
   const A spread = statistics.spread.value(), mass = statistics.mass.value();
   A loss = 0, weight = 0, lse_high = 0, lse_low = 0;
-  if (label.standing == Standing::kBad) {
+  if (label == kBad) {
     loss = A(NAN);
-    report_bad_target(task, position, label.target);
-  } else if (label.standing == Standing::kCounts) {
+    report_bad_target(task, position, target_offset);
+  } else if (label != kIgnored) {
     lse_high = statistics.max;
     lse_low = log_sum;
     if constexpr (kind == TargetKind::kSoft) {
       loss = index_loss(A(0), A(1), A(0), spread, mass, log_sum);
     } else {
-      weight = class_weight<A>(task, label.target);
+      weight = class_weight<A>(task, label);
       const A hit = A(task.keep) * weight;
       loss =
           index_loss(hit, A(kind == TargetKind::kIndex ? 0 : 1), statistics.max - target_logit, spread, mass, log_sum);

@@ -59,8 +59,8 @@ __global__ void __launch_bounds__(kReduceThreads) count_targets(const __grid_con
   Sums sums{0, 0};
   const int64_t step = int64_t(gridDim.x) * kReduceThreads;
   for (int64_t p = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x; p < task.positions; p += step) {
-    const Label label = read_label<TargetKind::kIndex>(task, offset_of(task, task.target, p));
-    if (label.standing == Standing::kCounts) sums.weight += double(class_weight<A>(task, label.target));
+    const int64_t label = read_label<TargetKind::kIndex>(task, offset_of(task, task.target, p));
+    if (is_counted(label)) sums.weight += double(class_weight<A>(task, label));
   }
   leave_sums(task, sums);
 }

@@ -31,6 +31,13 @@ namespace xent::gpu {
 template <Team team>
 constexpr int kBlockThreads = block_threads(team);
 
+// Blocks on a multiprocessor that registers have to allow for, at least: without spilling, and no fewer than shared
+// memory has room for (float64 is not what this is tuned for).
+template <class A, TargetKind kind, Team team, bool kCopied>
+constexpr int kResident = sizeof(A) == 8        ? (team == Team::kWarp ? 3 : 2)
+                          : team == Team::kWarp ? 6
+                                                : (kind == TargetKind::kIndex && kCopied ? 3 : 2);
+
 // The threads that share a row, and what they exchange.
 template <Team team>
 struct Members {
@@ -190,7 +197,8 @@ XENT_DEVICE void write_zeros(T* out, int64_t classes, const Members<team>& membe
 }
 
 template <class T, TargetKind kind, Team team, bool kCopied>
-__global__ void __launch_bounds__(kBlockThreads<team>) rows(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kBlockThreads<team>, kResident<Arithmetic<T>, kind, team, kCopied>)
+    rows(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
   using S = Statistics<A, kind != TargetKind::kIndex, !kCopied>;
   using RowSlice = Slice<T, team, kCopied>;
@@ -208,8 +216,8 @@ __global__ void __launch_bounds__(kBlockThreads<team>) rows(const __grid_constan
 
   for (int64_t position = members.first; position < task.positions; position += members.step, ++round) {
     const T* const row = static_cast<const T*>(task.logits.data) + offset_of(task, task.logits, position);
-    const Label label = read_label<kind>(task, offset_of(task, task.target, position));
-    const bool counts = label.standing == Standing::kCounts;
+    const int64_t target = offset_of(task, task.target, position), label = read_label<kind>(task, target);
+    const bool counts = is_counted(label);
     const Coefficients<T, kind> coefficients(task, position, row);
     const RowSlice slice(row, task.classes, copies, members);
     const bool has_edge = counts && members.rank == 0 && members.thread < slice.shape.edges;
@@ -225,7 +233,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>) rows(const __grid_constan
     S statistics = S::of_nothing();
     A max, log_sum, mass;
     if (forward) {
-      if (kind != TargetKind::kSoft && counts && members.leads()) target_logit = widen<A>(row[label.target]);
+      if (kind != TargetKind::kSoft && counts && members.leads()) target_logit = widen<A>(row[label]);
       if (counts) {
         for (int stage = 0; stage < RowSlice::kStages; ++stage) {
           if constexpr (kCopied) slice.wait_for(stage);
@@ -243,7 +251,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>) rows(const __grid_constan
       log_sum = statistics.log_sum();
       mass = statistics.mass.value();
       if (members.leads()) {
-        finish_loss<kind>(task, position, offset_of(task, task.loss, position), label, target_logit, statistics,
+        finish_loss<kind>(task, position, target, offset_of(task, task.loss, position), label, target_logit, statistics,
                           log_sum, sums);
       }
     } else {
@@ -252,7 +260,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>) rows(const __grid_constan
       max = lse.max;
       log_sum = lse.log_sum;
       mass = lse.mass;
-      if (label.standing == Standing::kBad && members.leads()) report_bad_target(task, position, label.target);
+      if (label == kBad && members.leads()) report_bad_target(task, position, target);
     }
     if (!backward) continue;
 
@@ -264,7 +272,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>) rows(const __grid_constan
       continue;
     }
     Gradient<kind, A> gradient;
-    gradient.set(task, label.target, max, log_sum, mass,
+    gradient.set(task, label, max, log_sum, mass,
                  scale_of_all * read_grad_output<A>(task, offset_of(task, task.grad_output, position)));
     const bool aligned = phase_of(out) == phase_of(row);
     const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
@@ -278,9 +286,9 @@ __global__ void __launch_bounds__(kBlockThreads<team>) rows(const __grid_constan
       coefficients.of_vector(c, a);
 #pragma unroll
       for (int j = 0; j < N; ++j) dx[j] = gradient(x[j], a[j]);
-      if (kind != TargetKind::kSoft && uint64_t(label.target - c) < uint64_t(N)) {
+      if (kind != TargetKind::kSoft && uint64_t(label - c) < uint64_t(N)) {
 #pragma unroll
-        for (int j = 0; j < N; ++j) dx[j] = label.target - c == j ? gradient.own(x[j]) : dx[j];
+        for (int j = 0; j < N; ++j) dx[j] = label - c == j ? gradient.own(x[j]) : dx[j];
       }
       if (aligned) {
         stream_vector(out + c, narrow_vector<T>(dx));
@@ -292,7 +300,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>) rows(const __grid_constan
     if (has_edge) {
       const A x = edge_logit[0];
       if (task.grad_target) write_probability_gradient(task, grad_target, edge, gradient.of_probability(x));
-      if (out) out[edge] = narrow<T>(edge == label.target ? gradient.own(x) : gradient(x, edge_coefficient[0]));
+      if (out) out[edge] = narrow<T>(edge == label ? gradient.own(x) : gradient(x, edge_coefficient[0]));
     }
   }
   if constexpr (team == Team::kCluster) cluster_barrier();  // others may still read this block's shared memory

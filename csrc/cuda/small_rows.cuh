@@ -80,7 +80,8 @@ struct Tile {
 };
 
 template <class T, TargetKind kind>
-__global__ void __launch_bounds__(kSmallRowsThreads) small_rows(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kSmallRowsThreads, sizeof(T) == 8 ? 4 : 6)
+    small_rows(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
   using S = Statistics<A, kind != TargetKind::kIndex>;
   constexpr int kTogether = 4;
@@ -105,13 +106,12 @@ __global__ void __launch_bounds__(kSmallRowsThreads) small_rows(const __grid_con
       const bool exists = r < tile.rows;
       const int64_t position = tile.first + (exists ? r : 0);
       T* const row = elements + int64_t(exists ? r : 0) * classes;
-      const Label label = read_label<kind>(task, offset_of(task, task.target, position));
-      const bool counts = exists && label.standing == Standing::kCounts;
-      const int64_t probabilities = kind == TargetKind::kSoft ? offset_of(task, task.target, position) : 0;
+      const int64_t target = offset_of(task, task.target, position), label = read_label<kind>(task, target);
+      const bool counts = exists && is_counted(label);
       const auto coefficient_of = [&](int c) {
         A q = 0;
         if constexpr (kind == TargetKind::kSoft) {
-          q = read_element<A>(task.target, probabilities + c * task.target.class_stride);
+          q = read_element<A>(task.target, target + c * task.target.class_stride);
         }
         return coefficient<kind>(task, c, q);
       };
@@ -142,17 +142,17 @@ __global__ void __launch_bounds__(kSmallRowsThreads) small_rows(const __grid_con
         log_sum = statistics.log_sum();
         mass = statistics.mass.value();
         if (exists && own_lane == 0) {
-          const A target_logit = counts && kind != TargetKind::kSoft ? widen<A>(row[label.target]) : A(0);
-          finish_loss<kind>(task, position, offset_of(task, task.loss, position), label, target_logit, statistics,
-                            log_sum, sums);
+          const A target_logit = counts && kind != TargetKind::kSoft ? widen<A>(row[label]) : A(0);
+          finish_loss<kind>(task, position, target, offset_of(task, task.loss, position), label, target_logit,
+                            statistics, log_sum, sums);
         }
       } else {
         const SavedLse<A> lse(task, position);
         max = lse.max;
         log_sum = lse.log_sum;
         mass = lse.mass;
-        if (exists && own_lane == 0 && label.standing == Standing::kBad) {
-          report_bad_target(task, position, label.target);
+        if (exists && own_lane == 0 && label == kBad) {
+          report_bad_target(task, position, target);
         }
       }
       if (!backward) continue;
@@ -160,12 +160,12 @@ __global__ void __launch_bounds__(kSmallRowsThreads) small_rows(const __grid_con
       __syncwarp();  // the target's logit has been read
       if (counts) {
         Gradient<kind, A> gradient;
-        gradient.set(task, label.target, max, log_sum, mass,
+        gradient.set(task, label, max, log_sum, mass,
                      scale_of_all * read_grad_output<A>(task, offset_of(task, task.grad_output, position)));
         const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
         for (int c = own_lane; c < classes; c += lanes) {
           const A x = widen<A>(row[c]);
-          row[c] = narrow<T>(c == label.target ? gradient.own(x) : gradient(x, coefficient_of(c)));
+          row[c] = narrow<T>(c == label ? gradient.own(x) : gradient(x, coefficient_of(c)));
           if (kind == TargetKind::kSoft && task.grad_target) {
             write_probability_gradient(task, grad_target, c, gradient.of_probability(x));
           }

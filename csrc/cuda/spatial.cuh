@@ -20,6 +20,13 @@
 
 namespace xent::gpu {
 
+// Blocks on a multiprocessor that registers have to allow for, at least.
+template <class T, int N, bool kCopied>
+constexpr int kSpatialResident = sizeof(T) == 8 ? 2
+                                 : N < 8        ? 4
+                                 : kCopied      ? 3
+                                                : 2;
+
 // Where a thread's N neighbouring positions are: on a run along the last dimension.
 struct Place {
   int64_t run, inner;
@@ -67,11 +74,12 @@ XENT_DEVICE void join_slices(A* exchange, int x, int y, int width, int slices, c
 }
 
 template <class T, TargetKind kind, int N, bool kCopied>
-__global__ void __launch_bounds__(kSpatialThreads) spatial(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kSpatialThreads, kSpatialResident<T, N, kCopied>)
+    spatial(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
   using S = Statistics<A, kind != TargetKind::kIndex, !kCopied>;
   static_assert(!kCopied || N == kPerVector<T>);
-  constexpr int kTogether = 4;  // classes
+  constexpr int kTogether = N == 8 ? 2 : 4;  // classes
   if (nothing_to_do(task)) return;
 
   XENT_DYNAMIC_SHARED(copies);
@@ -109,22 +117,20 @@ __global__ void __launch_bounds__(kSpatialThreads) spatial(const __grid_constant
     }
 
     // ---- targets
-    Label label[N];
-    int64_t probabilities = 0;
+    int label[N];
+    const int64_t target = exists ? place.offset(task, task.target) : 0, target_stride = task.target.stride[last];
     if (exists) {
-      const int64_t target = place.offset(task, task.target), stride = task.target.stride[last];
-      probabilities = target;
 #pragma unroll
-      for (int j = 0; j < N; ++j) label[j] = read_label<kind>(task, target + j * stride);
+      for (int j = 0; j < N; ++j) label[j] = int(read_label<kind>(task, target + j * target_stride));
     }
     const auto load_coefficients = [&](int c, A(&a)[N]) {
       if constexpr (kind == TargetKind::kSoft) {
-        const int64_t at = probabilities + c * task.target.class_stride, stride = task.target.stride[last];
+        const int64_t at = target + c * task.target.class_stride;
         if (task.twin_target) {
           Pack<T, N>::load(static_cast<const T*>(task.target.data) + at, a);
         } else {
 #pragma unroll
-          for (int j = 0; j < N; ++j) a[j] = read_element<A>(task.target, at + j * stride);
+          for (int j = 0; j < N; ++j) a[j] = read_element<A>(task.target, at + j * target_stride);
         }
 #pragma unroll
         for (int j = 0; j < N; ++j) a[j] = coefficient<kind>(task, c, a[j]);
@@ -186,7 +192,10 @@ __global__ void __launch_bounds__(kSpatialThreads) spatial(const __grid_constant
             }
 #pragma unroll
             for (int j = 0; j < N; ++j) {
-              statistics[j].add({x[0][j], x[1][j], x[2][j], x[3][j]}, {a[0][j], a[1][j], a[2][j], a[3][j]});
+              A of_position[kTogether], coefficients[kTogether];
+#pragma unroll
+              for (int k = 0; k < kTogether; ++k) of_position[k] = x[k][j], coefficients[k] = a[k][j];
+              statistics[j].add(of_position, coefficients);
             }
           }
         }
@@ -221,11 +230,11 @@ __global__ void __launch_bounds__(kSpatialThreads) spatial(const __grid_constant
         mass[j] = statistics[j].mass.value();
         if (!exists || j % slices != y_index) continue;
         A target_logit = 0;
-        if (kind != TargetKind::kSoft && label[j].standing == Standing::kCounts) {
-          target_logit = widen<A>(logits[label[j].target * class_stride + j * task.logits.stride[last]]);
+        if (kind != TargetKind::kSoft && is_counted(label[j])) {
+          target_logit = widen<A>(logits[label[j] * class_stride + j * task.logits.stride[last]]);
         }
-        finish_loss<kind>(task, first + j, loss + j * task.loss.stride[last], label[j], target_logit, statistics[j],
-                          log_sum[j], sums);
+        finish_loss<kind>(task, first + j, target + j * target_stride, loss + j * task.loss.stride[last], label[j],
+                          target_logit, statistics[j], log_sum[j], sums);
       }
     } else if (exists) {
 #pragma unroll
@@ -234,8 +243,8 @@ __global__ void __launch_bounds__(kSpatialThreads) spatial(const __grid_constant
         max[j] = lse.max;
         log_sum[j] = lse.log_sum;
         mass[j] = lse.mass;
-        if (label[j].standing == Standing::kBad && j % slices == y_index) {
-          report_bad_target(task, first + j, label[j].target);
+        if (label[j] == kBad && j % slices == y_index) {
+          report_bad_target(task, first + j, target + j * target_stride);
         }
       }
     }
@@ -247,18 +256,17 @@ __global__ void __launch_bounds__(kSpatialThreads) spatial(const __grid_constant
     const int64_t grad_target = place.offset(task, task.grad_target);
     Gradient<kind, A> gradient[N];
     A own[N];          // of an index target's own class, which is dear: once, and not for each class
-    int own_class[N];  // -1: another thread's, or none
-    bool counts[N];
+    int own_class[N];  // kOthers: another thread's, or none; kIgnored: no gradient
+    constexpr int kOthers = -2;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      counts[j] = label[j].standing == Standing::kCounts;
       own[j] = 0;
-      own_class[j] = -1;
-      if (!counts[j]) continue;
-      gradient[j].set(task, label[j].target, max[j], log_sum[j], mass[j],
+      own_class[j] = is_counted(label[j]) ? kOthers : kIgnored;
+      if (own_class[j] == kIgnored) continue;
+      gradient[j].set(task, label[j], max[j], log_sum[j], mass[j],
                       scale_of_all * read_grad_output<A>(task, grad_output + j * task.grad_output.stride[last]));
-      if (kind == TargetKind::kSoft || label[j].target % slices != y_index) continue;
-      own_class[j] = int(label[j].target);
+      if (kind == TargetKind::kSoft || label[j] % slices != y_index) continue;
+      own_class[j] = label[j];
       const T* const from = kCopied ? reinterpret_cast<const T*>(copy_of(own_class[j])) + j
                                     : logits + own_class[j] * class_stride + j * task.logits.stride[last];
       own[j] = gradient[j].own(widen<A>(*from));
@@ -269,7 +277,7 @@ __global__ void __launch_bounds__(kSpatialThreads) spatial(const __grid_constant
       load_coefficients(c, a);
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        dx[j] = !counts[j] ? A(0) : c == own_class[j] ? own[j] : gradient[j](x[j], a[j]);
+        dx[j] = own_class[j] == kIgnored ? A(0) : own_class[j] == c ? own[j] : gradient[j](x[j], a[j]);
       }
       if (kind == TargetKind::kSoft && task.grad_target) {
         for (int j = 0; j < N; ++j) {

@@ -7,8 +7,12 @@
 
 namespace xent::gpu {
 
+template <class A, Team team>
+constexpr int kStridedResident = (team == Team::kWarp ? 4 : 2) / int(sizeof(A) / 4);
+
 template <class T, class A, TargetKind kind, Team team>
-__global__ void __launch_bounds__(kBlockThreads<team>) strided(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kBlockThreads<team>, kStridedResident<A, team>)
+    strided(const __grid_constant__ Task task) {
   using S = Statistics<A, kind != TargetKind::kIndex, true>;
   constexpr int kTogether = 4;
   if (nothing_to_do(task)) return;
@@ -23,8 +27,8 @@ __global__ void __launch_bounds__(kBlockThreads<team>) strided(const __grid_cons
   for (int64_t position = members.first; position < task.positions; position += members.step, ++round) {
     const T* const logits = static_cast<const T*>(task.logits.data) + offset_of(task, task.logits, position);
     const int64_t target = offset_of(task, task.target, position);
-    const Label label = read_label<kind>(task, target);
-    const bool counts = label.standing == Standing::kCounts;
+    const int64_t label = read_label<kind>(task, target);
+    const bool counts = is_counted(label);
     const auto coefficient_of = [&](int64_t c) {
       A q = 0;
       if constexpr (kind == TargetKind::kSoft) q = read_element<A>(task.target, target + c * task.target.class_stride);
@@ -36,7 +40,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>) strided(const __grid_cons
     if (forward) {
       A target_logit = 0;
       if (kind != TargetKind::kSoft && counts && members.leads()) {
-        target_logit = widen<A>(logits[label.target * task.logits.class_stride]);
+        target_logit = widen<A>(logits[label * task.logits.class_stride]);
       }
       if (counts) {
         for (int64_t c = members.thread; c < task.classes; c += kTogether * members.kThreads) {
@@ -55,7 +59,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>) strided(const __grid_cons
       log_sum = statistics.log_sum();
       mass = statistics.mass.value();
       if (members.leads()) {
-        finish_loss<kind>(task, position, offset_of(task, task.loss, position), label, target_logit, statistics,
+        finish_loss<kind>(task, position, target, offset_of(task, task.loss, position), label, target_logit, statistics,
                           log_sum, sums);
       }
     } else {
@@ -63,7 +67,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>) strided(const __grid_cons
       max = lse.max;
       log_sum = lse.log_sum;
       mass = lse.mass;
-      if (label.standing == Standing::kBad && members.leads()) report_bad_target(task, position, label.target);
+      if (label == kBad && members.leads()) report_bad_target(task, position, target);
     }
     if (!backward) continue;
 
@@ -73,14 +77,14 @@ __global__ void __launch_bounds__(kBlockThreads<team>) strided(const __grid_cons
     const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
     Gradient<kind, A> gradient;
     if (counts) {
-      gradient.set(task, label.target, max, log_sum, mass,
+      gradient.set(task, label, max, log_sum, mass,
                    scale_of_all * read_grad_output<A>(task, offset_of(task, task.grad_output, position)));
     }
     for (int64_t c = members.thread; c < task.classes; c += members.kThreads) {
       A dx = 0;
       if (counts) {
         const A x = widen<A>(logits[c * task.logits.class_stride]);
-        dx = c == label.target ? gradient.own(x) : gradient(x, coefficient_of(c));
+        dx = c == label ? gradient.own(x) : gradient(x, coefficient_of(c));
         if (kind == TargetKind::kSoft && task.grad_target) {
           write_probability_gradient(task, grad_target, c, gradient.of_probability(x));
         }

@@ -244,9 +244,10 @@ inline void prepare_context(Context* context, char* stack, size_t bytes, void (*
 constexpr size_t kStackBytes = 128 << 10;  // the system provides those pages that are used
 constexpr size_t kGuardBytes = 64 << 10;   // below, where an overflow ends in a crash
 
-struct Unmap {
+struct Unmap {  // for std::unique_ptr
   void operator()(char* stack) const { munmap(stack - kGuardBytes, kGuardBytes + kStackBytes); }
 };
+
 struct Stack {
   std::unique_ptr<char, Unmap> begin;
   void* tsan = nullptr;  // whom TSan takes its users for
