@@ -9,12 +9,13 @@ SANITIZE       ?= address,undefined
 SANITIZE_TESTS ?= tests -m "not slow and not gpu"
 
 BIN       := $(VENV)/bin
-CPP_FILES  = $(shell find csrc -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CPP_FILES  = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 help:
 	@echo 'make demo       train two small language models with the native loss and with this one'
 	@echo 'make test       run the tests            TESTS="tests/test_x.py -k name" chooses, PYTEST="-n 2" are options'
 	@echo 'make sanitize   run the tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer (Linux, gcc)'
+	@echo 'make gpu        on a machine with a CUDA GPU: build, test, check and measure with the Python there is'
 	@echo 'make build      only set up and build    DEBUG=1 with symbols, CXX=clang++ another compiler'
 	@echo 'make wheel      write a wheel to dist/'
 	@echo 'make lint       check style              make format mends it'
@@ -60,12 +61,16 @@ format: $(VENV)/installed
 # sanitizers' runtimes have to be there before Python's own allocations. PyTorch leaks by design.
 STAGE := build/sanitized
 sanitize: $(VENV)/installed
-	rm -rf $(STAGE) && mkdir -p $(STAGE) && cp -R tests pyproject.toml $(STAGE)
+	rm -rf $(STAGE) && mkdir -p $(STAGE) && cp -R csrc tests pyproject.toml $(STAGE)
 	CXX=$(CXX) SANITIZE=$(SANITIZE) $(BIN)/python setup.py --quiet build --build-lib $(STAGE)
 	cd $(STAGE) && \
 	    LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
-	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SANITIZE=$(SANITIZE) \
 	    $(abspath $(BIN))/python -m pytest --capture=sys $(SANITIZE_TESTS)
+
+# Needs a CUDA torch, nvcc and pytest, and neither a network nor $(VENV). Results go to the folder OUT.
+gpu:
+	PYTHON=$(PYTHON) bash benchmarks/gpu_acceptance.sh
 
 clean:
 	rm -rf build dist *.egg-info cross_entropy_ext/*.so .pytest_cache .ruff_cache examples/output
@@ -75,4 +80,4 @@ distclean: clean
 	rm -rf $(VENV)
 
 always:
-.PHONY: help demo test build wheel lint format sanitize clean distclean always
+.PHONY: help demo test build wheel lint format sanitize gpu clean distclean always

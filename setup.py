@@ -12,8 +12,10 @@ Environment:  CXX           the C++20 compiler (default: c++)
 """
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from glob import glob
@@ -34,20 +36,23 @@ TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 if TORCH < OLDEST_TORCH:
     sys.exit("cross_entropy_ext needs torch {}.{} or newer, not {}.".format(*OLDEST_TORCH, torch.__version__))
 
+# The nvcc on the PATH may be a script, and its folder's parent no toolkit: nvcc itself knows where that is.
+if torch.version.cuda and shutil.which("nvcc") and not glob(f"{cpp.CUDA_HOME}/include/cuda_runtime.h"):
+    said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    cpp.CUDA_HOME = os.path.realpath(re.search("TOP=(.*)", said)[1])
+
 DEBUG = os.environ.get("DEBUG") == "1"
 SANITIZE = os.environ.get("SANITIZE", "")
 FORCE_CUDA = os.environ.get("FORCE_CUDA") == "1"
 FORCE_CPU = os.environ.get("FORCE_CPU") == "1"
 
-CPU_SOURCES = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
-CUDA_SOURCES = sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu"))
-
-# A CUDA torch, its toolkit and sources are enough; a GPU is not asked for.
-WITH_CUDA = bool(torch.version.cuda and cpp.CUDA_HOME and CUDA_SOURCES) and not FORCE_CPU
+# A CUDA torch and its toolkit are enough; a GPU is not asked for.
+WITH_CUDA = bool(torch.version.cuda and cpp.CUDA_HOME) and not FORCE_CPU
+SOURCES = [*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp"), *(glob("csrc/cuda/*.c*") if WITH_CUDA else [])]
 if FORCE_CUDA and not WITH_CUDA:
     sys.exit(
-        "FORCE_CUDA=1 needs a CUDA torch, its toolkit, sources in csrc/cuda and no FORCE_CPU=1, but here is "
-        f"torch {torch.__version__}, CUDA_HOME={cpp.CUDA_HOME}, {len(CUDA_SOURCES)} sources, {FORCE_CPU=}."
+        "FORCE_CUDA=1 needs a CUDA torch, its toolkit and no FORCE_CPU=1, but here is "
+        f"torch {torch.__version__}, CUDA_HOME={cpp.CUDA_HOME}, {FORCE_CPU=}."
     )
 
 # pip puts ninja beside this Python, which is on the PATH only in an activated environment.
@@ -81,7 +86,7 @@ class build_ext(cpp.BuildExtension):  # setuptools looks options up by the name 
 
 extension = (cpp.CUDAExtension if WITH_CUDA else cpp.CppExtension)(
     "cross_entropy_ext._C_torch_{}_{}".format(*TORCH),
-    sources=CPU_SOURCES + CUDA_SOURCES * WITH_CUDA,
+    sources=sorted(source for source in SOURCES if not source.endswith(".cuh")),
     depends=glob("csrc/**/*.*", recursive=True),  # only asked where there is no ninja
     include_dirs=[os.path.abspath("csrc")],
     define_macros=[("WITH_CUDA", None)] * WITH_CUDA,

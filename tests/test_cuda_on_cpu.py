@@ -7,6 +7,10 @@ are imported here, run on them too.
 
 from __future__ import annotations
 
+import os
+import subprocess
+from itertools import product
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -131,7 +135,7 @@ DECISIONS = [
     ("h200", half, (5, 4099), None, block),
     ("h200", double, (5, 1025), None, block),
     ("h200", single, (2, 300, 7), NTC, warp),
-    ("h200", half, (3, 37888), None, block),
+    ("h200", half, (3, 37376), None, block),
     ("h200", half, (2, 38000), None, cluster | {"cluster": 2}),
     ("h200", half, (2, 128256), None, cluster | {"cluster": 4}),
     ("h200", single, (1, 262144), None, cluster | {"cluster": 8}),
@@ -275,6 +279,36 @@ def test_schedules(kernels: ModuleType, order: str, seed: int) -> None:
                 kernels.set_schedule(order, seed)
                 for got, right in zip(loss_and_gradient(objective, logits, reduction), expected, strict=True):
                     assert torch.equal(got, right), (shape, objective.id, reduction)
+
+
+# ---- without Python: the whole program under sanitizers --------------------------------------------------
+
+PROGRAMS = {
+    "plain": [],
+    "memory": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "races": ["-fsanitize=thread"],  # between CUDA threads: a missing barrier, whatever the schedule
+}
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_kernels_alone(kind: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+    def run(*command: object) -> str:
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done.stdout + done.stderr
+
+    sources = {"kernels_alone": build.HERE / "kernels_alone.cpp", "plan": build.SOURCE / "cuda" / "plan.cpp"}
+    sources |= {name: build.SOURCE / "cuda" / f"{name}.cu" for name in ("kernels_float32", "launch")}
+    options = [*build.FLAGS, *build.WARNINGS, *build.INCLUDES, *PROGRAMS[kind]]
+    for name, source in sources.items():
+        run(build.compiler(), *options, "-x", "c++", "-c", source, "-o", tmp_path / f"{name}.o")
+    program = tmp_path / "program"
+    run(build.compiler(), *PROGRAMS[kind], *tmp_path.glob("*.o"), "-o", program)
+    for order, seed in {"plain": [*product(range(6), (2, 3))], "memory": [(0, 0), (5, 3)]}.get(kind, [(0, 2), (4, 3)]):
+        said = run(program, order, seed)
+        assert "0 wrong" in said and "WARNING" not in said, said[-3000:]
 
 
 # ---- targets that are no class -----------------------------------------------------------------------------

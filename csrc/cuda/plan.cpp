@@ -11,7 +11,7 @@ constexpr int64_t kVectorBytes = 16;
 constexpr int kWarpThreads = 32;
 
 // What a block takes of shared memory beside its copies: arrays of its own, and what the system reserves.
-constexpr int64_t kOverheadBytes = 2 << 10;
+constexpr int64_t kOverheadBytes = 3 << 10;
 
 // Rows of fewer bytes are staged many at a time; up to the second, a warp each; above, a block or a cluster.
 constexpr int64_t kSmallRowBytes = 1 << 10;
@@ -40,13 +40,12 @@ int64_t size_of(ElementType type) {
   }
 }
 
-// As many blocks as fit on the device at a time, or as there is work for. Registers allow more than shared memory does
-// (tests/test_cuda_compile.py).
-int64_t persistent_blocks(const Device& device, int threads, int64_t shared_bytes, int64_t work) {
+// As many blocks as fit on the device at a time, or as there is work for.
+int64_t persistent_blocks(const Device& device, int threads, int64_t shared_bytes, int resident, int64_t work) {
   const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + kOverheadBytes);
-  const int64_t each =
-      std::max<int64_t>(1, std::min({by_shared, int64_t(device.most_threads / threads), int64_t(device.most_blocks)}));
-  return std::max<int64_t>(1, std::min(each * device.multiprocessors, work));
+  const int64_t by_threads = device.most_threads / threads;
+  const int64_t each = std::min({by_shared, by_threads, int64_t(device.most_blocks), int64_t(resident)});
+  return std::max<int64_t>(1, std::min(std::max<int64_t>(1, each) * device.multiprocessors, work));
 }
 
 bool is_class_contiguous(const Task& task) {
@@ -69,7 +68,8 @@ Plan plan_small_rows(Task& task, const Device& device) {
   plan.shape.threads = kSmallRowsThreads;
   plan.shape.shared_bytes = int64_t(warps) * task.copy_bytes;
   const int64_t tiles = divide_up(task.positions, task.rows_per_tile);
-  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, divide_up(tiles, warps));
+  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes,
+                                        small_rows_resident(int(size_of(task.logits.type))), divide_up(tiles, warps));
   return plan;
 }
 
@@ -99,7 +99,8 @@ Plan plan_rows(Task& task, const Device& device) {
   plan.shape.cluster = cluster;
   plan.shape.shared_bytes = int64_t(rows) * task.copy_bytes;
   const int64_t work = divide_up(task.positions, rows) * cluster;
-  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, work);
+  const int resident = rows_resident(int(size_of(task.logits.type)), task.kind, plan.team, plan.copied);
+  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, resident, work);
   plan.shape.blocks = std::max<int64_t>(cluster, plan.shape.blocks / cluster * cluster);
   return plan;
 }
@@ -134,7 +135,7 @@ Plan plan_spatial(Task& task, const Device& device) {
   if (plan.vectors) {
     int more = slices;
     while (more < kMostSlices && bytes_of(more) + kOverheadBytes > preferred) more *= 2;
-    plan.copied = bytes_of(more) + 3 * kOverheadBytes <= device.shared_per_block;
+    plan.copied = bytes_of(more) + 2 * kOverheadBytes <= device.shared_per_block;
     if (plan.copied) slices = more;
   }
   if (!plan.copied) {
@@ -144,7 +145,8 @@ Plan plan_spatial(Task& task, const Device& device) {
   plan.shape.threads = kSpatialThreads;
   plan.shape.shared_bytes = plan.copied ? bytes_of(slices) : 0;
   const int64_t tiles = task.positions / inner * divide_up(inner, kSpatialThreads / slices * of_thread);
-  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, tiles);
+  const int resident = spatial_resident(int(size_of(task.logits.type)), plan.vectors, plan.copied);
+  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, resident, tiles);
   return plan;
 }
 
@@ -154,7 +156,8 @@ Plan plan_strided(Task& task, const Device& device) {
   plan.team = task.classes > kWarpClasses ? Team::kBlock : Team::kWarp;
   plan.shape.threads = block_threads(plan.team);
   const int64_t rows = plan.team == Team::kWarp ? plan.shape.threads / kWarpThreads : 1;
-  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, 0, divide_up(task.positions, rows));
+  const int resident = strided_resident(task.arithmetic_in_double ? 8 : 4, plan.team);
+  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, 0, resident, divide_up(task.positions, rows));
   return plan;
 }
 
@@ -180,7 +183,8 @@ Plan plan(Task& task, const Device& device) {
 
 int blocks_to_count(int64_t positions, const Device& device) {
   constexpr int64_t kEach = 8;  // targets of a thread, at least
-  return int(persistent_blocks(device, kReduceThreads, 0, divide_up(positions, kReduceThreads * kEach)));
+  constexpr int kResident = 4;
+  return int(persistent_blocks(device, kReduceThreads, 0, kResident, divide_up(positions, kReduceThreads * kEach)));
 }
 
 }  // namespace xent::gpu

@@ -32,6 +32,23 @@ constexpr int kSpatialThreads = 128;
 constexpr int kReduceThreads = 256;
 constexpr int block_threads(Team team) { return team == Team::kWarp ? 128 : 256; }
 
+// Blocks of a kernel that fit the registers of a multiprocessor: what the compiler is asked for, and the grid counts
+// on. No more than shared memory has room for, and so few that nothing spills. float64 is not what this is tuned for.
+constexpr int rows_resident(int element_size, TargetKind kind, Team team, bool copied) {
+  if (element_size == 8) return team == Team::kWarp ? 3 : 2;
+  if (team == Team::kWarp) return 6;
+  return kind == TargetKind::kIndex && copied ? 3 : 2;
+}
+constexpr int small_rows_resident(int element_size) { return element_size == 8 ? 4 : 6; }
+constexpr int spatial_resident(int element_size, bool vectors, bool copied) {
+  if (element_size == 8) return 2;
+  if (element_size == 4 || !vectors) return 4;
+  return copied ? 3 : 2;
+}
+constexpr int strided_resident(int arithmetic_size, Team team) {
+  return (team == Team::kWarp ? 4 : 2) / (arithmetic_size / 4);
+}
+
 // Also fills in how the task is divided.
 Plan plan(Task& task, const Device& device);
 

@@ -31,13 +31,6 @@ namespace xent::gpu {
 template <Team team>
 constexpr int kBlockThreads = block_threads(team);
 
-// Blocks on a multiprocessor that registers have to allow for, at least: without spilling, and no fewer than shared
-// memory has room for (float64 is not what this is tuned for).
-template <class A, TargetKind kind, Team team, bool kCopied>
-constexpr int kResident = sizeof(A) == 8        ? (team == Team::kWarp ? 3 : 2)
-                          : team == Team::kWarp ? 6
-                                                : (kind == TargetKind::kIndex && kCopied ? 3 : 2);
-
 // The threads that share a row, and what they exchange.
 template <Team team>
 struct Members {
@@ -197,7 +190,7 @@ XENT_DEVICE void write_zeros(T* out, int64_t classes, const Members<team>& membe
 }
 
 template <class T, TargetKind kind, Team team, bool kCopied>
-__global__ void __launch_bounds__(kBlockThreads<team>, kResident<Arithmetic<T>, kind, team, kCopied>)
+__global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), kind, team, kCopied))
     rows(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
   using S = Statistics<A, kind != TargetKind::kIndex, !kCopied>;
@@ -214,9 +207,17 @@ __global__ void __launch_bounds__(kBlockThreads<team>, kResident<Arithmetic<T>, 
   Sums sums{0, 0};
   int64_t round = 0;
 
+  // Whether a row is copied depends on its label, which is therefore read one row ahead.
+  const auto label_at = [&](int64_t position) {
+    return position < task.positions ? read_label<kind>(task, offset_of(task, task.target, position))
+                                     : int64_t(kIgnored);
+  };
+  int64_t label, next_label = label_at(members.first);
+
   for (int64_t position = members.first; position < task.positions; position += members.step, ++round) {
     const T* const row = static_cast<const T*>(task.logits.data) + offset_of(task, task.logits, position);
-    const int64_t target = offset_of(task, task.target, position), label = read_label<kind>(task, target);
+    const int64_t target = offset_of(task, task.target, position);
+    label = next_label;
     const bool counts = is_counted(label);
     const Coefficients<T, kind> coefficients(task, position, row);
     const RowSlice slice(row, task.classes, copies, members);
@@ -225,6 +226,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, kResident<Arithmetic<T>, 
 
     A edge_logit[1] = {A(0)}, edge_coefficient[1] = {A(0)}, target_logit = 0;
     if (counts && kCopied) slice.start_copies(members.thread);
+    next_label = label_at(position + members.step);
     if (has_edge) {
       edge_logit[0] = widen<A>(row[edge]);
       edge_coefficient[0] = coefficients.at(edge);

@@ -80,7 +80,7 @@ struct Tile {
 };
 
 template <class T, TargetKind kind>
-__global__ void __launch_bounds__(kSmallRowsThreads, sizeof(T) == 8 ? 4 : 6)
+__global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(T)))
     small_rows(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
   using S = Statistics<A, kind != TargetKind::kIndex>;

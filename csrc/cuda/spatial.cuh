@@ -20,13 +20,6 @@
 
 namespace xent::gpu {
 
-// Blocks on a multiprocessor that registers have to allow for, at least.
-template <class T, int N, bool kCopied>
-constexpr int kSpatialResident = sizeof(T) == 8 ? 2
-                                 : N < 8        ? 4
-                                 : kCopied      ? 3
-                                                : 2;
-
 // Where a thread's N neighbouring positions are: on a run along the last dimension.
 struct Place {
   int64_t run, inner;
@@ -74,7 +67,7 @@ XENT_DEVICE void join_slices(A* exchange, int x, int y, int width, int slices, c
 }
 
 template <class T, TargetKind kind, int N, bool kCopied>
-__global__ void __launch_bounds__(kSpatialThreads, kSpatialResident<T, N, kCopied>)
+__global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), N > 1, kCopied))
     spatial(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
   using S = Statistics<A, kind != TargetKind::kIndex, !kCopied>;

@@ -7,11 +7,8 @@
 
 namespace xent::gpu {
 
-template <class A, Team team>
-constexpr int kStridedResident = (team == Team::kWarp ? 4 : 2) / int(sizeof(A) / 4);
-
 template <class T, class A, TargetKind kind, Team team>
-__global__ void __launch_bounds__(kBlockThreads<team>, kStridedResident<A, team>)
+__global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A), team))
     strided(const __grid_constant__ Task task) {
   using S = Statistics<A, kind != TargetKind::kIndex, true>;
   constexpr int kTogether = 4;

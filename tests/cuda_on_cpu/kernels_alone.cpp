@@ -1,0 +1,209 @@
+// Every CUDA kernel for float32 in a program without torch or Python, for sanitizers that want a whole program
+// (ThreadSanitizer above all): all launch decisions, every kind of target, forward with gradient and backward alone, in
+// the logits' place too. Compares with the loss in plain double, and exits with 1 if anything is wrong.
+//   kernels_alone ORDER SEED
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <vector>
+
+#include "../../csrc/cuda/launch.h"
+#include "cuda_emulator.h"
+
+// Only the kernels for float32 are compiled: the others are the same templates.
+namespace xent::gpu {
+template <class T>
+int launch_loss_of(const Task& task, const Plan& plan, void* stream);
+template <>
+int launch_loss_of<Float16>(const Task&, const Plan&, void*) {
+  return 1;
+}
+template <>
+int launch_loss_of<BFloat16>(const Task&, const Plan&, void*) {
+  return 1;
+}
+template <>
+int launch_loss_of<double>(const Task&, const Plan&, void*) {
+  return 1;
+}
+}  // namespace xent::gpu
+
+namespace {
+
+using namespace xent;
+using namespace xent::gpu;
+
+struct Shape {
+  const char* name;
+  int64_t outer, classes, inner;  // (outer, classes, inner), contiguous
+  Device device;
+};
+
+Device device(int64_t shared_kb, int cluster) {
+  Device result;
+  result.multiprocessors = 2;
+  result.shared_per_multiprocessor = shared_kb << 10;
+  result.shared_per_block = (shared_kb - 1) << 10;
+  result.largest_cluster = cluster;
+  return result;
+}
+
+template <class T>
+View view(T* data, ElementType type, const Shape& shape) {
+  View result{data, type, shape.inner};
+  result.stride[0] = shape.classes * shape.inner;
+  result.stride[1] = 1;
+  return result;
+}
+
+// sum_c a_c (lse - x_c) and A softmax - a, for a mean over positions that weigh `denominator`.
+struct Reference {
+  std::vector<double> grad;
+  double loss = 0, denominator = 0;
+
+  Reference(const Shape& shape, TargetKind kind, double smoothing, const std::vector<float>& logits,
+            const std::vector<int64_t>& target, const std::vector<float>& weight,
+            const std::vector<float>& probabilities)
+      : grad(logits.size()) {
+    const int64_t classes = shape.classes;
+    for (int64_t p = 0; p < shape.outer * shape.inner; ++p) {
+      const int64_t first = p / shape.inner * classes * shape.inner + p % shape.inner, label = target[size_t(p)];
+      const auto at = [&](int64_t c) { return size_t(first + c * shape.inner); };
+      if (kind != TargetKind::kSoft && label < 0) continue;
+      denominator += kind == TargetKind::kSoft ? 1 : double(weight[size_t(label)]);
+      double sum = 0, total = 0;
+      for (int64_t c = 0; c < classes; ++c) sum += std::exp(double(logits[at(c)]));
+      const auto coefficient = [&](int64_t c) {
+        const double q = kind == TargetKind::kSoft ? double(probabilities[at(c)]) : c == label;
+        const double w = kind == TargetKind::kSoft || c != label ? weight[size_t(c)] : weight[size_t(label)];
+        return w * ((1 - smoothing) * q + smoothing / double(classes));
+      };
+      for (int64_t c = 0; c < classes; ++c) {
+        total += coefficient(c);
+        loss += coefficient(c) * (std::log(sum) - double(logits[at(c)]));
+      }
+      for (int64_t c = 0; c < classes; ++c) {
+        grad[at(c)] = total * std::exp(double(logits[at(c)])) / sum - coefficient(c);
+      }
+    }
+    loss /= denominator;
+    for (double& g : grad) g /= denominator;
+  }
+};
+
+int wrong = 0;
+
+void compare(const char* what, const Shape& shape, TargetKind kind, double got, double right) {
+  if (std::abs(got - right) <= 2e-6 * std::abs(right) + 1e-8) return;
+  if (++wrong < 20) std::printf("%s, kind %d: %s is %.9g, not %.9g\n", shape.name, int(kind), what, got, right);
+}
+
+void run(const Shape& shape, TargetKind kind, bool in_place) {
+  const size_t positions = size_t(shape.outer * shape.inner), count = positions * size_t(shape.classes);
+  std::vector<float> logits(count), grad(count, NAN), probabilities(count), lse(3 * positions, NAN);
+  std::vector<int64_t> target(positions);
+  for (size_t i = 0; i < count; ++i) logits[i] = float(i * 7919 % 1000) / 100;
+  for (size_t i = 0; i < count; ++i) probabilities[i] = float(i * 31 % 17) / float(8 * shape.classes);
+  for (size_t i = 0; i < positions; ++i) target[i] = i % 5 == 3 ? -100 : int64_t(i * 31 + 5) % shape.classes;
+  std::vector<float> weight(size_t(shape.classes));
+  for (size_t c = 0; c < weight.size(); ++c) weight[c] = 0.5f + float(c % 4);
+  const double smoothing = kind == TargetKind::kIndex ? 0 : 0.1;
+  const Reference reference(shape, kind, smoothing, logits, target, weight, probabilities);
+
+  Task task;
+  task.positions = int64_t(positions);
+  task.classes = shape.classes;
+  task.dims = shape.inner > 1 ? 2 : 1;
+  task.size[0] = shape.outer;
+  task.size[1] = shape.inner;
+  task.kind = kind;
+  task.label_smoothing = smoothing;
+  task.ignore_index = -100;
+  task.logits = view(logits.data(), ElementType::kFloat32, shape);
+  task.weight = weight.data();
+  if (kind == TargetKind::kSoft) {
+    task.target = view(probabilities.data(), ElementType::kFloat32, shape);
+  } else {
+    task.target = View{target.data(), ElementType::kInt64};
+    task.target.stride[0] = shape.inner;
+    task.target.stride[1] = 1;
+  }
+  task.lse = lse.data();
+  task.grad_logits = view(grad.data(), ElementType::kFloat32, shape);
+  BadTarget bad_target;
+  int32_t taken = 0;
+  task.bad_target = &bad_target;
+  task.bad_target_taken = &taken;
+
+  double smoothed_total = NAN;
+  launch_weight_sum({weight.data(), shape.classes, false, smoothing / double(shape.classes), &smoothed_total}, nullptr);
+  task.smoothed_total_on_device = &smoothed_total;
+  const int counting = blocks_to_count(task.positions, shape.device);
+  std::vector<Sums> counted(static_cast<size_t>(counting));
+  task.partial_sums = counted.data();
+  launch_count(task, counting, nullptr);
+  if (kind == TargetKind::kSoft) {
+    task.known_denominator = double(positions);
+  } else {
+    task.counted = counted.data();
+    task.counted_blocks = counting;
+  }
+  task.pass = Pass::kForwardBackward;
+  Plan how = plan(task, shape.device);
+  std::vector<Sums> partial(static_cast<size_t>(how.shape.blocks));
+  task.partial_sums = partial.data();
+  launch_loss(task, how, nullptr);
+
+  double loss = 0, denominator = 0;
+  Totals totals;
+  totals.partial_sums = partial.data();
+  totals.blocks = int32_t(how.shape.blocks);
+  totals.mean = true;
+  totals.count_is_known = kind == TargetKind::kSoft;
+  totals.known_count = double(positions);
+  totals.loss = View{&loss, ElementType::kFloat64};
+  totals.denominator = &denominator;
+  launch_finish(totals, nullptr);
+  compare("the loss", shape, kind, loss, reference.loss);
+  compare("the denominator", shape, kind, denominator, reference.denominator);
+  for (size_t i = 0; i < count; ++i) compare("the forward's gradient", shape, kind, grad[i], reference.grad[i]);
+
+  std::vector<float> grad_target(kind == TargetKind::kSoft ? count : 0, NAN);
+  if (kind == TargetKind::kSoft) task.grad_target = view(grad_target.data(), ElementType::kFloat32, shape);
+  const float grad_output = 2;
+  task.grad_output = View{const_cast<float*>(&grad_output), ElementType::kFloat32};
+  task.pass = Pass::kBackward;
+  task.partial_sums = nullptr;
+  task.denominator = &denominator;
+  if (in_place) task.grad_logits.data = logits.data();
+  std::vector<float>& result = in_place ? logits : grad;
+  how = plan(task, shape.device);
+  launch_loss(task, how, nullptr);
+  for (size_t i = 0; i < count; ++i) compare("the gradient", shape, kind, result[i], 2 * reference.grad[i]);
+  for (const float g : grad_target) {
+    if (!std::isfinite(g)) compare("the probabilities' gradient", shape, kind, g, 0);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const Device large = device(228, 8), small = device(24, 1), clusters = device(24, 8);
+  const Shape shapes[] = {
+      {"small_rows", 300, 10, 1, large},          {"small_rows, many lanes", 20, 96, 1, large},
+      {"rows: warp", 20, 300, 1, large},          {"rows: block", 8, 2100, 1, large},
+      {"rows: cluster", 8, 5001, 1, clusters},    {"rows: read twice", 8, 4101, 1, small},
+      {"spatial: vectors", 2, 19, 64, large},     {"spatial: slices", 2, 150, 36, large},
+      {"spatial: read twice", 1, 300, 32, small}, {"spatial: one by one", 2, 19, 35, large},
+      {"strided: warp", 4, 300, 3, large},        {"strided: block", 2, 2101, 3, large},
+  };
+  emulator::schedule = {emulator::Order(argc > 1 ? atoi(argv[1]) : 0), uint64_t(argc > 2 ? atoi(argv[2]) : 0)};
+  for (const Shape& shape : shapes) {
+    for (const TargetKind kind : {TargetKind::kIndex, TargetKind::kSmoothedIndex, TargetKind::kSoft}) {
+      run(shape, kind, false);
+      run(shape, kind, true);
+    }
+  }
+  std::printf("%d wrong\n", wrong);
+  return wrong != 0;
+}
