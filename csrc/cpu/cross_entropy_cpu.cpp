@@ -37,8 +37,8 @@ Lanes choose_lanes(const Problem& problem) {
 double smoothed_total_of(const Problem& problem, const at::Tensor& weight) {
   double sum = 0;
   for (int64_t c = 0; c < problem.classes; ++c) {
-    sum += problem.arithmetic_in_double ? weight.const_data_ptr<double>()[c]
-                                        : double(weight.const_data_ptr<float>()[c]);
+    sum +=
+        problem.arithmetic_in_double ? weight.const_data_ptr<double>()[c] : double(weight.const_data_ptr<float>()[c]);
   }
   return problem.label_smoothing / double(problem.classes) * sum;
 }

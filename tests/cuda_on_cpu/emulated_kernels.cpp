@@ -1,5 +1,5 @@
-// The CUDA kernels and their host code, compiled for the CPU, as a Python module. `install` puts them in the place of the
-// CPU kernels, so that every test of the package can run on them; `uninstall` undoes it.
+// The CUDA kernels and their host code, compiled for the CPU, as a Python module. `install` puts them in the place of
+// the CPU kernels, so that every test of the package can run on them; `uninstall` undoes it.
 #include <torch/csrc/utils/pybind.h>
 
 #include <memory>
@@ -66,12 +66,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("check_errors", &xent::gpu::check_errors);
   m.def("set_schedule", &set_schedule);
   m.def("plan", &plan);
-  m.def("set_device", [](int multiprocessors, int64_t shared_per_multiprocessor, int64_t shared_per_block,
-                         int largest_cluster) {
-    Device& device = xent::gpu::emulated_device();
-    device.multiprocessors = multiprocessors;
-    device.shared_per_multiprocessor = shared_per_multiprocessor;
-    device.shared_per_block = shared_per_block;
-    device.largest_cluster = largest_cluster;
-  });
+  m.def("set_device",
+        [](int multiprocessors, int64_t shared_per_multiprocessor, int64_t shared_per_block, int largest_cluster) {
+          Device& device = xent::gpu::emulated_device();
+          device.multiprocessors = multiprocessors;
+          device.shared_per_multiprocessor = shared_per_multiprocessor;
+          device.shared_per_block = shared_per_block;
+          device.largest_cluster = largest_cluster;
+        });
 }
