@@ -166,6 +166,16 @@ def test_gradient_of_an_empty_mean():
     close(leaf.grad, torch.zeros(3, 5, dtype=torch.float64))
 
 
+def test_gradient_of_an_empty_mean_twice():
+    """The second walk makes the gradient anew, with the options of the first: weights of zero would give 0 / 0."""
+    for classes in (5, 50, 5000):
+        leaf = normal(3, classes).requires_grad_()
+        loss = cross_entropy(leaf, labels(classes, 3), torch.zeros(classes, dtype=torch.float64), empty="zero")
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+            same(gradient, torch.zeros_like(leaf))
+
+
 def test_autograd_functional():
     """The functions of torch.autograd.functional are users of double backward with leaves of their own
     making."""
@@ -897,15 +907,16 @@ def test_inplace_hooks_and_saved_tensor_hooks():
     alike(leaf.grad, expected)
 
 
-def test_inplace_target_in_the_same_memory():
+@pytest.mark.parametrize("shape", [(65, 7), (600, 7), (65, 70)])
+def test_inplace_target_in_the_same_memory(shape):
     """Probabilities that share memory with the logits are read before they are overwritten, or the gradient
     is a fresh one."""
-    base, w = normal(65, 7), torch.tensor(1.0, dtype=torch.float64)
+    base, w, k = normal(*shape), torch.tensor(1.0, dtype=torch.float64), min(shape)
     pairs = {
         "the logits themselves": lambda x: (x, x.detach()),
         "shifted by one row": lambda x: (x[:-1], x[1:].detach()),
         "shifted back": lambda x: (x[1:], x[:-1].detach()),
-        "transposed": lambda x: (x[:7], x[:7].t().detach()),
+        "transposed": lambda x: (x[:k, :k], x[:k, :k].t().detach()),
     }
     for pair in pairs.values():
         found = []

@@ -582,6 +582,30 @@ def test_layouts_in_kept_pages():
         torch.testing.assert_close(g.double(), wide, rtol=1e-5, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:1].expand(64, 2048),
+        lambda x: x[:, :1].expand(64, 2048),
+        lambda x: x[:, :-1],
+        lambda x: x[::2],
+        lambda x: x.t()[:, ::2],
+    ],
+    ids=["expanded_rows", "expanded_classes", "cut", "every_second_row", "every_second_column"],
+)
+def test_a_large_gradient_has_memory_of_its_own_for_every_element(view):
+    """Of logits that share addresses or leave gaps, the gradient is dense, as torch.empty_like is."""
+    torch.manual_seed(0)
+    x = view(torch.randn(64, 2048))
+    target = labels(x.size(1), x.size(0), ignored=True)
+    leaf = x.detach().requires_grad_()
+    found = torch.autograd.grad(cross_entropy(leaf, target), leaf)[0]
+    assert found.numel() * found.element_size() >= 2**16
+    assert found.stride() == torch.empty_like(x).stride()
+    wide = grads(native, x.double(), target, {}, torch.tensor(1.0).double())[1]
+    torch.testing.assert_close(found.double(), wide, rtol=1e-5, atol=1e-10)
+
+
 def test_threads():
     """Threads take and give back pages at the same time, and free each other's gradients; all values are
     right."""

@@ -430,6 +430,18 @@ def test_labels_out_of_bounds_among_many() -> None:
         check(logits[:50], long(50))
 
 
+def test_labels_out_of_bounds_are_named_in_any_layout() -> None:
+    """The message reads the label where the target's strides and offset say it is; elsewhere are others."""
+    storage = torch.arange(10, 58).view(4, 3, 4)
+    for view in (storage, storage[1:, 1:, 1:], storage.transpose(1, 2), storage.permute(2, 0, 1)[::2, 1:]):
+        for place in (0, view.numel() // 2, view.numel() - 1):
+            good = torch.where(torch.arange(view.numel()).view(view.shape) == place, view, 0)
+            target = torch.empty_strided(storage.shape, storage.stride(), dtype=torch.long).fill_(-1)
+            target = target.as_strided(view.shape, view.stride(), view.storage_offset()).copy_(good)
+            with pytest.raises(IndexError, match=rf"^Target {good.max()} is out of bounds\."):
+                ext.cross_entropy(randn(view.size(0), 7, *view.shape[1:]), target)
+
+
 def test_labels_out_of_bounds_of_narrow_dtypes_are_named() -> None:
     """Native writes a uint8 label as a raw byte, which fails to decode."""
     with pytest.raises(IndexError, match=r"^Target 156 is out of bounds\."):

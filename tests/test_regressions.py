@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import reference
 from test_memory import needs_resident, run_alone
 from torch.func import vmap
 
@@ -62,12 +63,17 @@ def test_autocast_checks_and_keeps_the_options() -> None:
         torch.testing.assert_close(cross_entropy(x, float8), F.cross_entropy(x, float8))
 
 
-def test_in_place_beside_a_target_in_the_same_memory() -> None:
-    leaf = torch.rand(30, 30, requires_grad=True)
-    expected = torch.autograd.grad(cross_entropy(leaf, leaf.detach().t(), reduction="sum"), leaf)[0]
-    logits = leaf * 1
-    cross_entropy(logits, logits.detach().t(), reduction="sum", inplace=True).backward()
-    torch.testing.assert_close(leaf.grad, expected)
+@pytest.mark.parametrize("transposed", [False, True], ids=["classes_contiguous", "positions_contiguous"])
+def test_in_place_beside_a_target_in_the_same_memory(transposed) -> None:
+    """Of more positions than are read before the first are written: a tile of 256."""
+    torch.manual_seed(0)
+    x, found = torch.rand(600, 600), []
+    for inplace in (False, True):
+        leaf = x.clone().requires_grad_()
+        logits = (leaf * 1).t() if transposed else leaf * 1
+        cross_entropy(logits, logits.detach().t(), reduction="sum", inplace=inplace).backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
 
 
 def test_in_place_looks_at_the_targets_before_it_writes() -> None:
@@ -103,6 +109,30 @@ def test_nothing_is_zero_for_the_fallbacks_too() -> None:
     assert torch.autograd.grad(loss, leaf)[0].eq(0).all()
 
 
+def test_the_fallback_counts_what_the_kernels_count() -> None:
+    """Labels that are ignored have no weight; and where the total is zero, but not the loss, nothing is hidden."""
+    torch.manual_seed(0)
+    x, target, weight = torch.randn(6, 4), torch.tensor([1, -100, 2, -100, 0, 1]), torch.rand(4) + 0.5
+
+    def both(weight: torch.Tensor, target: torch.Tensor) -> list[torch.Tensor]:
+        fallback = vmap(lambda x: cross_entropy(x, target, weight, empty="zero"))(x[None])[0]
+        return [fallback, cross_entropy(x, target, weight, empty="zero")]
+
+    torch.testing.assert_close(*both(weight, target))
+    found, expected = both(torch.tensor([1.0, -1, 2, 2]), torch.tensor([0, 1, 0, 1, 1, 0]))
+    assert found == expected and found.isinf()
+
+
+def test_a_float32_weight_goes_with_half_logits_alone() -> None:
+    """Native asks for the logits' type; only a float32 loss of less wide logits makes an exception."""
+    x, target, weight = torch.randn(6, 4), torch.tensor([1, 2, 0, 3, 1, 2]), torch.rand(4) + 0.5
+    half = cross_entropy(x.bfloat16(), target, weight, loss_dtype=torch.float32)
+    torch.testing.assert_close(half, F.cross_entropy(x.bfloat16().float(), target, weight))
+    for loss_dtype in (None, torch.float32):
+        with pytest.raises(RuntimeError, match="Double"):
+            cross_entropy(x.double(), target, weight, loss_dtype=loss_dtype)
+
+
 def test_private_operators_refuse_what_they_would_misread() -> None:
     ops = torch.ops.cross_entropy_ext
     x, target = torch.randn(6, 4), torch.tensor([1, 2, -100, 3, 1, 2])
@@ -111,6 +141,9 @@ def test_private_operators_refuse_what_they_would_misread() -> None:
     assert all(g.numel() == 0 for g in ops._backward(torch.ones(()), *rest, [False, False]))
     with pytest.raises(RuntimeError, match="grad_output of type"):
         ops._backward(torch.ones((), dtype=torch.int32), *rest, [True, False])
+    for other in (lse[:1], torch.cat([lse, lse]), lse.double(), lse.t().contiguous().t()):
+        with pytest.raises(RuntimeError, match="lse is not what _forward returned"):
+            ops._backward(torch.ones(()), x, target, None, other, denominator, 1, -100, 0.0, [True, False])
     with pytest.raises(RuntimeError, match="loss_dtype must be"):
         ops._forward(x, target, None, 1, -100, 0.0, torch.int32, False)
     with pytest.raises(RuntimeError, match="reduction must be"):
@@ -132,16 +165,27 @@ def test_a_gradient_that_cannot_be_scaled_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("power", [16, 40])
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**40, -(2.0**16), -(2.0**40)])
 @pytest.mark.parametrize("margin", [80, 86, 88])
-def test_the_smallest_gradients_survive_a_loss_scale(dtype, power, margin) -> None:
+def test_the_smallest_gradients_survive_a_loss_scale(dtype, scale, margin) -> None:
     """The forward's gradient had lost their bits, or them: they are subnormal until they are scaled."""
     logits = torch.zeros(2048, 64)
     logits[:, 1::2] = -margin
-    logits, target, scale = logits.to(dtype), torch.zeros(2048, dtype=torch.long), torch.tensor(2.0**power)
+    logits, target, scale = logits.to(dtype), torch.zeros(2048, dtype=torch.long), torch.tensor(scale)
     exact = torch.autograd.grad(F.cross_entropy(x := logits.double().requires_grad_(), target), x, scale.double())[0]
     found = torch.autograd.grad(cross_entropy(x := logits.clone().requires_grad_(), target), x, scale.to(dtype))[0]
     torch.testing.assert_close(found.double(), exact, rtol=4e-6 if dtype == torch.float32 else 2**-8, atol=2**-149)
+
+
+@pytest.mark.parametrize("shape", [(4000, 7), (256, 64), (16, 5000)])
+def test_a_gradient_in_bfloat16_is_rounded_once(shape) -> None:
+    """A third of the forward's gradient, itself rounded to bfloat16, would be wrong in a quarter of the elements."""
+    torch.manual_seed(0)
+    x, target, third = torch.randn(shape).bfloat16(), torch.randint(shape[1], shape[:1]), torch.tensor(1 / 3)
+    leaf = x.clone().requires_grad_()
+    (cross_entropy(leaf, target, loss_dtype=torch.float32) * third).backward()
+    exact = reference(x, target, grad_output=third)["input"].value.bfloat16()
+    assert leaf.grad.eq(exact).double().mean() >= 0.98
 
 
 @pytest.mark.parametrize(("rows", "classes"), [(5000, 5), (200, 64), (20, 5000)])
@@ -156,6 +200,24 @@ def test_inplace_with_a_grad_output_in_the_same_memory(rows, classes) -> None:
         loss.backward(logits.detach().flatten()[:rows])
         found.append(leaf.grad)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["index", "smoothed", "soft"])
+@pytest.mark.parametrize(("rows", "classes"), [(5000, 5), (200, 64), (20, 5000)])
+def test_inplace_with_class_weights_in_the_same_memory(rows, classes, kind) -> None:
+    """The first row, once written, would be read as the weights of the rows to come."""
+    torch.manual_seed(0)
+    x, target = torch.rand(rows, classes) + 0.5, torch.randint(classes, (rows,))
+    if kind == "soft":
+        target = torch.randn(rows, classes).softmax(1)
+    options = {"reduction": "sum", "label_smoothing": 0.0 if kind == "index" else 0.1}
+    found = []
+    for inplace in (False, True):
+        leaf = x.clone().requires_grad_()
+        logits = leaf * 1
+        cross_entropy(logits, target, logits.detach()[0], **options, inplace=inplace).backward()
+        found.append(leaf.grad)
+    torch.testing.assert_close(*found)
 
 
 @needs_resident

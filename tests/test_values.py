@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import (
     CASES,
     DTYPES,
@@ -597,6 +598,17 @@ def test_empty_zero_does_not_hide_nan() -> None:
     assert ext.cross_entropy(logits, torch.tensor([0, 1, 2]), empty="zero").isnan()
 
 
+@pytest.mark.parametrize("classes", [5, 50, 5000])
+def test_empty_zero_does_not_hide_infinity(classes: int) -> None:
+    """Labels of a total weight of zero, but a loss: that is no mean over nothing."""
+    logits, weight = torch.randn(4, classes, generator=generator(classes)), torch.ones(classes)
+    weight[1], weight[2] = -1, 0
+    for e, labels in ((0.0, [0, 1, 0, 1]), (0.1, [2, 2, 2, 2])):
+        for x in (logits, logits.clone().requires_grad_()):
+            loss = ext.cross_entropy(x, torch.tensor(labels), weight, label_smoothing=e, empty="zero")
+            assert loss.isinf()
+
+
 def test_no_classes() -> None:
     soft = torch.randn(2, 0)
     for reduction, expected in [("sum", 0.0), ("none", [0.0, 0.0])]:
@@ -813,6 +825,18 @@ def test_bits_do_not_depend_on_the_threads(shape: tuple[int, ...], dtype: torch.
                         assert torch.equal(tensor, results[0][name]), f"{name} differs"
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dims", [12, 13, 14, 16])
+def test_more_dimensions_than_the_kernels_take(dims: int) -> None:
+    """None of which can be merged: 13 with the classes' are the most, beyond them native takes over."""
+    x = torch.randn((2,) * dims, generator=generator(dims)).permute(*reversed(range(dims)))
+    labels = torch.randint(2, (2,) * (dims - 1), generator=generator(dims, "target"))
+    for target in (labels, (x * 2).softmax(1)):
+        for reduction in ("mean", "none"):
+            ours = run(ext.cross_entropy, x, target, None, None, reduction=reduction)
+            native = run(F.cross_entropy, x, target, None, None, reduction=reduction)
+            torch.testing.assert_close(ours, native, rtol=1e-5, atol=1e-6, check_stride=False)
 
 
 def test_layouts_agree_with_each_other() -> None:
