@@ -27,7 +27,7 @@ int launch_weight_sum(const WeightSum& request, void* stream) {
 }
 
 int launch_finish(const Totals& totals, void* stream) {
-  return launch(finish, LaunchShape{1, kReduceThreads}, stream, totals);
+  return launch(finish<double>, LaunchShape{1, kReduceThreads}, stream, totals);
 }
 
 #define XENT_TEXT_OF(...) #__VA_ARGS__

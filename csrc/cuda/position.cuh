@@ -100,6 +100,12 @@ XENT_DEVICE A coefficient(const Task& task, int64_t c, A probability) {
   return class_weight<A>(task, c) * (A(task.keep) * probability + A(task.share));
 }
 
+// Whether all classes have the same coefficient, but for what an index target adds to its own.
+template <TargetKind kind>
+XENT_DEVICE bool is_uniform(const Task& task) {
+  return kind == TargetKind::kSmoothedIndex && task.weight == nullptr;
+}
+
 // ---- the loss -------------------------------------------------------------------------------------------------------
 
 // What a position adds to its block's sums, and leaves for the backward. By one thread. `target_offset`, `loss_offset`:
@@ -143,7 +149,7 @@ template <TargetKind kind, class A>
 struct Gradient {
   A max, log_sum, total, scale;     // total: A, scale: g
   A slope, reference, correction;   // softmax = 2^(x slope - reference) correction
-  A factor;                         // A g correction
+  A normalizer, factor;             // A correction, g A correction
   A hit, smoothed_total, smoothed;  // of an index target's own class
 
   XENT_DEVICE void set(const Task& task, int64_t target, A max_logit, A log_of_sum, A mass, A grad_output) {
@@ -168,21 +174,19 @@ struct Gradient {
       }
       total = hit + smoothed_total;
     }
-    factor = total * scale * correction;
+    normalizer = total * correction;
+    factor = scale * normalizer;
   }
 
   // A class that is not an index target's own.
   XENT_DEVICE A operator()(A x, A a) const {
     const A power = exp2_fast(fused(x, slope, -reference));
-    if constexpr (kind == TargetKind::kIndex) {
-      return power * factor;
-    } else {
-      const A p = power * correction;
-      if (kind == TargetKind::kSoft && p > A(0.5) && a + a > total) {
-        return scale * soft_gradient(total, (x - max) - log_sum, a);
-      }
-      return scale * plain_gradient(total, p, a);
+    if constexpr (kind == TargetKind::kIndex) return power * factor;
+    if constexpr (kind == TargetKind::kSoft) {
+      constexpr A kNearOne = A(0.4);  // a little less than a half: the correction is missing
+      if (power > kNearOne && a + a > total) return scale * soft_gradient(total, (x - max) - log_sum, a);
     }
+    return scale * fused(power, normalizer, -a);
   }
 
   // An index target's own class.

@@ -78,11 +78,12 @@ __global__ void __launch_bounds__(kReduceThreads) sum_weights(const __grid_const
 
 // ---- after the loss -------------------------------------------------------------------------------------------------
 
-// The loss of all positions, and what a mean divided by. One block.
+// The loss of all positions, and what a mean divided by. One block. (A template, as several files include this one.)
+template <class A>
 __global__ void __launch_bounds__(kReduceThreads) finish(const __grid_constant__ Totals totals) {
   const Sums sums = sum_of_blocks(totals.partial_sums, totals.blocks);
   if (threadIdx.x != 0) return;
-  double denominator = 1;
+  A denominator = 1;
   if (totals.mean) denominator = totals.count_is_known ? totals.known_count : sums.weight;
   if (totals.empty_is_zero && denominator == 0 && sums.loss == 0) denominator = 1;
   if (totals.loss) write_element(totals.loss, 0, sums.loss / denominator);

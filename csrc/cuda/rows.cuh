@@ -164,17 +164,24 @@ struct Coefficients {
   }
 
   XENT_DEVICE void of_vector(int64_t c, A (&a)[kPerVector<T>]) const {
-    if constexpr (kind == TargetKind::kIndex) {
+    if constexpr (kind == TargetKind::kSoft) {
+      if (twin) {
+        widen_vector<T>(load_vector(twin + c), a);
+      } else {
 #pragma unroll
-      for (int j = 0; j < kPerVector<T>; ++j) a[j] = A(0);
-    } else if (kind == TargetKind::kSoft && twin) {
-      widen_vector<T>(load_vector(twin + c), a);
+        for (int j = 0; j < kPerVector<T>; ++j) {
+          a[j] = read_element<A>(task.target, offset + (c + j) * task.target.class_stride);
+        }
+      }
 #pragma unroll
-      for (int j = 0; j < kPerVector<T>; ++j) a[j] = coefficient<kind>(task, c + j, a[j]);
+      for (int j = 0; j < kPerVector<T>; ++j) a[j] = A(task.keep) * a[j] + A(task.share);
     } else {
 #pragma unroll
-      for (int j = 0; j < kPerVector<T>; ++j) a[j] = at(c + j);
+      for (int j = 0; j < kPerVector<T>; ++j) a[j] = kind == TargetKind::kIndex ? A(0) : A(task.share);
     }
+    if (kind == TargetKind::kIndex || task.weight == nullptr) return;
+#pragma unroll
+    for (int j = 0; j < kPerVector<T>; ++j) a[j] *= static_cast<const A*>(task.weight)[c + j];
   }
 };
 
@@ -242,6 +249,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
           slice.for_each(stage * slice.stage_size, slice.stage_end(stage), members.thread, [&](int64_t c, uint4 raw) {
             A x[N], a[N];
             widen_vector<T>(raw, x);
+            if (is_uniform<kind>(task)) return statistics.add(x, A(task.share));
             coefficients.of_vector(c, a);
             statistics.add(x, a);
           });

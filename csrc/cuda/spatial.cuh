@@ -165,7 +165,10 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), N
             load_class(c, x);
             load_coefficients(c, a);
 #pragma unroll
-            for (int j = 0; j < N; ++j) statistics[j].add_up_to_max({x[j]}, {a[j]});
+            for (int j = 0; j < N; ++j) {
+              const A of_position[1] = {x[j]}, its_coefficient[1] = {a[j]};
+              statistics[j].add_up_to_max(of_position, its_coefficient);
+            }
           }
         }
       } else {

@@ -96,9 +96,10 @@ struct Statistics {
     ties = 0;
   }
 
-  // N logits and their coefficients, in any order: most are below what has been the largest so far.
-  template <int N>
-  XENT_DEVICE void add(const A (&x)[N], const A (&a)[N]) {
+  // N logits and their coefficients (an array of them, or one for all), in any order: most are below what has been the
+  // largest so far.
+  template <int N, class Coefficients>
+  XENT_DEVICE void add(const A (&x)[N], const Coefficients& a) {
     A largest = x[0];
 #pragma unroll
     for (int j = 1; j < N; ++j) largest = maximum(largest, x[j]);  // a NaN is not seen here; it is in the sum
@@ -115,8 +116,8 @@ struct Statistics {
   }
 
   // The same where none exceeds the maximum.
-  template <int N>
-  XENT_DEVICE void add_up_to_max(const A (&x)[N], const A (&a)[N]) {
+  template <int N, class Coefficients>
+  XENT_DEVICE void add_up_to_max(const A (&x)[N], const Coefficients& a) {
     A terms[N], equal[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -132,15 +133,39 @@ struct Statistics {
   template <int N>
   XENT_DEVICE void add_coefficients(const A (&x)[N], const A (&a)[N]) {
     if constexpr (kWithCoefficients) {
-      A distances[N], masses[N];
+      A terms[N], masses[N];
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        // Nothing for a = 0, even at x = -inf; nor for the maximum itself, even where that is -inf so far.
-        distances[j] = a[j] == A(0) || x[j] == max ? A(0) : a[j] * (max - x[j]);
+        terms[j] = a[j] * (max - x[j]);
         masses[j] = a[j];
       }
-      spread.add(tree_sum(distances));
+      A sum = tree_sum(terms);
+      if (sum != sum) {
+        // Nothing for a = 0, even at x = -inf; nor for the maximum itself, even where that is -inf so far.
+#pragma unroll
+        for (int j = 0; j < N; ++j) terms[j] = a[j] == A(0) || x[j] == max ? A(0) : a[j] * (max - x[j]);
+        sum = tree_sum(terms);
+      }
+      spread.add(sum);
       mass.add(tree_sum(masses));
+    }
+  }
+
+  // One coefficient for all, not zero: label smoothing without class weights.
+  template <int N>
+  XENT_DEVICE void add_coefficients(const A (&x)[N], A a) {
+    if constexpr (kWithCoefficients) {
+      A terms[N];
+#pragma unroll
+      for (int j = 0; j < N; ++j) terms[j] = max - x[j];
+      A sum = tree_sum(terms);
+      if (sum != sum) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) terms[j] = x[j] == max ? A(0) : max - x[j];
+        sum = tree_sum(terms);
+      }
+      spread.add(a * sum);
+      mass.add(A(N) * a);
     }
   }
 

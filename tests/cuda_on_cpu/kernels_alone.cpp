@@ -41,7 +41,7 @@ struct Shape {
 
 Device device(int64_t shared_kb, int cluster) {
   Device result;
-  result.multiprocessors = 2;
+  result.multiprocessors = 1;  // so that each team has several rows or tiles
   result.shared_per_multiprocessor = shared_kb << 10;
   result.shared_per_block = (shared_kb - 1) << 10;
   result.largest_cluster = cluster;
@@ -190,8 +190,8 @@ void run(const Shape& shape, TargetKind kind, bool in_place) {
 int main(int argc, char** argv) {
   const Device large = device(228, 8), small = device(24, 1), clusters = device(24, 8);
   const Shape shapes[] = {
-      {"small_rows", 300, 10, 1, large},          {"small_rows, many lanes", 20, 96, 1, large},
-      {"rows: warp", 20, 300, 1, large},          {"rows: block", 8, 2100, 1, large},
+      {"small_rows", 5000, 10, 1, large},         {"small_rows, many lanes", 300, 96, 1, large},
+      {"rows: warp", 60, 300, 1, large},          {"rows: block", 8, 2100, 1, large},
       {"rows: cluster", 8, 5001, 1, clusters},    {"rows: read twice", 8, 4101, 1, small},
       {"spatial: vectors", 2, 19, 64, large},     {"spatial: slices", 2, 150, 36, large},
       {"spatial: read twice", 1, 300, 32, small}, {"spatial: one by one", 2, 19, 35, large},
