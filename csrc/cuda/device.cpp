@@ -102,8 +102,9 @@ std::vector<c10::Device> synchronized_devices() {
 }
 
 void check(int status, const char* what) {
-  TORCH_CHECK(status == cudaSuccess, "cross_entropy_ext: ", what, ": ",
-              cudaGetErrorString(static_cast<cudaError_t>(status)));
+  if (status == cudaSuccess) return;
+  (void)cudaGetLastError();  // or the next to ask would be told of it, too
+  TORCH_CHECK(false, "cross_entropy_ext: ", what, ": ", cudaGetErrorString(static_cast<cudaError_t>(status)));
 }
 
 }  // namespace xent::gpu

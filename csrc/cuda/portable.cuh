@@ -196,8 +196,7 @@ XENT_DEVICE double abs(double x) { return ::fabs(x); }
 XENT_DEVICE float fused(float a, float b, float c) { return ::fmaf(a, b, c); }
 XENT_DEVICE double fused(double a, double b, double c) { return ::fma(a, b, c); }
 
-// ---- clusters: blocks that read each other's shared memory (sm_90 and up)
-// ---------------------------------------------
+// ---- clusters: blocks that read each other's shared memory (sm_90) --------------------------------------------------
 
 #if defined(__CUDACC__)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -297,8 +297,12 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
 #pragma unroll
       for (int j = 0; j < N; ++j) dx[j] = gradient(x[j], a[j]);
       if (kind != TargetKind::kSoft && uint64_t(label - c) < uint64_t(N)) {
+        A own = x[0];
 #pragma unroll
-        for (int j = 0; j < N; ++j) dx[j] = label - c == j ? gradient.own(x[j]) : dx[j];
+        for (int j = 1; j < N; ++j) own = label - c == j ? x[j] : own;
+        own = gradient.own(own);
+#pragma unroll
+        for (int j = 0; j < N; ++j) dx[j] = label - c == j ? own : dx[j];
       }
       if (aligned) {
         stream_vector(out + c, narrow_vector<T>(dx));

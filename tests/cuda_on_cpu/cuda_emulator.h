@@ -10,18 +10,17 @@
 // * warp collectives at different places, with a mask that lacks the caller or names threads that have exited, and
 //   shuffles that read a lane outside the mask;
 // * cp.async that is misaligned, to anything but this block's shared memory, or never waited for;
-// * map_shared_rank of a block that has exited; writes just past the end of shared memory; launches beyond CUDA's
-// limits. Seen as wrong results, in some schedule:
-// * a missing barrier. Shared memory starts as NaN (all bits one), and `schedule` says who goes first. Those orders
-// find
-//   most in which one thread, warp or block starves until nothing else can run;
+// * map_shared_rank of a block that has exited; writes just past the end of shared memory;
+// * launches beyond CUDA's limits.
+// Seen as wrong results, in some schedule:
+// * a missing barrier. Shared memory starts as NaN (all bits one), and `schedule` says who goes first: the orders in
+//   which one thread, warp or block starves until nothing else can run find most;
 // * a missing wait for a copy. Copies are made as late as allowed, when they are waited for; or, with an odd seed, as
 //   early, when they are issued, which finds those into memory that is still in use.
 // With -fsanitize=address,undefined: accesses out of bounds (each shared array is an allocation of its own, of exact
 // size), shared memory of a block that has exited, misaligned vectors.
 // With -fsanitize=thread: data races between threads of a grid, whatever the order they ran in. Barriers, __syncwarp
-// and
-// __threadfence order memory; shuffles, votes and atomics do not. A cluster of 8 x 1024 is more threads than TSan
+// and __threadfence order memory; shuffles, votes and atomics do not. A cluster of 8 x 1024 is more threads than TSan
 // takes.
 //
 // Cannot be seen: coalescing, bank conflicts, occupancy, time; the bits of approximate arithmetic; code for the device
