@@ -99,12 +99,14 @@ void check_forward(const at::Tensor& logits, const at::Tensor& target, const Opt
 
 void check_backward(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
                     const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
-                    double label_smoothing) {
+                    double label_smoothing, bool target_wanted) {
   TORCH_CHECK(is_supported(logits, target, weight, ignore_index, label_smoothing, std::nullopt) ||
                   is_supported(logits, target, weight, ignore_index, label_smoothing, at::kFloat),
               "cross_entropy_ext::_backward: arguments that _forward does not accept");
   const auto arithmetic = arithmetic_type(logits, target, weight);
-  const int64_t positions = count_positions(logits), rows = is_soft(logits, target) ? 3 : 2;
+  const bool soft = is_soft(logits, target);
+  TORCH_CHECK(soft || !target_wanted, "cross_entropy_ext::_backward: class indices have no gradient");
+  const int64_t positions = count_positions(logits), rows = soft ? 3 : 2;
   TORCH_CHECK(lse.is_contiguous() && lse.scalar_type() == arithmetic && lse.numel() == rows * positions,
               "cross_entropy_ext::_backward: lse is not what _forward returned");
   TORCH_CHECK(reduction == kNone ? grad_output.numel() == positions && grad_output.dim() == logits.dim() - 1

@@ -34,6 +34,6 @@ void check_forward(const at::Tensor& logits, const at::Tensor& target, const Opt
                    int64_t ignore_index, double label_smoothing, at::ScalarType loss_dtype);
 void check_backward(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
                     const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
-                    double label_smoothing);
+                    double label_smoothing, bool target_wanted);
 
 }  // namespace xent

@@ -221,7 +221,10 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
   double count = double(problem.positions);           // what a mean divides by
   if (grad_logits.defined() && reduction == kMean) {  // the gradient needs it first
     if (!soft) count = sum_target_weights(problem, target);
-    problem.scale = count == 0 && empty_is_zero ? 1 : 1 / count;
+    // Where all that count weigh nothing, others' weights still make a loss with label smoothing: that is no mean over
+    // nothing.
+    const bool smoothed = problem.kind == TargetKind::kSmoothedIndex && problem.smoothed_total != 0;
+    problem.scale = count == 0 && empty_is_zero && !smoothed ? 1 : 1 / count;
   }
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
@@ -275,7 +278,9 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
                    const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                    const at::Tensor& lse, const at::Tensor& denominator, int64_t reduction, int64_t ignore_index,
                    double label_smoothing) {
-  check_backward(grad_output, logits, target, weight, lse, reduction, ignore_index, label_smoothing);
+  check_backward(grad_output, logits, target, weight, lse, reduction, ignore_index, label_smoothing,
+                 grad_target.defined());
+  if (grad_logits.defined()) grad_logits.mutable_data_ptr();  // no lazy copy shares it from here on
   const bool soft = is_soft(logits, target);
   const auto arithmetic = arithmetic_type(logits, target, weight);
   const auto weights = weight_for_kernel(weight, arithmetic);

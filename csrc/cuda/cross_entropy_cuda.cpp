@@ -15,10 +15,11 @@ namespace xent::gpu {
 
 void raise_bad_target(c10::Device index) {
   const DeviceScope device(index);
-  const volatile BadTarget* const report = device.bad_target();
-  if (report->reported == 0 || device.is_capturing()) return;
+  BadTarget* const report = device.bad_target();
+  const int32_t reported = __atomic_load_n(&report->reported, __ATOMIC_ACQUIRE);
+  if (reported == __atomic_load_n(&report->taken, __ATOMIC_RELAXED) || device.is_capturing()) return;
   const int64_t value = report->value, position = report->position, classes = report->classes;
-  device.forget_bad_target();
+  __atomic_store_n(&report->taken, reported, __ATOMIC_RELEASE);
   TORCH_CHECK_INDEX(false, "Target ", value, " is out of bounds. (Position ", position, " of a cross entropy over ",
                     classes, " classes, earlier on ", index,
                     ": its loss is NaN and its gradient zero. Kernels report this when they have run.)");
@@ -36,7 +37,7 @@ Task describe_task(const DeviceScope& device, const at::Tensor& logits, const at
   Task task;
   describe(task, logits, target, kernel_weight, arithmetic, lse, ignore_index, label_smoothing);
   task.bad_target = device.bad_target();
-  task.bad_target_taken = device.bad_target_taken();
+  task.bad_targets = device.bad_targets();
   return task;
 }
 
@@ -111,6 +112,8 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
   Totals totals;
   totals.partial_sums = task.partial_sums;
   totals.blocks = reduction == kNone ? 0 : int32_t(how.shape.blocks);
+  totals.counted = task.counted;
+  totals.counted_blocks = task.counted_blocks;
   totals.mean = reduction == kMean;
   totals.count_is_known = soft;
   totals.known_count = double(task.positions);
@@ -145,10 +148,12 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
                    const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                    const at::Tensor& lse, const at::Tensor& denominator, int64_t reduction, int64_t ignore_index,
                    double label_smoothing, bool made_for_one) {
-  check_backward(grad_output, logits, target, weight, lse, reduction, ignore_index, label_smoothing);
+  check_backward(grad_output, logits, target, weight, lse, reduction, ignore_index, label_smoothing,
+                 grad_target.defined());
   const DeviceScope device(logits.device());
   raise_bad_target(logits.device());
   if (logits.numel() == 0 || (!grad_logits.defined() && !grad_target.defined())) return;
+  if (grad_logits.defined()) grad_logits.mutable_data_ptr();  // no lazy copy shares it from here on
   const auto arithmetic = arithmetic_type(logits, target, weight);
   const auto weights = weight_for_kernel(weight, arithmetic);
   Task task = describe_task(device, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);

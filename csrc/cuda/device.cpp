@@ -1,5 +1,7 @@
 #include "device.h"
 
+#include "launch.h"
+
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -19,10 +21,8 @@ struct State {
   std::atomic<bool> ready{false};
   Device limits;
   BadTarget* bad_target = nullptr;
-  int32_t* bad_target_taken = nullptr;
+  int32_t* bad_targets = nullptr;
 };
-
-constexpr int kMostDevices = 64;
 
 State& state_of(int index) {
   static std::array<State, kMostDevices> states;
@@ -45,9 +45,10 @@ void initialize(State& state, int index) {
   limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   limits.most_threads = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, index);
   limits.most_blocks = attribute(cudaDevAttrMaxBlocksPerMultiprocessor, index);
-  // 8 is what every device with clusters can do.
-  const bool clusters =
-      attribute(cudaDevAttrClusterLaunch, index) != 0 && attribute(cudaDevAttrComputeCapabilityMajor, index) >= 9;
+  // 8 is what every device with clusters can do, with code that knows of them.
+  int capability = 0;
+  C10_CUDA_CHECK(static_cast<cudaError_t>(compiled_for(capability)));
+  const bool clusters = attribute(cudaDevAttrClusterLaunch, index) != 0 && capability >= 90;
   limits.largest_cluster = clusters ? 8 : 1;
 
   void* host = nullptr;
@@ -60,7 +61,7 @@ void initialize(State& state, int index) {
   C10_CUDA_CHECK(cudaMemsetAsync(device, 0, sizeof(int32_t), stream));
   C10_CUDA_CHECK(cudaStreamSynchronize(stream));
   C10_CUDA_CHECK(cudaStreamDestroy(stream));
-  state.bad_target_taken = static_cast<int32_t*>(device);
+  state.bad_targets = static_cast<int32_t*>(device);
   state.ready = true;
 }
 
@@ -82,13 +83,7 @@ bool DeviceScope::is_capturing() const {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 BadTarget* DeviceScope::bad_target() const { return ready_state(index_).bad_target; }
-int32_t* DeviceScope::bad_target_taken() const { return ready_state(index_).bad_target_taken; }
-
-void DeviceScope::forget_bad_target() const {
-  const State& state = ready_state(index_);
-  state.bad_target->reported = 0;
-  C10_CUDA_CHECK(cudaMemsetAsync(state.bad_target_taken, 0, sizeof(int32_t), static_cast<cudaStream_t>(stream())));
-}
+int32_t* DeviceScope::bad_targets() const { return ready_state(index_).bad_targets; }
 
 std::vector<c10::Device> synchronized_devices() {
   std::vector<c10::Device> devices;

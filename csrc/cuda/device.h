@@ -21,12 +21,9 @@ class DeviceScope {
   void* stream() const;  // torch's current one
   bool is_capturing() const;
 
-  // Where kernels report a target that is no class.
+  // Where kernels report a target that is no class, and count their reports.
   BadTarget* bad_target() const;
-  int32_t* bad_target_taken() const;
-
-  // Takes the report back, for the next one.
-  void forget_bad_target() const;
+  int32_t* bad_targets() const;
 
  private:
   int index_, previous_;

@@ -10,28 +10,30 @@ namespace xent::gpu {
 
 template <class T, TargetKind kind>
 Status launch_kind(const Task& task, const Plan& plan, void* stream) {
-  const auto with = [&](void (*kernel)(const Task)) { return launch(kernel, plan.shape, stream, task); };
+#define XENT_LAUNCH(...) launch<__VA_ARGS__>(plan.shape, stream, task)
   using A = Arithmetic<T>;
   constexpr int N = kPerVector<T>;
   switch (plan.family) {
-    case Family::kSmallRows: return with(small_rows<T, kind>);
+    case Family::kSmallRows: return XENT_LAUNCH(small_rows<T, kind>);
     case Family::kRows:
-      if (!plan.copied) return with(rows<T, kind, Team::kBlock, false>);
-      if (plan.team == Team::kWarp) return with(rows<T, kind, Team::kWarp, true>);
-      if (plan.team == Team::kBlock) return with(rows<T, kind, Team::kBlock, true>);
-      return with(rows<T, kind, Team::kCluster, true>);
+      if (!plan.copied) return XENT_LAUNCH(rows<T, kind, Team::kBlock, false>);
+      if (plan.team == Team::kWarp) return XENT_LAUNCH(rows<T, kind, Team::kWarp, true>);
+      if (plan.team == Team::kBlock) return XENT_LAUNCH(rows<T, kind, Team::kBlock, true>);
+      return XENT_LAUNCH(rows<T, kind, Team::kCluster, true>);
     case Family::kSpatial:
-      if (!plan.vectors) return with(spatial<T, kind, 1, false>);
-      return plan.copied ? with(spatial<T, kind, N, true>) : with(spatial<T, kind, N, false>);
+      if (!plan.vectors) return XENT_LAUNCH(spatial<T, kind, 1, false>);
+      return plan.copied ? XENT_LAUNCH(spatial<T, kind, N, true>) : XENT_LAUNCH(spatial<T, kind, N, false>);
     case Family::kStrided: break;
   }
   if constexpr (kind == TargetKind::kSoft && !std::is_same_v<A, double>) {
     if (task.arithmetic_in_double) {
-      return plan.team == Team::kWarp ? with(strided<T, double, kind, Team::kWarp>)
-                                      : with(strided<T, double, kind, Team::kBlock>);
+      return plan.team == Team::kWarp ? XENT_LAUNCH(strided<T, double, kind, Team::kWarp>)
+                                      : XENT_LAUNCH(strided<T, double, kind, Team::kBlock>);
     }
   }
-  return plan.team == Team::kWarp ? with(strided<T, A, kind, Team::kWarp>) : with(strided<T, A, kind, Team::kBlock>);
+  return plan.team == Team::kWarp ? XENT_LAUNCH(strided<T, A, kind, Team::kWarp>)
+                                  : XENT_LAUNCH(strided<T, A, kind, Team::kBlock>);
+#undef XENT_LAUNCH
 }
 
 template <class T>

@@ -18,16 +18,30 @@ int launch_loss(const Task& task, const Plan& plan, void* stream) {
 
 int launch_count(const Task& task, int blocks, void* stream) {
   const LaunchShape shape{blocks, kReduceThreads};
-  return launch(task.arithmetic_in_double ? count_targets<double> : count_targets<float>, shape, stream, task);
+  return task.arithmetic_in_double ? launch<count_targets<double>>(shape, stream, task)
+                                   : launch<count_targets<float>>(shape, stream, task);
 }
 
 int launch_weight_sum(const WeightSum& request, void* stream) {
   const LaunchShape shape{1, kReduceThreads};
-  return launch(request.in_double ? sum_weights<double> : sum_weights<float>, shape, stream, request);
+  return request.in_double ? launch<sum_weights<double>>(shape, stream, request)
+                           : launch<sum_weights<float>>(shape, stream, request);
 }
 
 int launch_finish(const Totals& totals, void* stream) {
-  return launch(finish<double>, LaunchShape{1, kReduceThreads}, stream, totals);
+  return launch<finish<double>>(LaunchShape{1, kFinishThreads}, stream, totals);
+}
+
+int compiled_for(int& capability) {
+#if defined(__CUDACC__)
+  cudaFuncAttributes attributes{};
+  const Status status = cudaFuncGetAttributes(&attributes, sum_weights<float>);
+  capability = attributes.ptxVersion;
+  return status;
+#else
+  capability = 90;
+  return kSuccess;
+#endif
 }
 
 #define XENT_TEXT_OF(...) #__VA_ARGS__

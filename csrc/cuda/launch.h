@@ -16,6 +16,10 @@ int launch_loss(const Task& task, const Plan& plan, void* stream);
 // After: the loss of all positions.
 int launch_finish(const Totals& totals, void* stream);
 
+// What the current device runs was compiled for this compute capability, times ten: 80 even on a later device, where
+// there was nothing better for it.
+int compiled_for(int& capability);
+
 // For which GPUs: "800,900", as nvcc counts them.
 const char* compiled_archs();
 

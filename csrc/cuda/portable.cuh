@@ -3,6 +3,7 @@
 // launches, shared memory, clusters, asynchronous copies) has its two halves here.
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -235,12 +236,27 @@ T* in_block(T* shared, uint32_t rank) {
 using Status = cudaError_t;
 constexpr Status kSuccess = cudaSuccess;
 
-template <class Argument>
-Status launch(void (*kernel)(const Argument), const LaunchShape& shape, void* stream, const Argument& argument) {
-  constexpr int64_t kWithoutAsking = 48 << 10;
-  if (shape.shared_bytes > kWithoutAsking) {
-    const Status status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes));
+// Lets a kernel have all the shared memory that there is. Once and for all: what a launch set for itself, another
+// thread's launch of the same kernel could take back.
+template <auto kernel>
+Status allow_shared_memory() {
+  static std::atomic<bool> is_allowed[kMostDevices];
+  int device = 0, most = 0;
+  cudaFuncAttributes its_own{};
+  Status status = cudaGetDevice(&device);
+  if (status != cudaSuccess || is_allowed[device].load(std::memory_order_relaxed)) return status;
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&its_own, kernel);
+  most -= int(its_own.sharedSizeBytes);
+  if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (status == cudaSuccess) is_allowed[device].store(true, std::memory_order_relaxed);
+  return status;
+}
+
+template <auto kernel, class Argument>
+Status launch(const LaunchShape& shape, void* stream, const Argument& argument) {
+  if (shape.shared_bytes > 0) {
+    const Status status = allow_shared_memory<kernel>();
     if (status != cudaSuccess) return status;
   }
   cudaLaunchAttribute attribute{};
@@ -261,8 +277,8 @@ Status launch(void (*kernel)(const Argument), const LaunchShape& shape, void* st
 using Status = int;
 constexpr Status kSuccess = 0;
 
-template <class Argument>
-Status launch(void (*kernel)(const Argument), const LaunchShape& shape, void*, const Argument& argument) {
+template <auto kernel, class Argument>
+Status launch(const LaunchShape& shape, void*, const Argument& argument) {
   emulator::launch(dim3(unsigned(shape.blocks)), dim3(unsigned(shape.threads)), size_t(shape.shared_bytes),
                    unsigned(shape.cluster), [&] { kernel(argument); });
   return kSuccess;

@@ -75,16 +75,16 @@ XENT_DEVICE int64_t read_label(const Task& task, int64_t offset) {
 
 XENT_DEVICE bool is_counted(int64_t label) { return label >= 0 || label == kProbabilities; }
 
-// The first to come here tells the host. `offset`: of the position in the target.
+// Tells the host, unless it still has to take an earlier report. `offset`: of the position in the target.
 XENT_DEVICE void report_bad_target(const Task& task, int64_t position, int64_t offset) {
-  if (atomicCAS(task.bad_target_taken, 0, 1) != 0) return;
-  const int64_t value = read_element<int64_t>(task.target, offset);
   volatile BadTarget* const report = task.bad_target;
-  report->value = value;
+  const int32_t earlier = report->taken;
+  if (atomicCAS(task.bad_targets, earlier, earlier + 1) != earlier) return;
+  report->value = read_element<int64_t>(task.target, offset);
   report->position = position;
   report->classes = task.classes;
   __threadfence_system();
-  report->reported = 1;
+  report->reported = earlier + 1;
 }
 
 template <class A>

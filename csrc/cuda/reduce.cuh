@@ -21,11 +21,11 @@ XENT_DEVICE Sums block_sum(Sums sums) {
   return total;
 }
 
-// The sum of what `count` blocks left behind.
+// The sum of what `count` blocks left behind. By each warp for itself, so that whoever asks gets the same bits.
 XENT_DEVICE Sums sum_of_blocks(const Sums* partial_sums, int count) {
   Sums sums{0, 0};
-  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) sums = add(sums, partial_sums[i]);
-  return block_sum(sums);
+  for (int i = int(threadIdx.x) % kWarp; i < count; i += kWarp) sums = add(sums, partial_sums[i]);
+  return {lanes_sum(sums.loss, kWarp), lanes_sum(sums.weight, kWarp)};
 }
 
 // ---- what every kernel of the loss begins and ends with -------------------------------------------------------------
@@ -35,14 +35,16 @@ XENT_DEVICE bool nothing_to_do(const Task& task) {
   return task.made_for_one && read_element<double>(task.grad_output, 0) == 1;
 }
 
-// 1 / denominator. All threads of the block call it.
+// 1 / denominator. All threads of a warp call it.
 template <class A>
 XENT_DEVICE A gradient_scale(const Task& task) {
   if (task.pass == Pass::kForward) return A(0);
   if (task.denominator) return A(1 / *task.denominator);
   double denominator = task.known_denominator;
   if (task.counted) denominator = sum_of_blocks(task.counted, task.counted_blocks).weight;
-  return A(denominator == 0 && task.empty_is_zero ? 1 : 1 / denominator);
+  // Where all that count weigh nothing, others' weights still make a loss with label smoothing.
+  const bool smoothed = task.smoothed_total_on_device && *task.smoothed_total_on_device != 0;
+  return A(denominator == 0 && task.empty_is_zero && !smoothed ? 1 : 1 / denominator);
 }
 
 XENT_DEVICE void leave_sums(const Task& task, Sums sums) {
@@ -78,13 +80,14 @@ __global__ void __launch_bounds__(kReduceThreads) sum_weights(const __grid_const
 
 // ---- after the loss -------------------------------------------------------------------------------------------------
 
-// The loss of all positions, and what a mean divided by. One block. (A template, as several files include this one.)
+// The loss of all positions, and what a mean divided by. One warp.
 template <class A>
-__global__ void __launch_bounds__(kReduceThreads) finish(const __grid_constant__ Totals totals) {
+__global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__ Totals totals) {
   const Sums sums = sum_of_blocks(totals.partial_sums, totals.blocks);
+  const Sums counted = totals.counted ? sum_of_blocks(totals.counted, totals.counted_blocks) : sums;
   if (threadIdx.x != 0) return;
   A denominator = 1;
-  if (totals.mean) denominator = totals.count_is_known ? totals.known_count : sums.weight;
+  if (totals.mean) denominator = totals.count_is_known ? totals.known_count : counted.weight;
   if (totals.empty_is_zero && denominator == 0 && sums.loss == 0) denominator = 1;
   if (totals.loss) write_element(totals.loss, 0, sums.loss / denominator);
   *totals.denominator = denominator;

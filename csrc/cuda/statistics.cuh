@@ -47,10 +47,10 @@ XENT_DEVICE A tree_sum(A (&terms)[N]) {
   return terms[0];
 }
 
-// From here on neighbouring numbers are so far apart that beside the maximum every other logit's exponential is zero.
+// Beyond, neighbouring numbers are so far apart that beside the maximum every other logit's exponential is zero.
 template <class A>
 XENT_DEVICE bool is_huge(A x) {
-  return abs(x) >= (sizeof(A) == 4 ? A(0x1p30) : A(0x1p62));
+  return abs(x) > (sizeof(A) == 4 ? A(0x1p30) : A(0x1p62));
 }
 
 // A sum of numbers >= 0. One of many terms in a row remembers what rounding has lost (Dekker's fast two-sum).

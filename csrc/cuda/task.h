@@ -6,13 +6,15 @@
 
 namespace xent::gpu {
 
-// The first class index that is neither a class nor ignore_index. In host memory that the device can write to, so that
-// the host learns of it without waiting for the device.
+// A class index that is neither a class nor ignore_index. In host memory that the device reads and writes, so that the
+// host learns of it without waiting for the device, and in no order with what else the device does. There may be one
+// report at a time: the next one can come when the host has taken this one.
 struct BadTarget {
   int64_t value = 0;
   int64_t position = 0;
   int64_t classes = 0;
-  int32_t reported = 0;  // written last
+  int32_t reported = 0;  // how many reports there have been. By the device, after the report
+  int32_t taken = 0;     // how many of them the host has seen. By the host
 };
 
 // What one kernel is to do for every position.
@@ -50,7 +52,7 @@ struct Task : Problem {
   // e / C times the sum of the class weights, where it has to be formed on the device.
   const double* smoothed_total_on_device = nullptr;
 
-  // How the kernel divides its work (launch.cuh).
+  // How the kernel divides its work (plan.cpp).
   int32_t copy_bytes = 0;     // of shared memory, for what one team of threads works on at a time
   int32_t lanes_per_row = 1;  // small rows
   int32_t rows_per_tile = 1;
@@ -58,13 +60,15 @@ struct Task : Problem {
   bool twin_target = false;  // probabilities lie and are aligned as the logits are
 
   BadTarget* bad_target = nullptr;
-  int32_t* bad_target_taken = nullptr;  // in device memory: whoever sets it reports
+  int32_t* bad_targets = nullptr;  // how many reports were begun, in device memory: whoever adds one makes it
 };
 
 // Where the sums of a reduction end up.
 struct Totals {
   const Sums* partial_sums = nullptr;
   int32_t blocks = 0;
+  const Sums* counted = nullptr;  // as in Task
+  int32_t counted_blocks = 0;
   bool mean = false;
   bool count_is_known = false;  // soft targets: a mean divides by the number of positions
   bool empty_is_zero = false;

@@ -14,7 +14,7 @@ Device& emulated_device() {
 
 namespace {
 BadTarget bad_target_word;
-int32_t bad_target_taken_word = 0;
+int32_t bad_targets_begun = 0;
 }  // namespace
 
 DeviceScope::DeviceScope(c10::Device device) : index_(device.index()), previous_(0) {}
@@ -23,11 +23,7 @@ const Device& DeviceScope::limits() const { return emulated_device(); }
 void* DeviceScope::stream() const { return nullptr; }
 bool DeviceScope::is_capturing() const { return false; }
 BadTarget* DeviceScope::bad_target() const { return &bad_target_word; }
-int32_t* DeviceScope::bad_target_taken() const { return &bad_target_taken_word; }
-void DeviceScope::forget_bad_target() const {
-  bad_target_word = BadTarget();
-  bad_target_taken_word = 0;
-}
+int32_t* DeviceScope::bad_targets() const { return &bad_targets_begun; }
 std::vector<c10::Device> synchronized_devices() { return {c10::Device(c10::kCPU)}; }
 void check(int status, const char* what) { TORCH_CHECK(status == 0, what); }
 

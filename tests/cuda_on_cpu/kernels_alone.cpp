@@ -133,7 +133,7 @@ void run(const Shape& shape, TargetKind kind, bool in_place) {
   BadTarget bad_target;
   int32_t taken = 0;
   task.bad_target = &bad_target;
-  task.bad_target_taken = &taken;
+  task.bad_targets = &taken;
 
   double smoothed_total = NAN;
   launch_weight_sum({weight.data(), shape.classes, false, smoothing / double(shape.classes), &smoothed_total}, nullptr);
