@@ -1,13 +1,13 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 
 namespace xent::gpu {
 namespace {
 
-constexpr int64_t kVectorBytes = 16;
 constexpr int kWarpThreads = 32;
 
 // What a block takes of shared memory beside its copies: arrays of its own, and what the system reserves.
@@ -52,15 +52,41 @@ bool is_class_contiguous(const Task& task) {
   return task.logits.class_stride == 1 && (!task.grad_logits || task.grad_logits.class_stride == 1);
 }
 
+// How many of `threads`, whose elements lie `stride` bytes apart, meet in one bank of shared memory.
+int64_t bank_conflicts(int64_t threads, int64_t stride) {
+  constexpr int64_t kAllBanks = 128;                                      // bytes
+  const int64_t common = std::min<int64_t>(kAllBanks, stride & -stride);  // divisor: they have as many banks
+  return std::max<int64_t>(1, threads * common / kAllBanks);
+}
+
+// How many threads share a row, and how many of its classes each has. What it costs, in cycles of a multiprocessor for
+// a warp: 4 instructions are issued at a time, but 1 access to shared memory, longer by its conflicts.
+void share_small_row(Task& task) {
+  constexpr double kForEachClass = 14 / 4., kAccesses = 2., kForEachRow = 250 / 4.;
+  const int64_t size = size_of(task.logits.type);
+  double best = INFINITY;
+  for (int lanes = 1; lanes <= kWarpThreads; lanes *= 2) {
+    const int64_t of_rows = bank_conflicts(kWarpThreads / lanes, task.classes * size);
+    for (int64_t more = 0; more < 2; ++more) {
+      const int64_t classes = divide_up(task.classes, lanes) + more;
+      if (classes > kMostHeld) continue;
+      const double accesses = double(kAccesses * of_rows * bank_conflicts(lanes, classes * size));
+      const double cost = lanes * (kForEachRow + double(classes) * std::max(kForEachClass, accesses));
+      if (cost >= best) continue;
+      best = cost;
+      task.lanes_per_row = lanes;
+      task.classes_per_lane = int32_t(classes);
+    }
+  }
+}
+
 Plan plan_small_rows(Task& task, const Device& device) {
   Plan plan;
   plan.family = Family::kSmallRows;
   const int64_t row_bytes = task.classes * size_of(task.logits.type);
-  int64_t lanes = std::min<int64_t>(kWarpThreads, task.classes & -task.classes);  // the power of two in it
-  while (lanes < kWarpThreads && kWarpThreads / lanes * row_bytes > kSmallTileBytes) lanes *= 2;
-  const int64_t at_a_time = kWarpThreads / lanes;
+  share_small_row(task);
+  const int64_t at_a_time = kWarpThreads / task.lanes_per_row;
   const int64_t repeat = std::clamp<int64_t>(kSmallTileBytes / (at_a_time * row_bytes), 1, kMostRowsOfThread);
-  task.lanes_per_row = int32_t(lanes);
   task.rows_per_tile = int32_t(at_a_time * repeat);
   // A tile begins anywhere within 16 bytes.
   task.copy_bytes = int32_t(divide_up(task.rows_per_tile * row_bytes, kVectorBytes) * kVectorBytes + kVectorBytes);

@@ -28,6 +28,11 @@ struct Plan {
 
 constexpr int kMostDevices = 64;
 
+constexpr int kVectorBytes = 16;
+
+// How many classes of a small row a thread has in registers.
+constexpr int kMostHeld = 32;
+
 // Threads of a block.
 constexpr int kSmallRowsThreads = 128;
 constexpr int kSpatialThreads = 128;
@@ -42,7 +47,7 @@ constexpr int rows_resident(int element_size, TargetKind kind, Team team, bool c
   if (team == Team::kWarp) return 6;
   return kind == TargetKind::kIndex && copied ? 3 : 2;
 }
-constexpr int small_rows_resident(int element_size) { return element_size == 8 ? 4 : 6; }
+constexpr int small_rows_resident(int element_size) { return element_size == 8 ? 2 : 4; }
 constexpr int spatial_resident(int element_size, bool vectors, bool copied) {
   if (element_size == 8) return 2;
   if (element_size == 4 || !vectors) return 4;

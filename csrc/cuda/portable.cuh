@@ -144,6 +144,16 @@ XENT_DEVICE uint32_t narrow_pair(float low, float high) {
   }
 }
 
+// The larger of each of two neighbours; the other one, where one is NaN.
+template <class T>
+XENT_DEVICE uint32_t max_pair(uint32_t a, uint32_t b) {
+  if constexpr (std::is_same_v<T, Float16>) {
+    return bit_cast<uint32_t>(__hmax2(bit_cast<__half2>(a), bit_cast<__half2>(b)));
+  } else {
+    return bit_cast<uint32_t>(__hmax2(bit_cast<__nv_bfloat162>(a), bit_cast<__nv_bfloat162>(b)));
+  }
+}
+
 #else
 
 template <class A>
@@ -168,6 +178,11 @@ inline T narrow(A x) {
 template <class T>
 inline uint32_t narrow_pair(float low, float high) {
   return uint32_t(narrow<T>(low).bits) | uint32_t(narrow<T>(high).bits) << 16;
+}
+template <class T>
+inline uint32_t max_pair(uint32_t a, uint32_t b) {
+  const auto larger = [](uint32_t x, uint32_t y) { return fmaxf(to_float(T{uint16_t(x)}), to_float(T{uint16_t(y)})); };
+  return narrow_pair<T>(larger(a, b), larger(a >> 16, b >> 16));
 }
 
 #endif

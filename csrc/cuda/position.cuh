@@ -100,34 +100,50 @@ XENT_DEVICE A coefficient(const Task& task, int64_t c, A probability) {
   return class_weight<A>(task, c) * (A(task.keep) * probability + A(task.share));
 }
 
+// e / C times the sum of the class weights.
+template <class A>
+XENT_DEVICE A smoothed_total(const Task& task) {
+  return A(task.smoothed_total_on_device ? *task.smoothed_total_on_device : task.smoothed_total);
+}
+
 // Whether all classes have the same coefficient, but for what an index target adds to its own.
 template <TargetKind kind>
 XENT_DEVICE bool is_uniform(const Task& task) {
-  return kind == TargetKind::kSmoothedIndex && task.weight == nullptr;
+  return kind == TargetKind::kIndex || (kind == TargetKind::kSmoothedIndex && task.weight == nullptr);
 }
 
 // ---- the loss -------------------------------------------------------------------------------------------------------
 
+// What the forward finds out about a position: the names are those of Statistics.
+template <class A>
+struct Found {
+  A max, log_sum, spread, mass;
+
+  template <class S>
+  static XENT_DEVICE Found of(const S& statistics) {
+    return {statistics.max, statistics.log_sum(), statistics.spread.value(), statistics.mass.value()};
+  }
+};
+
 // What a position adds to its block's sums, and leaves for the backward. By one thread. `target_offset`, `loss_offset`:
 // of the position in the target and in the losses.
-template <TargetKind kind, class A, class S>
+template <TargetKind kind, class A>
 XENT_DEVICE void finish_loss(const Task& task, int64_t position, int64_t target_offset, int64_t loss_offset,
-                             int64_t label, A target_logit, const S& statistics, A log_sum, Sums& sums) {
-  const A spread = statistics.spread.value(), mass = statistics.mass.value();
+                             int64_t label, A target_logit, const Found<A>& found, Sums& sums) {
+  const auto [max, log_sum, spread, mass] = found;
   A loss = 0, weight = 0, lse_high = 0, lse_low = 0;
   if (label == kBad) {
     loss = A(NAN);
     report_bad_target(task, position, target_offset);
   } else if (label != kIgnored) {
-    lse_high = statistics.max;
+    lse_high = max;
     lse_low = log_sum;
     if constexpr (kind == TargetKind::kSoft) {
       loss = index_loss(A(0), A(1), A(0), spread, mass, log_sum);
     } else {
       weight = class_weight<A>(task, label);
       const A hit = A(task.keep) * weight;
-      loss =
-          index_loss(hit, A(kind == TargetKind::kIndex ? 0 : 1), statistics.max - target_logit, spread, mass, log_sum);
+      loss = index_loss(hit, A(kind == TargetKind::kIndex ? 0 : 1), max - target_logit, spread, mass, log_sum);
     }
   }
   A* const lse = static_cast<A*>(task.lse);
@@ -144,50 +160,51 @@ XENT_DEVICE void finish_loss(const Task& task, int64_t position, int64_t target_
 
 // ---- the gradient ---------------------------------------------------------------------------------------------------
 
-// For a position whose target counts: g (A softmax - a) as a function of the logit and its coefficient.
+// For a position whose target counts: g (A softmax - a) as a function of the logit and its coefficient. Powers of two
+// are KnownMaximum's, so a forward that has them at hand makes the same gradient as a backward, to the bit.
 template <TargetKind kind, class A>
 struct Gradient {
   A max, log_sum, total, scale;     // total: A, scale: g
-  A slope, reference, correction;   // softmax = 2^(x slope - reference) correction
-  A normalizer, factor;             // A correction, g A correction
+  A slope, reference;               // 2^(x slope - reference)
+  A to_softmax, to_total;           // times a power: softmax, A softmax
+  A to_scaled;                      // and g A softmax
   A hit, smoothed_total, smoothed;  // of an index target's own class
 
-  XENT_DEVICE void set(const Task& task, int64_t target, A max_logit, A log_of_sum, A mass, A grad_output) {
-    max = max_logit;
-    log_sum = log_of_sum;
-    scale = grad_output;
-    // lse * log2(e) as a number and what its rounding lost. Where it is huge any slope will do that keeps it: all
-    // other classes come out as zero.
-    slope = is_huge(max) ? A(1) : kLog2E<A>;
-    const A high = max * slope, high_lost = fused(max, slope, -high);
+  XENT_DEVICE void set(const Task& task, int64_t label, const Found<A>& found, A grad_output) {
+    const auto known = KnownMaximum<A>::of(found.max);
+    max = found.max;
+    log_sum = found.log_sum;
+    slope = known.slope;
+    reference = known.reference;
+    // 2^(reference - lse log2(e)), and what rounding loses of the exponent.
     const A low = log_sum * kLog2E<A>, low_lost = fused(log_sum, kLog2E<A>, -low);
-    A sum_lost;
-    two_sum(high, low, reference, sum_lost);
-    correction = exp2_fast(-(sum_lost + high_lost + low_lost));
+    A exponent, lost;
+    two_sum(low, known.lost(), exponent, lost);
+    to_softmax = exp2_fast(-exponent) * exp2_fast(-(lost + low_lost));
+    scale = grad_output;
     hit = smoothed_total = smoothed = A(0);
-    total = mass;
+    total = found.mass;
     if constexpr (kind != TargetKind::kSoft) {
-      hit = A(task.keep) * class_weight<A>(task, target);
+      hit = A(task.keep) * class_weight<A>(task, label);
       if constexpr (kind == TargetKind::kSmoothedIndex) {
-        smoothed_total = A(task.smoothed_total_on_device ? *task.smoothed_total_on_device : task.smoothed_total);
-        smoothed = coefficient<kind>(task, target, A(0));
+        smoothed_total = gpu::smoothed_total<A>(task);
+        smoothed = coefficient<kind>(task, label, A(0));
       }
       total = hit + smoothed_total;
     }
-    normalizer = total * correction;
-    factor = scale * normalizer;
+    to_total = total * to_softmax;
+    to_scaled = scale * to_total;
   }
 
-  // A class that is not an index target's own.
-  XENT_DEVICE A operator()(A x, A a) const {
-    const A power = exp2_fast(fused(x, slope, -reference));
-    if constexpr (kind == TargetKind::kIndex) return power * factor;
-    if constexpr (kind == TargetKind::kSoft) {
-      constexpr A kNearOne = A(0.4);  // a little less than a half: the correction is missing
-      if (power > kNearOne && a + a > total) return scale * soft_gradient(total, (x - max) - log_sum, a);
-    }
-    return scale * fused(power, normalizer, -a);
+  XENT_DEVICE A power(A x) const { return exp2_fast(fused(x, slope, -reference)); }
+
+  // Of a class that is not an index target's own, from its power. `careful` becomes true where that is not enough.
+  XENT_DEVICE A of_power(A power, A a, bool& careful) const {
+    if constexpr (kind == TargetKind::kIndex) return power * to_scaled;
+    if constexpr (kind == TargetKind::kSoft) careful |= power * to_softmax > A(0.5);
+    return scale * fused(power, to_total, -a);
   }
+  XENT_DEVICE A from_logit(A x, A a) const { return scale * soft_gradient(total, (x - max) - log_sum, a); }
 
   // An index target's own class.
   XENT_DEVICE A own(A x) const { return scale * target_gradient(hit, smoothed_total, smoothed, (x - max) - log_sum); }
@@ -196,18 +213,34 @@ struct Gradient {
   XENT_DEVICE A of_probability(A x) const { return scale * ((max - x) + log_sum); }
 };
 
+// Of N logits, but for an index target's own class. `of(j)` is the j-th one's Gradient, `set_coefficients(a)` is called
+// where coefficients differ.
+template <TargetKind kind, int N, class A, class Of, class SetCoefficients>
+XENT_DEVICE void gradients(const Task& task, const Of& of, const A (&x)[N], const SetCoefficients& set_coefficients,
+                           A (&dx)[N]) {
+  bool careful = false;
+  if (is_uniform<kind>(task)) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) dx[j] = of(j).of_power(of(j).power(x[j]), A(task.share), careful);
+    return;
+  }
+  A a[N];
+  set_coefficients(a);
+#pragma unroll
+  for (int j = 0; j < N; ++j) dx[j] = of(j).of_power(of(j).power(x[j]), a[j], careful);
+  if (kind == TargetKind::kSoft && careful) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) dx[j] = of(j).from_logit(x[j], a[j]);
+  }
+}
+
 // What the forward left for a position.
 template <class A>
-struct SavedLse {
-  A max, log_sum, mass = 0;
-
-  XENT_DEVICE SavedLse(const Task& task, int64_t position) {
-    const A* const lse = static_cast<const A*>(task.lse);
-    max = lse[position];
-    log_sum = lse[task.positions + position];
-    if (task.kind == TargetKind::kSoft) mass = lse[2 * task.positions + position];
-  }
-};
+XENT_DEVICE Found<A> saved(const Task& task, int64_t position) {
+  const A* const lse = static_cast<const A*>(task.lse);
+  const A mass = task.kind == TargetKind::kSoft ? lse[2 * task.positions + position] : A(0);
+  return {lse[position], lse[task.positions + position], A(0), mass};
+}
 
 template <class A>
 XENT_DEVICE A read_grad_output(const Task& task, int64_t offset) {

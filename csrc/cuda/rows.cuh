@@ -177,9 +177,9 @@ struct Coefficients {
       for (int j = 0; j < kPerVector<T>; ++j) a[j] = A(task.keep) * a[j] + A(task.share);
     } else {
 #pragma unroll
-      for (int j = 0; j < kPerVector<T>; ++j) a[j] = kind == TargetKind::kIndex ? A(0) : A(task.share);
+      for (int j = 0; j < kPerVector<T>; ++j) a[j] = A(task.share);
     }
-    if (kind == TargetKind::kIndex || task.weight == nullptr) return;
+    if (task.weight == nullptr) return;
 #pragma unroll
     for (int j = 0; j < kPerVector<T>; ++j) a[j] *= static_cast<const A*>(task.weight)[c + j];
   }
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     }
 
     S statistics = S::of_nothing();
-    A max, log_sum, mass;
+    Found<A> found;
     if (forward) {
       if (kind != TargetKind::kSoft && counts && members.leads()) target_logit = widen<A>(row[label]);
       if (counts) {
@@ -257,19 +257,14 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       }
       if (has_edge) statistics.add(edge_logit, edge_coefficient);
       members.join(statistics, exchange, round);
-      max = statistics.max;
-      log_sum = statistics.log_sum();
-      mass = statistics.mass.value();
+      found = Found<A>::of(statistics);
       if (members.leads()) {
-        finish_loss<kind>(task, position, target, offset_of(task, task.loss, position), label, target_logit, statistics,
-                          log_sum, sums);
+        finish_loss<kind>(task, position, target, offset_of(task, task.loss, position), label, target_logit, found,
+                          sums);
       }
     } else {
       if constexpr (kCopied) wait_for_copies<0>();
-      const SavedLse<A> lse(task, position);
-      max = lse.max;
-      log_sum = lse.log_sum;
-      mass = lse.mass;
+      found = saved<A>(task, position);
       if (label == kBad && members.leads()) report_bad_target(task, position, target);
     }
     if (!backward) continue;
@@ -282,20 +277,19 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       continue;
     }
     Gradient<kind, A> gradient;
-    gradient.set(task, label, max, log_sum, mass,
+    gradient.set(task, label, found,
                  scale_of_all * read_grad_output<A>(task, offset_of(task, task.grad_output, position)));
+    const auto gradient_of = [&](int) -> const auto& { return gradient; };
     const bool aligned = phase_of(out) == phase_of(row);
     const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
     slice.for_each(0, slice.count, members.thread, [&](int64_t c, uint4 raw) {
-      A x[N], a[N], dx[N];
+      A x[N], dx[N];
       widen_vector<T>(raw, x);
       if (kind == TargetKind::kSoft && task.grad_target) {
         for (int j = 0; j < N; ++j) write_probability_gradient(task, grad_target, c + j, gradient.of_probability(x[j]));
         if (!out) return;
       }
-      coefficients.of_vector(c, a);
-#pragma unroll
-      for (int j = 0; j < N; ++j) dx[j] = gradient(x[j], a[j]);
+      gradients<kind>(task, gradient_of, x, [&](A(&a)[N]) { coefficients.of_vector(c, a); }, dx);
       if (kind != TargetKind::kSoft && uint64_t(label - c) < uint64_t(N)) {
         A own = x[0];
 #pragma unroll
@@ -312,9 +306,13 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       }
     });
     if (has_edge) {
-      const A x = edge_logit[0];
-      if (task.grad_target) write_probability_gradient(task, grad_target, edge, gradient.of_probability(x));
-      if (out) out[edge] = narrow<T>(edge == label ? gradient.own(x) : gradient(x, edge_coefficient[0]));
+      A dx[1];
+      gradients<kind>(task, gradient_of, edge_logit, [&](A(&a)[1]) { a[0] = edge_coefficient[0]; }, dx);
+      if (edge == label) dx[0] = gradient.own(edge_logit[0]);
+      if (task.grad_target) {
+        write_probability_gradient(task, grad_target, edge, gradient.of_probability(edge_logit[0]));
+      }
+      if (out) out[edge] = narrow<T>(dx[0]);
     }
   }
   if constexpr (team == Team::kCluster) cluster_barrier();  // others may still read this block's shared memory

@@ -5,8 +5,10 @@
 // at a time however few classes there are: 1 read + 1 write of the logits, forward with gradient or backward alone.
 //
 // Why so: a row of 10 floats is no multiple of 16 bytes, and a warp that read rows directly would use a third of each
-// transaction. From shared memory threads read single elements. Rows are C elements apart, so with 2^k the largest
-// power of two in C, at least 2^k threads for a row touch 32 different banks (up to conflicts of two).
+// transaction. From shared memory threads take single elements, once, into registers: maximum, exponentials and
+// gradient are made there, each exponential once. With so few elements what is done once for a row counts, too; so a
+// thread has up to 32 classes, and a row as few threads as that allows, unless they all met in the same banks
+// (plan.cpp).
 #pragma once
 
 #include "position.cuh"
@@ -83,16 +85,29 @@ template <class T, TargetKind kind>
 __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(T)))
     small_rows(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
-  using S = Statistics<A, kind != TargetKind::kIndex>;
+  constexpr bool kSoft = kind == TargetKind::kSoft;
   constexpr int kTogether = 4;
   if (nothing_to_do(task)) return;
 
   XENT_DYNAMIC_SHARED(shared);
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  const int lanes = task.lanes_per_row, own_lane = lane % lanes, classes = int(task.classes);
+  const int lanes = task.lanes_per_row, held_classes = task.classes_per_lane, classes = int(task.classes);
+  const int first_class = lane % lanes * held_classes;
+  const int own_classes = max(0, min(held_classes, classes - first_class));  // none, where fewer threads would do
   const A scale_of_all = gradient_scale<A>(task);
   const bool forward = task.pass != Pass::kBackward, backward = task.pass != Pass::kForward;
   Sums sums{0, 0};
+
+  // Calls use(k), for a thread's classes and for as many more as make it the same for all threads.
+  const auto for_held = [&](const auto& use) {
+#pragma unroll
+    for (int begin = 0; begin < kMostHeld; begin += kTogether) {
+      if (begin < held_classes) {
+#pragma unroll
+        for (int k = begin; k < begin + kTogether; ++k) use(k);
+      }
+    }
+  };
 
   const int64_t tiles = (task.positions + task.rows_per_tile - 1) / task.rows_per_tile;
   const int64_t step = int64_t(gridDim.x) * (kSmallRowsThreads / kWarp);
@@ -103,76 +118,84 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
     __syncwarp();
 
     for (int r = lane / lanes; r < task.rows_per_tile; r += kWarp / lanes) {  // as often for every thread
-      const bool exists = r < tile.rows;
+      const bool exists = r < tile.rows, leads = exists && first_class == 0;
       const int64_t position = tile.first + (exists ? r : 0);
-      T* const row = elements + int64_t(exists ? r : 0) * classes;
+      T* const row = elements + int64_t(exists ? r : 0) * classes + first_class;
       const int64_t target = offset_of(task, task.target, position), label = read_label<kind>(task, target);
       const bool counts = exists && is_counted(label);
-      const auto coefficient_of = [&](int c) {
+      const int own_label = int(label) - first_class;
+      const int own = exists ? own_classes : 0;
+      const auto coefficient_of = [&](int k) {
         A q = 0;
-        if constexpr (kind == TargetKind::kSoft) {
-          q = read_element<A>(task.target, target + c * task.target.class_stride);
+        if constexpr (kSoft) {
+          if (k < own) q = read_element<A>(task.target, target + (first_class + k) * task.target.class_stride);
         }
-        return coefficient<kind>(task, c, q);
+        return k < own ? coefficient<kind>(task, first_class + k, q) : A(0);
       };
 
-      S statistics = S::of_nothing();
-      A max, log_sum, mass;
+      A held[kMostHeld];  // logits, then powers of two
+      for_held([&](int k) { held[k] = k < own ? widen<A>(row[k]) : A(-INFINITY); });
+
+      Found<A> found;
+      Gradient<kind, A> gradient;
+      const A grad_output =
+          backward ? scale_of_all * read_grad_output<A>(task, offset_of(task, task.grad_output, position)) : A(0);
+      const int64_t of_label = counts ? label : 0;
       if (forward) {
-        if (counts) {
-          A largest = A(-INFINITY);
-          for (int c = own_lane; c < classes; c += lanes) largest = maximum(largest, widen<A>(row[c]));
-          statistics.raise(largest);
+        A largest = A(-INFINITY);
+        for_held([&](int k) { largest = maximum(largest, held[k]); });
+        auto known = KnownMaximum<A>::of(lanes_max(largest, lanes));
+        if constexpr (kind != TargetKind::kIndex) {
+          for_held([&](int k) {
+            const A a = coefficient_of(k);
+            known.add_careful_spread(held[k], a);
+            known.mass += a;
+          });
+          known.spread = lanes_sum(known.spread, lanes);
+          known.mass = kSoft ? lanes_sum(known.mass, lanes) : smoothed_total<A>(task);
         }
-        statistics.raise(lanes_max(statistics.max, lanes));
-        if (counts) {
-          for (int c = own_lane; c < classes; c += lanes * kTogether) {
-            A x[kTogether], a[kTogether];
-#pragma unroll
-            for (int k = 0; k < kTogether; ++k) {
-              const int at = c + k * lanes;
-              x[k] = at < classes ? widen<A>(row[at]) : A(-INFINITY);
-              a[k] = at < classes ? coefficient_of(at) : A(0);
-            }
-            statistics.add_up_to_max(x, a);
+        for_held([&](int k) { held[k] = known.add(held[k]); });
+        known.ties = lanes_sum(known.ties, lanes);
+        known.rest = lanes_sum(known.rest, lanes);
+        found = {known.max, known.log_sum(), known.spread, known.mass};
+        if (leads) {
+          const A target_logit = counts && !kSoft ? widen<A>(row[label]) : A(0);
+          finish_loss<kind>(task, position, target, offset_of(task, task.loss, position), label, target_logit, found,
+                            sums);
+        }
+        gradient.set(task, of_label, found, grad_output);
+      } else {
+        found = saved<A>(task, position);
+        gradient.set(task, of_label, found, grad_output);
+        if (leads && label == kBad) report_bad_target(task, position, target);
+        if (kSoft && task.grad_target) {
+          const int64_t grad_target = offset_of(task, task.grad_target, position);
+          for (int k = 0; k < own; ++k) {
+            write_probability_gradient(task, grad_target, first_class + k, gradient.of_probability(widen<A>(row[k])));
           }
         }
-        join_lanes(statistics, lanes);
-        max = statistics.max;
-        log_sum = statistics.log_sum();
-        mass = statistics.mass.value();
-        if (exists && own_lane == 0) {
-          const A target_logit = counts && kind != TargetKind::kSoft ? widen<A>(row[label]) : A(0);
-          finish_loss<kind>(task, position, target, offset_of(task, task.loss, position), label, target_logit,
-                            statistics, log_sum, sums);
-        }
-      } else {
-        const SavedLse<A> lse(task, position);
-        max = lse.max;
-        log_sum = lse.log_sum;
-        mass = lse.mass;
-        if (exists && own_lane == 0 && label == kBad) {
-          report_bad_target(task, position, target);
-        }
+        for_held([&](int k) { held[k] = gradient.power(held[k]); });
       }
       if (!backward) continue;
 
+      const bool has_label = uint32_t(own_label) < uint32_t(own);
+      const A own_gradient = !kSoft && has_label ? gradient.own(widen<A>(row[own_label])) : A(0);
       __syncwarp();  // the target's logit has been read
-      if (counts) {
-        Gradient<kind, A> gradient;
-        gradient.set(task, label, max, log_sum, mass,
-                     scale_of_all * read_grad_output<A>(task, offset_of(task, task.grad_output, position)));
-        const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
-        for (int c = own_lane; c < classes; c += lanes) {
-          const A x = widen<A>(row[c]);
-          row[c] = narrow<T>(c == label ? gradient.own(x) : gradient(x, coefficient_of(c)));
-          if (kind == TargetKind::kSoft && task.grad_target) {
-            write_probability_gradient(task, grad_target, c, gradient.of_probability(x));
-          }
-        }
-      } else if (exists) {
-        for (int c = own_lane; c < classes; c += lanes) row[c] = T{};
+      if (is_uniform<kind>(task)) {
+        bool careful = false;
+        for_held([&](int k) { held[k] = gradient.of_power(held[k], A(task.share), careful); });
+      } else {
+        for_held([&](int k) {
+          const A a = coefficient_of(k);
+          bool careful = false;
+          held[k] = gradient.of_power(held[k], a, careful);
+          if (careful && k < own) held[k] = gradient.from_logit(widen<A>(row[k]), a);
+        });
       }
+      for_held([&](int k) {
+        if (k < own) row[k] = counts ? narrow<T>(held[k]) : T{};
+      });
+      if (!kSoft && has_label) row[own_label] = narrow<T>(own_gradient);
     }
     __syncwarp();
     if (backward && task.grad_logits) tile.store(task, elements, lane);

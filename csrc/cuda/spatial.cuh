@@ -33,6 +33,7 @@ struct Place {
 template <class T, int N>
 struct Pack {
   using A = Arithmetic<T>;
+  using Mask = std::conditional_t<N == 1, bool, uint4>;  // of elements
 
   static XENT_DEVICE void load(const T* p, A (&x)[N]) {
     if constexpr (N == 1) {
@@ -41,11 +42,19 @@ struct Pack {
       widen_vector<T>(load_vector(p), x);
     }
   }
-  static XENT_DEVICE void store(T* p, const A (&x)[N]) {
+  static XENT_DEVICE Mask mask(const bool (&keep)[N]) {
     if constexpr (N == 1) {
-      *p = narrow<T>(x[0]);
+      return keep[0];
     } else {
-      stream_vector(p, narrow_vector<T>(x));
+      return mask_of<T>(keep);
+    }
+  }
+  // Zero where the mask is.
+  static XENT_DEVICE void store(T* p, const A (&x)[N], const Mask& mask) {
+    if constexpr (N == 1) {
+      *p = mask ? narrow<T>(x[0]) : T{};
+    } else {
+      stream_vector(p, narrow_vector<T>(x) & mask);
     }
   }
 };
@@ -70,12 +79,14 @@ template <class T, TargetKind kind, int N, bool kCopied>
 __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), N > 1, kCopied))
     spatial(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
-  using S = Statistics<A, kind != TargetKind::kIndex, !kCopied>;
+  using S = Statistics<A, kind != TargetKind::kIndex, true>;
   static_assert(!kCopied || N == kPerVector<T>);
-  constexpr int kTogether = N == 8 ? 2 : 4;  // classes
+  constexpr bool kSoft = kind == TargetKind::kSoft;
+  constexpr int kTogether = N == 8 ? 2 : 4;                  // classes
+  constexpr int kNextCopy = kSpatialThreads * kVectorBytes;  // bytes, to a thread's next class
   if (nothing_to_do(task)) return;
 
-  XENT_DYNAMIC_SHARED(copies);
+  XENT_DYNAMIC_SHARED(shared);
   XENT_SHARED_ARRAY(A, exchange, kSpatialThreads * N);
   const int slices = task.slices, width = kSpatialThreads / slices;
   const int x_index = int(threadIdx.x) % width, y_index = int(threadIdx.x) / width;
@@ -85,6 +96,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), N
   const int64_t tiles = task.positions / inner_size * pieces;
   const int64_t class_stride = task.logits.class_stride;
   const int classes = int(task.classes);
+  unsigned char* const copies = shared + int(threadIdx.x) * kVectorBytes;
   const A scale_of_all = gradient_scale<A>(task);
   const bool forward = task.pass != Pass::kBackward, backward = task.pass != Pass::kForward;
   Sums sums{0, 0};
@@ -93,19 +105,24 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), N
     const int64_t run = tile / pieces;
     const Place place{run, ((tile - run * pieces) * width + x_index) * N};
     const bool exists = place.inner < inner_size;  // all N do, or none
+    const int own_classes = exists ? classes : 0;  // where this thread's loops end
     const int64_t first = run * inner_size + place.inner;
     const T* const logits = static_cast<const T*>(task.logits.data) + (exists ? place.offset(task, task.logits) : 0);
-    const auto copy_of = [&](int c) { return copies + (int64_t(c / slices) * kSpatialThreads + threadIdx.x) * 16; };
-    const auto load_class = [&](int c, A(&x)[N]) {
+    // Calls use(class, place of its copy) for this thread's classes.
+    const auto for_classes = [&](const auto& use) {
+      unsigned char* copy = copies;
+      for (int c = y_index; c < own_classes; c += slices, copy += kNextCopy) use(c, copy);
+    };
+    const auto load_class = [&](int c, [[maybe_unused]] const unsigned char* copy, A(&x)[N]) {
       if constexpr (kCopied) {
-        widen_vector<T>(load_vector(copy_of(c)), x);
+        widen_vector<T>(load_vector(copy), x);
       } else {
         Pack<T, N>::load(logits + c * class_stride, x);
       }
     };
 
-    if (kCopied && exists) {
-      for (int c = y_index; c < classes; c += slices) copy_async(copy_of(c), logits + c * class_stride);
+    if constexpr (kCopied) {
+      for_classes([&](int c, unsigned char* copy) { copy_async(copy, logits + c * class_stride); });
       commit_copies();
     }
 
@@ -117,7 +134,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), N
       for (int j = 0; j < N; ++j) label[j] = int(read_label<kind>(task, target + j * target_stride));
     }
     const auto load_coefficients = [&](int c, A(&a)[N]) {
-      if constexpr (kind == TargetKind::kSoft) {
+      if constexpr (kSoft) {
         const int64_t at = target + c * task.target.class_stride;
         if (task.twin_target) {
           Pack<T, N>::load(static_cast<const T*>(task.target.data) + at, a);
@@ -136,155 +153,158 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), N
     if constexpr (kCopied) wait_for_copies<0>();
 
     // ---- sums
-    A max[N], log_sum[N], mass[N];
+    Found<A> found[N];
     const auto larger = [](A a, A b) { return maximum(a, b); };
+    const auto sum = [](A a, A b) { return a + b; };
+    const auto join = [&](const auto& mine, const auto& how) {
+      if (slices > 1) join_slices<N>(exchange, x_index, y_index, width, slices, mine, how);
+    };
     if (forward) {
-      S statistics[N];
-#pragma unroll
-      for (int j = 0; j < N; ++j) statistics[j] = S::of_nothing();
+      A largest[N];
       if constexpr (kCopied) {
-        A largest[N];
 #pragma unroll
         for (int j = 0; j < N; ++j) largest[j] = A(-INFINITY);
-        if (exists) {
-          for (int c = y_index; c < classes; c += slices) {
-            A x[N];
-            load_class(c, x);
+        uint4 all_largest = narrow_vector<T>(largest);
+        for_classes(
+            [&](int, const unsigned char* copy) { all_largest = max_vector<T>(all_largest, load_vector(copy)); });
+        widen_vector<T>(all_largest, largest);
+        join([&](int j) -> A& { return largest[j]; }, larger);
+        KnownMaximum<A> known[N];
 #pragma unroll
-            for (int j = 0; j < N; ++j) largest[j] = maximum(largest[j], x[j]);
+        for (int j = 0; j < N; ++j) known[j] = KnownMaximum<A>::of(largest[j]);
+        for_classes([&](int c, const unsigned char* copy) {
+          A x[N], a[N];
+          load_class(c, copy, x);
+          if constexpr (kind != TargetKind::kIndex) load_coefficients(c, a);
+#pragma unroll
+          for (int j = 0; j < N; ++j) {
+            known[j].add(x[j]);
+            if constexpr (kind != TargetKind::kIndex) known[j].add_spread(x[j], a[j]);
+            if constexpr (kSoft) known[j].mass += a[j];
           }
-        }
-        if (slices > 1) {
-          join_slices<N>(exchange, x_index, y_index, width, slices, [&](int j) -> A& { return largest[j]; }, larger);
-        }
+        });
+        join([&](int j) -> A& { return known[j].ties; }, sum);
+        join([&](int j) -> A& { return known[j].rest; }, sum);
+        if constexpr (kind != TargetKind::kIndex) {
+          bool careful = false;
 #pragma unroll
-        for (int j = 0; j < N; ++j) statistics[j].raise(largest[j]);
-        if (exists) {
-          for (int c = y_index; c < classes; c += slices) {
-            A x[N], a[N];
-            load_class(c, x);
-            load_coefficients(c, a);
+          for (int j = 0; j < N; ++j) careful |= known[j].spread != known[j].spread;
+          if (careful) {
 #pragma unroll
-            for (int j = 0; j < N; ++j) {
-              const A of_position[1] = {x[j]}, its_coefficient[1] = {a[j]};
-              statistics[j].add_up_to_max(of_position, its_coefficient);
-            }
+            for (int j = 0; j < N; ++j) known[j].spread = A(0);
+            for_classes([&](int c, const unsigned char* copy) {
+              A x[N], a[N];
+              load_class(c, copy, x);
+              load_coefficients(c, a);
+#pragma unroll
+              for (int j = 0; j < N; ++j) known[j].add_careful_spread(x[j], a[j]);
+            });
           }
+          join([&](int j) -> A& { return known[j].spread; }, sum);
+        }
+        if constexpr (kSoft) join([&](int j) -> A& { return known[j].mass; }, sum);
+#pragma unroll
+        for (int j = 0; j < N; ++j) {
+          const A mass = kSoft ? known[j].mass : kind == TargetKind::kIndex ? A(0) : smoothed_total<A>(task);
+          found[j] = {known[j].max, known[j].log_sum(), known[j].spread, mass};
         }
       } else {
-        if (exists) {
-          for (int c = y_index; c < classes; c += slices * kTogether) {
-            A x[kTogether][N], a[kTogether][N];
+        S statistics[N];
 #pragma unroll
-            for (int k = 0; k < kTogether; ++k) {
-              const int at = c + k * slices;
-              if (at < classes) {
-                load_class(at, x[k]);
-                load_coefficients(at, a[k]);
-              } else {
+        for (int j = 0; j < N; ++j) statistics[j] = S::of_nothing();
+        for (int c = y_index; c < own_classes; c += slices * kTogether) {
+          A x[kTogether][N], a[kTogether][N];
 #pragma unroll
-                for (int j = 0; j < N; ++j) x[k][j] = A(-INFINITY), a[k][j] = A(0);
-              }
+          for (int k = 0; k < kTogether; ++k) {
+            const int at = c + k * slices;
+            if (at < classes) {
+              load_class(at, nullptr, x[k]);
+              load_coefficients(at, a[k]);
+            } else {
+#pragma unroll
+              for (int j = 0; j < N; ++j) x[k][j] = A(-INFINITY), a[k][j] = A(0);
             }
+          }
 #pragma unroll
-            for (int j = 0; j < N; ++j) {
-              A of_position[kTogether], coefficients[kTogether];
+          for (int j = 0; j < N; ++j) {
+            A of_position[kTogether], coefficients[kTogether];
 #pragma unroll
-              for (int k = 0; k < kTogether; ++k) of_position[k] = x[k][j], coefficients[k] = a[k][j];
-              statistics[j].add(of_position, coefficients);
-            }
+            for (int k = 0; k < kTogether; ++k) of_position[k] = x[k][j], coefficients[k] = a[k][j];
+            statistics[j].add(of_position, coefficients);
           }
         }
         if (slices > 1) {
-          A largest[N];
 #pragma unroll
           for (int j = 0; j < N; ++j) largest[j] = statistics[j].max;
-          join_slices<N>(exchange, x_index, y_index, width, slices, [&](int j) -> A& { return largest[j]; }, larger);
+          join([&](int j) -> A& { return largest[j]; }, larger);
 #pragma unroll
-          for (int j = 0; j < N; ++j) statistics[j].raise(largest[j]);
+          for (int j = 0; j < N; ++j) statistics[j].raise(largest[j]), statistics[j].settle();
+          join([&](int j) -> A& { return statistics[j].ties; }, sum);
+          join([&](int j) -> A& { return statistics[j].rest.sum; }, sum);
+          if constexpr (kind != TargetKind::kIndex) {
+            join([&](int j) -> A& { return statistics[j].spread.sum; }, sum);
+            join([&](int j) -> A& { return statistics[j].mass.sum; }, sum);
+          }
         }
-      }
-      if (slices > 1) {
 #pragma unroll
-        for (int j = 0; j < N; ++j) statistics[j].settle();
-        const auto sum = [](A a, A b) { return a + b; };
-        join_slices<N>(exchange, x_index, y_index, width, slices, [&](int j) -> A& { return statistics[j].ties; }, sum);
-        join_slices<N>(
-            exchange, x_index, y_index, width, slices, [&](int j) -> A& { return statistics[j].rest.sum; }, sum);
-        if constexpr (kind != TargetKind::kIndex) {
-          join_slices<N>(
-              exchange, x_index, y_index, width, slices, [&](int j) -> A& { return statistics[j].spread.sum; }, sum);
-          join_slices<N>(
-              exchange, x_index, y_index, width, slices, [&](int j) -> A& { return statistics[j].mass.sum; }, sum);
-        }
+        for (int j = 0; j < N; ++j) found[j] = Found<A>::of(statistics[j]);
       }
       const int64_t loss = exists ? place.offset(task, task.loss) : 0;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        max[j] = statistics[j].max;
-        log_sum[j] = statistics[j].log_sum();
-        mass[j] = statistics[j].mass.value();
         if (!exists || j % slices != y_index) continue;
         A target_logit = 0;
-        if (kind != TargetKind::kSoft && is_counted(label[j])) {
+        if (!kSoft && is_counted(label[j])) {
           target_logit = widen<A>(logits[label[j] * class_stride + j * task.logits.stride[last]]);
         }
         finish_loss<kind>(task, first + j, target + j * target_stride, loss + j * task.loss.stride[last], label[j],
-                          target_logit, statistics[j], log_sum[j], sums);
+                          target_logit, found[j], sums);
       }
     } else if (exists) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const SavedLse<A> lse(task, first + j);
-        max[j] = lse.max;
-        log_sum[j] = lse.log_sum;
-        mass[j] = lse.mass;
-        if (label[j] == kBad && j % slices == y_index) {
-          report_bad_target(task, first + j, target + j * target_stride);
-        }
+        found[j] = saved<A>(task, first + j);
+        if (label[j] == kBad && j % slices == y_index) report_bad_target(task, first + j, target + j * target_stride);
       }
     }
     if (!backward || !exists) continue;
 
     // ---- the gradient
-    const int64_t grad_output = place.offset(task, task.grad_output),
-                  grad_logits = place.offset(task, task.grad_logits);
+    const int64_t grad_output = place.offset(task, task.grad_output);
     const int64_t grad_target = place.offset(task, task.grad_target);
+    T* const out =
+        task.grad_logits ? static_cast<T*>(task.grad_logits.data) + place.offset(task, task.grad_logits) : nullptr;
     Gradient<kind, A> gradient[N];
-    A own[N];          // of an index target's own class, which is dear: once, and not for each class
-    int own_class[N];  // kOthers: another thread's, or none; kIgnored: no gradient
-    constexpr int kOthers = -2;
+    A own[N];  // of an index target's own class, which is dear: once, and not for each class
+    bool counts[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       own[j] = 0;
-      own_class[j] = is_counted(label[j]) ? kOthers : kIgnored;
-      if (own_class[j] == kIgnored) continue;
-      gradient[j].set(task, label[j], max[j], log_sum[j], mass[j],
+      counts[j] = is_counted(label[j]);
+      gradient[j].set(task, counts[j] ? label[j] : 0, found[j],
                       scale_of_all * read_grad_output<A>(task, grad_output + j * task.grad_output.stride[last]));
-      if (kind == TargetKind::kSoft || label[j] % slices != y_index) continue;
-      own_class[j] = label[j];
-      const T* const from = kCopied ? reinterpret_cast<const T*>(copy_of(own_class[j])) + j
-                                    : logits + own_class[j] * class_stride + j * task.logits.stride[last];
+      if (kSoft || !counts[j] || label[j] % slices != y_index) continue;
+      const T* const from = kCopied ? reinterpret_cast<const T*>(copies + label[j] / slices * kNextCopy) + j
+                                    : logits + label[j] * class_stride + j * task.logits.stride[last];
       own[j] = gradient[j].own(widen<A>(*from));
     }
-    for (int c = y_index; c < classes; c += slices) {
-      A x[N], a[N], dx[N];
-      load_class(c, x);
-      load_coefficients(c, a);
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        dx[j] = own_class[j] == kIgnored ? A(0) : own_class[j] == c ? own[j] : gradient[j](x[j], a[j]);
-      }
-      if (kind == TargetKind::kSoft && task.grad_target) {
-        for (int j = 0; j < N; ++j) {
+    const auto mask = Pack<T, N>::mask(counts);
+    for_classes([&](int c, const unsigned char* copy) {
+      A x[N], dx[N];
+      load_class(c, copy, x);
+      gradients<kind>(
+          task, [&](int j) -> const auto& { return gradient[j]; }, x, [&](A(&a)[N]) { load_coefficients(c, a); }, dx);
+      if constexpr (kSoft) {
+        for (int j = 0; task.grad_target && j < N; ++j) {
           write_probability_gradient(task, grad_target + j * task.grad_target.stride[last], c,
                                      gradient[j].of_probability(x[j]));
         }
+      } else {
+#pragma unroll
+        for (int j = 0; j < N; ++j) dx[j] = label[j] == c ? own[j] : dx[j];
       }
-      if (task.grad_logits) {
-        Pack<T, N>::store(static_cast<T*>(task.grad_logits.data) + grad_logits + c * task.grad_logits.class_stride, dx);
-      }
-    }
+      if (out) Pack<T, N>::store(out + c * task.grad_logits.class_stride, dx, mask);
+    });
   }
   leave_sums(task, sums);
 }

@@ -195,6 +195,38 @@ struct Statistics {
   }
 };
 
+// The same for kernels that find the maximum first: no branch, a comparison and an addition less for each logit.
+template <class A>
+struct KnownMaximum {
+  A max, slope, reference;     // exponentials are 2^(x slope - reference)
+  A ties, rest, spread, mass;  // as in Statistics
+
+  static XENT_DEVICE KnownMaximum of(A max) {
+    // Where the maximum is huge any slope will do that keeps it: all others come out as zero.
+    const A slope = is_huge(max) ? A(1) : kLog2E<A>;
+    return {max, slope, max * slope, A(0), A(0), A(0), A(0)};
+  }
+
+  // Returns the exponential.
+  XENT_DEVICE A add(A x) {
+    const A power = exp2_fast(fused(x, slope, -reference));
+    if (x == max) {
+      ties += A(1);
+    } else {
+      rest += power;
+    }
+    return power;
+  }
+  // With the coefficient, for the loss. At max - x = inf one of zero makes a NaN: then the sum is made again, by
+  // add_careful_spread.
+  XENT_DEVICE void add_spread(A x, A a) { spread = fused(a, max - x, spread); }
+  XENT_DEVICE void add_careful_spread(A x, A a) { spread += a == A(0) || x == max ? A(0) : a * (max - x); }
+
+  // What rounding lost of the reference.
+  XENT_DEVICE A lost() const { return fused(max, slope, -reference); }
+  XENT_DEVICE A log_sum() const { return log_of_sum(ties, rest * exp2_fast(-lost())) + (max - max); }
+};
+
 // ---- across threads -------------------------------------------------------------------------------------------------
 
 template <class A>

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
     };
 
     S statistics = S::of_nothing();
-    A max, log_sum, mass;
+    Found<A> found;
     if (forward) {
       A target_logit = 0;
       if (kind != TargetKind::kSoft && counts && members.leads()) {
@@ -52,18 +52,13 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
         }
       }
       members.join(statistics, exchange, round);
-      max = statistics.max;
-      log_sum = statistics.log_sum();
-      mass = statistics.mass.value();
+      found = Found<A>::of(statistics);
       if (members.leads()) {
-        finish_loss<kind>(task, position, target, offset_of(task, task.loss, position), label, target_logit, statistics,
-                          log_sum, sums);
+        finish_loss<kind>(task, position, target, offset_of(task, task.loss, position), label, target_logit, found,
+                          sums);
       }
     } else {
-      const SavedLse<A> lse(task, position);
-      max = lse.max;
-      log_sum = lse.log_sum;
-      mass = lse.mass;
+      found = saved<A>(task, position);
       if (label == kBad && members.leads()) report_bad_target(task, position, target);
     }
     if (!backward) continue;
@@ -74,19 +69,21 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
     const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
     Gradient<kind, A> gradient;
     if (counts) {
-      gradient.set(task, label, max, log_sum, mass,
+      gradient.set(task, label, found,
                    scale_of_all * read_grad_output<A>(task, offset_of(task, task.grad_output, position)));
     }
+    const auto gradient_of = [&](int) -> const auto& { return gradient; };
     for (int64_t c = members.thread; c < task.classes; c += members.kThreads) {
-      A dx = 0;
+      A dx[1] = {A(0)};
       if (counts) {
-        const A x = widen<A>(logits[c * task.logits.class_stride]);
-        dx = c == label ? gradient.own(x) : gradient(x, coefficient_of(c));
+        const A x[1] = {widen<A>(logits[c * task.logits.class_stride])};
+        gradients<kind>(task, gradient_of, x, [&](A(&a)[1]) { a[0] = coefficient_of(c); }, dx);
+        if (c == label) dx[0] = gradient.own(x[0]);
         if (kind == TargetKind::kSoft && task.grad_target) {
-          write_probability_gradient(task, grad_target, c, gradient.of_probability(x));
+          write_probability_gradient(task, grad_target, c, gradient.of_probability(x[0]));
         }
       }
-      if (out) out[c * task.grad_logits.class_stride] = narrow<T>(dx);
+      if (out) out[c * task.grad_logits.class_stride] = narrow<T>(dx[0]);
     }
   }
   leave_sums(task, sums);

@@ -55,6 +55,7 @@ struct Task : Problem {
   // How the kernel divides its work (plan.cpp).
   int32_t copy_bytes = 0;     // of shared memory, for what one team of threads works on at a time
   int32_t lanes_per_row = 1;  // small rows
+  int32_t classes_per_lane = 1;
   int32_t rows_per_tile = 1;
   int32_t slices = 1;        // spatial: how many threads share the classes of a position
   bool twin_target = false;  // probabilities lie and are aligned as the logits are

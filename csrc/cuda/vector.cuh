@@ -39,6 +39,38 @@ XENT_DEVICE uint4 narrow_vector(const Arithmetic<T> (&x)[kPerVector<T>]) {
   return {words[0], words[1], words[2], words[3]};
 }
 
+template <class T>
+XENT_DEVICE uint4 max_vector(uint4 a, uint4 b) {
+  if constexpr (sizeof(T) == 2) {
+    return {max_pair<T>(a.x, b.x), max_pair<T>(a.y, b.y), max_pair<T>(a.z, b.z), max_pair<T>(a.w, b.w)};
+  } else {
+    Arithmetic<T> x[kPerVector<T>], y[kPerVector<T>];
+    widen_vector<T>(a, x);
+    widen_vector<T>(b, y);
+#pragma unroll
+    for (int j = 0; j < kPerVector<T>; ++j) x[j] = maximum(x[j], y[j]);
+    return narrow_vector<T>(x);
+  }
+}
+
+// All bits of the elements that `keep` names, none of the others.
+template <class T>
+XENT_DEVICE uint4 mask_of(const bool (&keep)[kPerVector<T>]) {
+  uint32_t words[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int j = 0; j < kPerVector<T>; ++j) {
+    const int first = j * int(sizeof(T));  // byte
+    if constexpr (sizeof(T) == 2) {
+      words[first / 4] |= keep[j] ? 0xffffu << (first % 4 * 8) : 0u;
+    } else {
+#pragma unroll
+      for (int w = first / 4; w < (first + int(sizeof(T))) / 4; ++w) words[w] = keep[j] ? ~0u : 0u;
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+XENT_DEVICE uint4 operator&(uint4 a, uint4 b) { return {a.x & b.x, a.y & b.y, a.z & b.z, a.w & b.w}; }
+
 // How `count` neighbours divide into vectors at addresses that are multiples of 16, and single elements around them.
 struct Vectors {
   int64_t head = 0;  // elements before the first vector

@@ -52,6 +52,7 @@ pybind11::dict plan(const at::Tensor& logits, const at::Tensor& target) {
   result["cluster"] = plan.shape.cluster;
   result["shared_bytes"] = plan.shape.shared_bytes;
   result["lanes_per_row"] = task.lanes_per_row;
+  result["classes_per_lane"] = task.classes_per_lane;
   result["rows_per_tile"] = task.rows_per_tile;
   result["slices"] = task.slices;
   return result;
