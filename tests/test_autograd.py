@@ -176,6 +176,36 @@ def test_gradient_of_an_empty_mean_twice():
             same(gradient, torch.zeros_like(leaf))
 
 
+def test_gradient_of_a_mean_whose_targets_weigh_nothing():
+    """Others' weights still make a loss with label smoothing: that is infinite, not empty, and so is each gradient."""
+    for classes in (3, 50, 5000):
+        weight = torch.ones(classes, dtype=torch.float64)
+        weight[0] = 0
+        leaf = normal(2, classes).requires_grad_()
+        loss = cross_entropy(leaf, torch.zeros(2, dtype=torch.long), weight, label_smoothing=0.1, empty="zero")
+        assert loss.isposinf()
+        first, second, third = (
+            torch.autograd.grad(loss, leaf, torch.tensor(g).double(), retain_graph=True)[0] for g in (1.0, 1.0, 0.3)
+        )
+        assert first.isinf().all()
+        same(first, second)
+        same(first, third)
+
+
+def test_class_indices_have_no_gradient():
+    logits, target = normal(3, 4), labels(4, 3)
+    loss, lse, denominator = torch.ops.cross_entropy_ext._forward(logits, target, None, 1, -100, 0.0, 7, False)
+    with pytest.raises(RuntimeError, match="class indices have no gradient"):
+        torch.ops.cross_entropy_ext._backward(loss, logits, target, None, lse, denominator, 1, -100, 0.0, [True, True])
+
+
+def test_inplace_leaves_a_lazy_copys_source_alone():
+    source = normal(3, 4)
+    before = source.clone()
+    cross_entropy(torch._lazy_clone(source).requires_grad_(), labels(4, 3), inplace=True).backward()
+    same(source, before)
+
+
 def test_autograd_functional():
     """The functions of torch.autograd.functional are users of double backward with leaves of their own
     making."""

@@ -16,6 +16,7 @@ import sys
 import textwrap
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -182,6 +183,7 @@ CLASSES = [
     *(127, 128, 129, 255, 256, 257),
     *range(500, 521),
     *(1000, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193),
+    *(12288, 24576, 49152),  # a row, or a block's part of it, is 48 KB: with the kernel's own arrays a little more
     *(32000, 50257, 128256, 262144, 1_000_003),
 ]
 FEWER_CLASSES = [1, 2, 3, 8, 10, 33, 64, 127, 128, 257, 511, 512, 513, 1000, 1025, 2049, 4097, 8193, 50257, 128257]
@@ -305,6 +307,7 @@ def test_positions_side_by_side(classes: int, layout: str, dtype: torch.dtype) -
         ((2, 5, 64, 128, 128), FP32),
         ((3, 50_257, 37), BF16),
         ((3, 32_000, 200), BF16),
+        ((3, 704, 16, 16), BF16),  # copies that with the kernel's own arrays make just over 48 KB
     ],
     ids=str,
 )
@@ -998,6 +1001,32 @@ def test_the_next_call_raises() -> None:
     torch.cuda.synchronize()
     with pytest.raises(IndexError, match="Target 7 is out of bounds"):
         loss.backward()
+    cross_entropy_ext.check_errors()
+
+
+def test_threads_that_launch_the_same_kernel() -> None:
+    """With shared memory of different size."""
+
+    def work(classes: int) -> bool:
+        logits, target = normal((64, classes), BF16), torch.zeros(64, dtype=torch.long, device=DEVICE)
+        return all(ext.cross_entropy(logits, target).isfinite() for _ in range(300))
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(work, (32000, 26000)))
+
+
+def test_reports_from_several_streams() -> None:
+    """Taking one report needs nothing of the device, so it cannot be late for the next."""
+    x, good = normal((20, 5), FP32), torch.zeros(20, dtype=torch.long, device=DEVICE)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    for bad in (7, 8):
+        with torch.cuda.stream(side):
+            ext.cross_entropy(x, torch.full_like(good, bad))
+        side.synchronize()
+        torch.cuda._sleep(A_WHILE)
+        with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
+            ext.cross_entropy(x, good)
     cross_entropy_ext.check_errors()
 
 

@@ -171,7 +171,7 @@ Plan plan_spatial(Task& task, const Device& device) {
   plan.shape.threads = kSpatialThreads;
   plan.shape.shared_bytes = plan.copied ? bytes_of(slices) : 0;
   const int64_t tiles = task.positions / inner * divide_up(inner, kSpatialThreads / slices * of_thread);
-  const int resident = spatial_resident(int(size_of(task.logits.type)), plan.vectors, plan.copied);
+  const int resident = spatial_resident(int(size_of(task.logits.type)), task.kind, plan.vectors, plan.copied);
   plan.shape.blocks = persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, resident, tiles);
   return plan;
 }

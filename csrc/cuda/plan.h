@@ -48,10 +48,10 @@ constexpr int rows_resident(int element_size, TargetKind kind, Team team, bool c
   return kind == TargetKind::kIndex && copied ? 3 : 2;
 }
 constexpr int small_rows_resident(int element_size) { return element_size == 8 ? 2 : 4; }
-constexpr int spatial_resident(int element_size, bool vectors, bool copied) {
+constexpr int spatial_resident(int element_size, TargetKind kind, bool vectors, bool copied) {
   if (element_size == 8) return 2;
   if (element_size == 4 || !vectors) return 4;
-  return copied ? 3 : 2;
+  return copied && kind != TargetKind::kSoft ? 4 : 3;
 }
 constexpr int strided_resident(int arithmetic_size, Team team) {
   return (team == Team::kWarp ? 4 : 2) / (arithmetic_size / 4);

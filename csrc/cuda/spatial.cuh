@@ -76,7 +76,7 @@ XENT_DEVICE void join_slices(A* exchange, int x, int y, int width, int slices, c
 }
 
 template <class T, TargetKind kind, int N, bool kCopied>
-__global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), N > 1, kCopied))
+__global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), kind, N > 1, kCopied))
     spatial(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
   using S = Statistics<A, kind != TargetKind::kIndex, true>;

@@ -190,12 +190,13 @@ void run(const Shape& shape, TargetKind kind, bool in_place) {
 int main(int argc, char** argv) {
   const Device large = device(228, 8), small = device(24, 1), clusters = device(24, 8);
   const Shape shapes[] = {
-      {"small_rows", 5000, 10, 1, large},         {"small_rows, many lanes", 300, 96, 1, large},
-      {"rows: warp", 60, 300, 1, large},          {"rows: block", 8, 2100, 1, large},
-      {"rows: cluster", 8, 5001, 1, clusters},    {"rows: read twice", 8, 4101, 1, small},
-      {"spatial: vectors", 2, 19, 64, large},     {"spatial: slices", 2, 150, 36, large},
-      {"spatial: read twice", 1, 300, 32, small}, {"spatial: one by one", 2, 19, 35, large},
-      {"strided: warp", 4, 300, 3, large},        {"strided: block", 2, 2101, 3, large},
+      {"small_rows", 5000, 10, 1, large},           {"small_rows, 2 lanes", 900, 24, 1, large},
+      {"small_rows, 32 lanes", 300, 256, 1, large}, {"rows: warp", 60, 300, 1, large},
+      {"rows: block", 8, 2100, 1, large},           {"rows: cluster", 8, 9001, 1, clusters},
+      {"rows: read twice", 8, 4101, 1, small},      {"spatial: vectors", 2, 19, 64, large},
+      {"spatial: slices", 2, 150, 36, large},       {"spatial: read twice", 1, 300, 32, small},
+      {"spatial: one by one", 2, 19, 35, large},    {"strided: warp", 4, 300, 3, large},
+      {"strided: block", 2, 2101, 3, large},
   };
   emulator::schedule = {emulator::Order(argc > 1 ? atoi(argv[1]) : 0), uint64_t(argc > 2 ? atoi(argv[2]) : 0)};
   for (const Shape& shape : shapes) {
