@@ -191,7 +191,7 @@ int main(int argc, char** argv) {
   const Device large = device(228, 8), small = device(24, 1), clusters = device(24, 8);
   const Shape shapes[] = {
       {"small_rows", 5000, 10, 1, large},           {"small_rows, 2 lanes", 900, 24, 1, large},
-      {"small_rows, 32 lanes", 300, 256, 1, large}, {"rows: warp", 60, 300, 1, large},
+      {"small_rows, 16 lanes", 300, 256, 1, large}, {"rows: warp", 60, 300, 1, large},
       {"rows: block", 8, 2100, 1, large},           {"rows: cluster", 8, 9001, 1, clusters},
       {"rows: read twice", 8, 4101, 1, small},      {"spatial: vectors", 2, 19, 64, large},
       {"spatial: slices", 2, 150, 36, large},       {"spatial: read twice", 1, 300, 32, small},
