@@ -39,6 +39,7 @@ DEVICES = {
     # multiprocessors, shared memory of each, of a block, largest cluster
     "h200": (2, 228 << 10, 227 << 10, 8),
     "a100": (2, 164 << 10, 163 << 10, 1),
+    "one": (1, 228 << 10, 227 << 10, 8),  # multiprocessor: several tiles for each warp
     "small": (3, 24 << 10, 16 << 10, 1),  # rows of 32 KB and more fit no block
     "small-clusters": (9, 24 << 10, 16 << 10, 8),  # clusters of 2, 4 and 8 for rows of a few KB
 }
@@ -245,6 +246,7 @@ SCHEDULED = [
     # every kernel, several tiles or rows for each block, and for each warp
     ("h200", half, (2000, 10), None),
     ("h200", single, (90, 100), None),
+    ("one", half, (99, 511), None),  # and a last tile with fewer rows
     ("h200", single, (70, 300), None),
     ("h200", half, (40, 4100), None),
     ("h200", single, (2, 150, 132), None),

@@ -9,10 +9,9 @@ namespace xent::gpu {
 
 XENT_DEVICE Sums add(Sums a, Sums b) { return {a.loss + b.loss, a.weight + b.weight}; }
 
-// The sum over all threads of the block, for each of them. All threads call it.
+// The sum over all threads of the block, for each of them. All threads call it, once.
 XENT_DEVICE Sums block_sum(Sums sums) {
   XENT_SHARED_ARRAY(Sums, of_warps, 32);
-  __syncthreads();  // an earlier sum has been read
   sums = {lanes_sum(sums.loss, kWarp), lanes_sum(sums.weight, kWarp)};
   if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = sums;
   __syncthreads();
