@@ -235,6 +235,40 @@ def test_probabilities_that_lie_otherwise_than_the_logits(dtype: torch.dtype) ->
             check(logits, q, reduction="none", grad_output=grad_output_for(logits, "none", shape))
 
 
+MASKED = [
+    ("h200", (5, 21)),
+    ("h200", (5, 300)),
+    ("h200", (3, 2600)),
+    ("small", (2, 5000)),
+    ("small-clusters", (3, 9001)),
+    ("h200", (2, 21, 40)),
+    ("h200", (1, 150, 36)),
+    ("small", (1, 300, 32)),
+    ("h200", (2, 21, 15)),
+    ("h200", (2, 300, 3)),
+]
+
+
+@pytest.mark.parametrize(("device", "shape"), MASKED, ids=str)
+def test_masked_classes(kernels: ModuleType, device: str, shape: tuple[int, ...]) -> None:
+    """Whole vectors of -inf, before the maximum or after it: nothing to the sums, zero in the gradient. Their
+    probabilities are zero, which times infinity is to be nothing."""
+    kernels.set_device(*DEVICES[device])
+    classes = torch.arange(shape[1])
+    last = classes[-1]
+    for mask in (classes < 20, classes >= classes.numel() // 2, classes % 3 == 1, classes != 3, classes != last):
+        for dtype in (half, single):
+            values = torch.randn(shape, generator=generator(shape), dtype=torch.double).to(dtype)
+            logits = values.movedim(1, -1).masked_fill(mask, -torch.inf).movedim(-1, 1).contiguous()
+            allowed = classes[~mask]
+            positions = index_target(logits).shape
+            target = allowed[torch.randint(allowed.numel(), positions, generator=generator(shape))]
+            check(logits, target, reason=f"{shape}, {int(mask.sum())} masked")
+            check(logits, target.clone().fill_(classes[mask][0]), reduction="none")  # an infinite loss
+            soft = torch.where(logits == -torch.inf, 0, logits.double().softmax(1)).to(dtype)
+            check(logits, soft, reason=f"{shape}, probabilities, {int(mask.sum())} masked")
+
+
 # ---- schedules ---------------------------------------------------------------------------------------------
 
 SCHEDULES = [

@@ -73,7 +73,7 @@ XENT_DEVICE uint4 operator&(uint4 a, uint4 b) { return {a.x & b.x, a.y & b.y, a.
 
 // How `count` neighbours divide into vectors at addresses that are multiples of 16, and single elements around them.
 struct Vectors {
-  int64_t head = 0;  // elements before the first vector
+  int64_t head = 0;  // elements before the first vector: more than there are, where there is none
   int64_t vectors = 0;
   int64_t tail = 0;  // where the elements after the last vector begin
   int edges = 0;     // elements outside the vectors: fewer than two vectors hold
@@ -82,7 +82,6 @@ struct Vectors {
   static XENT_DEVICE Vectors of(const T* p, int64_t count) {
     Vectors result;
     result.head = int64_t((16u - phase_of(p)) % 16u / uint32_t(sizeof(T)));
-    if (result.head > count) result.head = count;
     result.vectors = (count - result.head) / kPerVector<T>;
     result.tail = result.head + result.vectors * kPerVector<T>;
     result.edges = int(result.head + (count - result.tail));
