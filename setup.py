@@ -57,12 +57,13 @@ if FORCE_CUDA and not WITH_CUDA:
 
 # pip puts ninja beside this Python, which is on the PATH only in an activated environment.
 os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-if WITH_CUDA and "TORCH_CUDA_ARCH_LIST" not in os.environ:  # those that the toolkit knows, and PTX for what comes
+if WITH_CUDA and "TORCH_CUDA_ARCH_LIST" not in os.environ:  # those that the toolkit knows, and PTX for all others
     nvcc = shutil.which("nvcc", path=os.pathsep.join([f"{cpp.CUDA_HOME}/bin", os.environ["PATH"]])) or "nvcc"
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
     wanted = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
     archs = [arch for arch in wanted if f"compute_{arch.replace('.', '')}" in known]
-    os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs) + "+PTX"
+    if archs:
+        os.environ["TORCH_CUDA_ARCH_LIST"] = (";".join(archs) + "+PTX").replace("9.0;", "9.0+PTX;")
 
 # No -march: each instruction set has its kernels, chosen at run time. No -fopenmp: threads are libtorch's.
 OPTIMIZATION = ["-O1", "-g", "-fno-omit-frame-pointer"] if DEBUG or SANITIZE else ["-O3", "-g0"]

@@ -191,6 +191,21 @@ def test_gradient_of_a_mean_whose_targets_weigh_nothing():
         same(first, second)
         same(first, third)
 
+    # Where that loss is zero, the mean is over nothing again; where it is NaN, its gradient is that of 0 / 0 whichever
+    # way it is made.
+    logits = torch.tensor([[-2000.0, 0.0], [-3000.0, 1.0]], dtype=torch.float64)
+    for rows, weight, value in ((logits, [0.0, 1.0], 0.0), (logits - torch.inf, [0.0, 0.0], float("nan"))):
+        leaf = torch.cat([rows, logits]).requires_grad_()
+        target, weight = torch.zeros(4, dtype=torch.long), torch.tensor(weight, dtype=torch.float64)
+        loss = cross_entropy(leaf, target, weight, label_smoothing=0.1, empty="zero")
+        close(loss.detach(), torch.tensor(value, dtype=torch.float64))
+        first, second, third = (
+            torch.autograd.grad(loss, leaf, torch.tensor(g).double(), retain_graph=True)[0] for g in (1.0, 1.0, 0.5)
+        )
+        same(first, second)
+        same(first, third)
+        assert value != value or not first.any()
+
 
 def test_class_indices_have_no_gradient():
     logits, target = normal(3, 4), labels(4, 3)

@@ -3,6 +3,7 @@
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
 #include <ATen/Version.h>
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/library.h>
@@ -190,6 +191,11 @@ double sum_target_weights(Problem& problem, const at::Tensor& target) {
   return sum_pieces(pieces).weight;
 }
 
+void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const at::Tensor& grad_output,
+                   const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                   const at::Tensor& lse, const at::Tensor& denominator, int64_t reduction, int64_t ignore_index,
+                   double label_smoothing);
+
 ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                                   int64_t reduction, int64_t ignore_index, double label_smoothing,
                                   at::ScalarType loss_dtype, bool empty_is_zero, bool gradient_wanted) {
@@ -221,10 +227,7 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
   double count = double(problem.positions);           // what a mean divides by
   if (grad_logits.defined() && reduction == kMean) {  // the gradient needs it first
     if (!soft) count = sum_target_weights(problem, target);
-    // Where all that count weigh nothing, others' weights still make a loss with label smoothing: that is no mean over
-    // nothing.
-    const bool smoothed = problem.kind == TargetKind::kSmoothedIndex && problem.smoothed_total != 0;
-    problem.scale = count == 0 && empty_is_zero && !smoothed ? 1 : 1 / count;
+    problem.scale = count == 0 && empty_is_zero ? 1 : 1 / count;
   }
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
@@ -252,6 +255,11 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
     store_scalar(loss, sums.loss / divide_by);
   }
   *denominator.mutable_data_ptr<double>() = divide_by;
+  // Targets that weigh nothing have a loss by label smoothing: then this was no mean over nothing.
+  if (grad_logits.defined() && empty_is_zero && divide_by == 0) {
+    backward_into(grad_logits, {}, at::ones({}, denominator.options()), logits, target, weight, lse, denominator,
+                  reduction, ignore_index, label_smoothing);
+  }
   return {loss, lse, denominator, grad_logits};
 }
 
@@ -274,6 +282,7 @@ ForwardBackwardResult forward_backward_cpu(const at::Tensor& logits, const at::T
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
+// Writes whichever gradient is defined.
 void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const at::Tensor& grad_output,
                    const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                    const at::Tensor& lse, const at::Tensor& denominator, int64_t reduction, int64_t ignore_index,

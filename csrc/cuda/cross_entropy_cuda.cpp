@@ -16,10 +16,12 @@ namespace xent::gpu {
 void raise_bad_target(c10::Device index) {
   const DeviceScope device(index);
   BadTarget* const report = device.bad_target();
+  int32_t taken = __atomic_load_n(&report->taken, __ATOMIC_RELAXED);
   const int32_t reported = __atomic_load_n(&report->reported, __ATOMIC_ACQUIRE);
-  if (reported == __atomic_load_n(&report->taken, __ATOMIC_RELAXED) || device.is_capturing()) return;
+  if (reported == taken || device.is_capturing()) return;
   const int64_t value = report->value, position = report->position, classes = report->classes;
-  __atomic_store_n(&report->taken, reported, __ATOMIC_RELEASE);
+  // Only one thread takes it.
+  if (!__atomic_compare_exchange_n(&report->taken, &taken, reported, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return;
   TORCH_CHECK_INDEX(false, "Target ", value, " is out of bounds. (Position ", position, " of a cross entropy over ",
                     classes, " classes, earlier on ", index,
                     ": its loss is NaN and its gradient zero. Kernels report this when they have run.)");
@@ -159,6 +161,7 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   Task task = describe_task(device, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
   task.pass = Pass::kBackward;
   task.made_for_one = made_for_one;
+  task.made_for_mean = made_for_one && reduction == kMean;
   task.denominator = denominator.const_data_ptr<double>();
   task.grad_output = reduction == kNone ? view_of_positions(grad_output)
                                         : View{data_of(grad_output), element_type(grad_output.scalar_type())};

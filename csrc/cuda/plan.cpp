@@ -196,7 +196,7 @@ Plan plan(Task& task, const Device& device) {
     for (View* view : {&task.logits, &task.target, &task.grad_logits, &task.grad_target}) view->class_stride = 1;
   }
   const bool mixed = task.arithmetic_in_double && task.logits.type != ElementType::kFloat64;
-  const bool is_countable = task.classes < INT32_MAX;  // within a kernel's int
+  const bool is_countable = task.classes < INT32_MAX - 4096;  // with a step more, within a kernel's int
   if (mixed || !is_countable) return plan_strided(task, device);
   const bool small = task.classes * size_of(task.logits.type) <= kSmallRowBytes;
   if (is_class_contiguous(task)) return small ? plan_small_rows(task, device) : plan_rows(task, device);

@@ -201,6 +201,15 @@ inline float exp2_fast(float x) { return exp2f(x); }
 #endif
 XENT_DEVICE double exp2_fast(double x) { return exp2(x); }
 
+// A product that is rounded: written as a * b, the compiler may fuse it with additions that are to know the rounding.
+#if defined(__CUDACC__)
+XENT_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+XENT_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+#else
+inline float rounded_product(float a, float b) { return a * b; }
+inline double rounded_product(double a, double b) { return a * b; }
+#endif
+
 XENT_DEVICE float log(float x) { return ::logf(x); }
 XENT_DEVICE double log(double x) { return ::log(x); }
 XENT_DEVICE float expm1(float x) { return ::expm1f(x); }

@@ -177,7 +177,7 @@ struct Gradient {
     slope = known.slope;
     reference = known.reference;
     // 2^(reference - lse log2(e)), and what rounding loses of the exponent.
-    const A low = log_sum * kLog2E<A>, low_lost = fused(log_sum, kLog2E<A>, -low);
+    const A low = rounded_product(log_sum, kLog2E<A>), low_lost = fused(log_sum, kLog2E<A>, -low);
     A exponent, lost;
     two_sum(low, known.lost(), exponent, lost);
     to_softmax = exp2_fast(-exponent) * exp2_fast(-(lost + low_lost));

@@ -29,9 +29,11 @@ XENT_DEVICE Sums sum_of_blocks(const Sums* partial_sums, int count) {
 
 // ---- what every kernel of the loss begins and ends with -------------------------------------------------------------
 
-// Whether the gradient that the forward made is right as it is.
+// Whether the gradient that the forward made is right as it is. Where nothing was counted it had to guess what the loss
+// would be divided by.
 XENT_DEVICE bool nothing_to_do(const Task& task) {
-  return task.made_for_one && read_element<double>(task.grad_output, 0) == 1;
+  if (!task.made_for_one || read_element<double>(task.grad_output, 0) != 1) return false;
+  return !task.made_for_mean || (*task.denominator != 0 && *task.denominator != 1);
 }
 
 // 1 / denominator. All threads of a warp call it.
@@ -41,9 +43,7 @@ XENT_DEVICE A gradient_scale(const Task& task) {
   if (task.denominator) return A(1 / *task.denominator);
   double denominator = task.known_denominator;
   if (task.counted) denominator = sum_of_blocks(task.counted, task.counted_blocks).weight;
-  // Where all that count weigh nothing, others' weights still make a loss with label smoothing.
-  const bool smoothed = task.smoothed_total_on_device && *task.smoothed_total_on_device != 0;
-  return A(denominator == 0 && task.empty_is_zero && !smoothed ? 1 : 1 / denominator);
+  return A(denominator == 0 && task.empty_is_zero ? 1 : 1 / denominator);
 }
 
 XENT_DEVICE void leave_sums(const Task& task, Sums sums) {

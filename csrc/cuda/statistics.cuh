@@ -204,7 +204,7 @@ struct KnownMaximum {
   static XENT_DEVICE KnownMaximum of(A max) {
     // Where the maximum is huge any slope will do that keeps it: all others come out as zero.
     const A slope = is_huge(max) ? A(1) : kLog2E<A>;
-    return {max, slope, max * slope, A(0), A(0), A(0), A(0)};
+    return {max, slope, rounded_product(max, slope), A(0), A(0), A(0), A(0)};
   }
 
   // Returns the exponential.

@@ -8,7 +8,7 @@ namespace xent::gpu {
 
 // A class index that is neither a class nor ignore_index. In host memory that the device reads and writes, so that the
 // host learns of it without waiting for the device, and in no order with what else the device does. There may be one
-// report at a time: the next one can come when the host has taken this one.
+// report at a time: the next one can come when the host has taken this one, from a kernel that still runs, too.
 struct BadTarget {
   int64_t value = 0;
   int64_t position = 0;
@@ -44,8 +44,9 @@ struct Task : Problem {
   double known_denominator = 1;
   bool empty_is_zero = false;
 
-  // The gradient was made in the forward for a grad_output of one: if that is what it is, there is nothing to do.
-  bool made_for_one = false;
+  // The gradient was made in the forward for a grad_output of one: if that is what it is, there is nothing to do. But a
+  // mean's where one was counted, or none, is made anew (reduce.cuh).
+  bool made_for_one = false, made_for_mean = false;
 
   double keep = 1, share = 0;  // 1 - e, e / C
 
