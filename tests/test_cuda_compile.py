@@ -262,6 +262,7 @@ class Bound(NamedTuple):
 
 # As the launch bounds, plan.h's *_resident(). The first line that fits.
 BOUNDS = [
+    Bound("small rows", "float", "smoothed", 128, 168, 3),
     Bound("small rows", "float", None, 128, 128, 4),
     Bound("small rows", "double", None, 128, 255, 2),
     Bound("rows of a warp", "float", None, 128, 80, 6),

@@ -94,8 +94,9 @@ Plan plan_small_rows(Task& task, const Device& device) {
   plan.shape.threads = kSmallRowsThreads;
   plan.shape.shared_bytes = int64_t(warps) * task.copy_bytes;
   const int64_t tiles = divide_up(task.positions, task.rows_per_tile);
-  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes,
-                                        small_rows_resident(int(size_of(task.logits.type))), divide_up(tiles, warps));
+  plan.shape.blocks =
+      persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes,
+                        small_rows_resident(int(size_of(task.logits.type)), task.kind), divide_up(tiles, warps));
   return plan;
 }
 

@@ -47,7 +47,10 @@ constexpr int rows_resident(int element_size, TargetKind kind, Team team, bool c
   if (team == Team::kWarp) return 6;
   return kind == TargetKind::kIndex && copied ? 3 : 2;
 }
-constexpr int small_rows_resident(int element_size) { return element_size == 8 ? 2 : 4; }
+constexpr int small_rows_resident(int element_size, TargetKind kind) {
+  if (element_size == 8) return 2;
+  return kind == TargetKind::kSmoothedIndex ? 3 : 4;
+}
 constexpr int spatial_resident(int element_size, TargetKind kind, bool vectors, bool copied) {
   if (element_size == 8) return 2;
   if (element_size == 4 || !vectors) return 4;

@@ -82,7 +82,7 @@ struct Tile {
 };
 
 template <class T, TargetKind kind>
-__global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(T)))
+__global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(T), kind))
     small_rows(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
   constexpr bool kSoft = kind == TargetKind::kSoft;
