@@ -44,7 +44,7 @@ constexpr int block_threads(Team team) { return team == Team::kWarp ? 128 : 256;
 // on. No more than shared memory has room for, and so few that nothing spills. float64 is not what this is tuned for.
 constexpr int rows_resident(int element_size, TargetKind kind, Team team, bool copied) {
   if (element_size == 8) return team == Team::kWarp ? 3 : copied ? 2 : 1;
-  if (team == Team::kWarp) return 6;
+  if (team == Team::kWarp) return kind == TargetKind::kIndex ? 6 : 5;
   return kind == TargetKind::kIndex && copied ? 3 : 2;
 }
 constexpr int small_rows_resident(int element_size, TargetKind kind) {
