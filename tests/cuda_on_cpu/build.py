@@ -28,7 +28,7 @@ def kernels_as_cpp(folder: Path) -> list[str]:
     files = []
     for source in sorted((SOURCE / "cuda").glob("*.cu")):
         file = folder / f"{source.stem}_cu.cpp"
-        text = f'#include "{source}"\n'
+        text = f'#include "{source.relative_to(SOURCE)}"\n'
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
         files.append(str(file))
