@@ -6,7 +6,7 @@ VENV   ?= .venv
 TESTS  ?= tests
 PYTEST ?= -n 2
 SANITIZE       ?= address,undefined
-SANITIZE_TESTS ?= tests -m "not slow and not gpu"
+SANITIZE_TESTS ?= tests -m "not slow and not gpu" --ignore tests/test_benchmarks.py
 
 BIN       := $(VENV)/bin
 CPP_FILES  = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')

@@ -3,6 +3,7 @@
 #
 #   OUT=folder       where logs and results go (benchmarks/results)
 #   STEPS="..."      some of: build tests memcheck racecheck benchmark
+#   CASES="..."      which cases are measured, a regular expression ("." for all takes longer than there is)
 #   PYTHON=python3   one with a CUDA build of torch; it needs no network and no environment of its own
 #
 # A step that fails or runs out of time leaves its log, and the next one runs. The summary comes last.
@@ -10,6 +11,7 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 
 OUT=${OUT:-benchmarks/results}
+CASES=${CASES:-'bfloat16|ImageNet$|MNIST'}
 STEPS=${STEPS:-build tests memcheck racecheck benchmark}
 TOTAL=530 # seconds
 mkdir -p "$OUT" || exit 1
@@ -141,13 +143,14 @@ run_sanitizer() { # tool
 run_benchmark() {
   local most
   most=$(limit "$TOTAL")
-  run_step benchmark "$most" "$python" -m benchmarks.gpu --seconds $((most > 40 ? most - 20 : most / 2))
+  run_step benchmark "$most" "$python" -m benchmarks.run --device cuda --only "$CASES" \
+    --seconds $((most > 60 ? most - 40 : most / 2))
 }
 
 summary() {
   local i
   echo
-  wanted benchmark && [ -e "$OUT/benchmark.log" ] && sed -n '/case, direction/,$p' "$OUT/benchmark.log" && echo
+  wanted benchmark && [ -e "$OUT/benchmark.log" ] && sed -n '/Medians; copies/,$p' "$OUT/benchmark.log" && echo
   printf '%-10s  %-11s  %5s  %s\n' step result s note
   for i in "${!names[@]}"; do
     printf '%-10s  %-11s  %5d  %s\n' "${names[$i]}" "${states[$i]}" "${times[$i]}" "${notes[$i]}"

@@ -14,7 +14,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ._extension import load
 
-load()
+_C = load()
 
 __all__ = ["cross_entropy"]
 
@@ -86,8 +86,9 @@ def cross_entropy(
         and empty in _EMPTY
     ):
         return _unusual(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty, inplace)
-    if loss_dtype is None and empty == "nan" and not inplace:  # fewer arguments, less time to pass them
-        return _cross_entropy(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
+    if loss_dtype is None and empty == "nan" and not inplace and not _is_traced():
+        # The operator without its general parser, which takes longer than a small loss.
+        return _C.cross_entropy(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
     return _cross_entropy(
         input,
         target,
@@ -99,6 +100,11 @@ def cross_entropy(
         empty_is_zero=empty == "zero",
         inplace=inplace,
     )
+
+
+def _is_traced() -> bool:
+    """Whether a compiler or a mode is to see the operator itself."""
+    return torch.compiler.is_dynamo_compiling() or torch._C._is_torch_function_mode_enabled()
 
 
 def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:

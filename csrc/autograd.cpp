@@ -37,17 +37,16 @@ struct Options {
   int64_t loss_dtype = int64_t(at::kFloat);
   bool empty_is_zero = false, inplace = false;
 
-  // In few entries: each costs an allocation.
+  // In one entry of three, for which a tuple has room: more would cost allocations and lookups.
   void save(AutogradContext* ctx) const {
-    ctx->saved_data["options"] = std::make_tuple(reduction, ignore_index, label_smoothing);
-    ctx->saved_data["extras"] = std::make_tuple(loss_dtype, empty_is_zero, inplace);
+    const int64_t packed = reduction | int64_t{empty_is_zero} << 8 | int64_t{inplace} << 9 | loss_dtype << 16;
+    ctx->saved_data["options"] = std::make_tuple(packed, ignore_index, label_smoothing);
   }
 
   static Options saved_in(AutogradContext* ctx) {
-    const auto [reduction, ignore_index, label_smoothing] =
+    const auto [packed, ignore_index, label_smoothing] =
         ctx->saved_data["options"].to<std::tuple<int64_t, int64_t, double>>();
-    const auto [loss_dtype, empty_is_zero, inplace] = ctx->saved_data["extras"].to<std::tuple<int64_t, bool, bool>>();
-    return {reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace};
+    return {packed & 0xff, ignore_index, label_smoothing, packed >> 16, (packed & 0x100) != 0, (packed & 0x200) != 0};
   }
 };
 
@@ -310,7 +309,8 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
         return result;
       }
     } else if (was_made && is_concrete(grad)) {
-      const double scale = grad.item<double>();
+      const bool is_float = grad.is_cpu() && grad.scalar_type() == at::kFloat;  // read without the dispatcher's help
+      const double scale = is_float ? double(*grad.const_data_ptr<float>()) : grad.item<double>();
       if (can_scale(logits.scalar_type(), scale)) {
         result[0] = gradient_from_forward(ctx, logits, target, weight, options);
         if (scale != 1) result[0].mul_(scale);

@@ -1,5 +1,5 @@
 // The operators of torch.ops.cross_entropy_ext: their schemas, what they accept, and the kernels that belong to no
-// device (Meta, autocast, transforms). Also the extension's own Python module.
+// device (Meta, autocast, transforms).
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -10,17 +10,8 @@
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
-#include <ATen/Version.h>
-#include <pybind11/pybind11.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
-#include "cpu/gradient_memory.h"
-#include "cpu/kernels.h"
-#if defined(WITH_CUDA)
-#include "cuda/device.h"
-#include "cuda/launch.h"
-#endif
 #include "cross_entropy.h"
 #include "problem.h"
 
@@ -310,36 +301,4 @@ TORCH_LIBRARY_IMPL(cross_entropy_ext, FuncTorchDynamicLayerFrontMode, m) {
   m.impl("cross_entropy", &cross_entropy_functorch);
 }
 
-namespace {
-
-pybind11::dict build_info() {
-  pybind11::dict info;
-#if defined(__clang__)
-  info["compiler"] = "clang " __clang_version__;
-#else
-  info["compiler"] = "gcc " __VERSION__;
-#endif
-  info["torch"] = TORCH_VERSION;
-  info["instruction_set"] = kernels_for(at::get_cpu_capability().c_str()).instruction_set;
-#if defined(WITH_CUDA)
-  info["cuda_archs"] = gpu::compiled_archs();
-#else
-  info["cuda_archs"] = pybind11::none();
-#endif
-  return info;
-}
-
-void check_errors() {
-#if defined(WITH_CUDA)
-  gpu::check_errors();
-#endif
-}
-
-}  // namespace
 }  // namespace xent
-
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def("build_info", &xent::build_info);
-  m.def("check_errors", &xent::check_errors, pybind11::call_guard<pybind11::gil_scoped_release>());
-  m.def("empty_cache", &xent::release_gradient_memory);
-}

@@ -28,9 +28,7 @@ static void sum_target_weights(const Problem& problem, int64_t begin, int64_t en
     int64_t y[kTile];
     read_positions(y, cursor, count, problem.target);
     check_targets(y, problem, first, count);
-    T weights[kTile];
-    for (int64_t i = 0; i < count; ++i) weights[i] = y[i] < 0 ? T(0) : weight ? weight[y[i]] : T(1);
-    sums.weight += sum_of(weights, count);
+    sums.weight += sum_of_target_weights(weight, y, count);
     cursor.skip(count);
   }
 }

@@ -2,7 +2,6 @@
 #include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones.h>
 #include <ATen/Version.h>
 #include <torch/csrc/stable/c/shim.h>
@@ -115,10 +114,12 @@ at::Tensor new_tensor(at::IntArrayRef shape, at::ScalarType type) {
 
 // A tensor for the gradient of `tensor`, in its memory format.
 at::Tensor empty_gradient(const at::Tensor& tensor) {
-  if (tensor.numel() * tensor.element_size() < int64_t(kLargeGradient)) return at::empty_like(tensor);
   const auto strides = tensor.is_non_overlapping_and_dense()
                            ? tensor.strides().vec()
                            : at::infer_dense_strides(tensor.sizes(), tensor.strides());
+  if (tensor.numel() * tensor.element_size() < int64_t(kLargeGradient)) {
+    return at::detail::empty_strided_cpu(tensor.sizes(), strides, tensor.scalar_type());
+  }
   return at::detail::empty_strided_generic(tensor.sizes(), strides, gradient_memory(),
                                            c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.scalar_type());
 }
@@ -154,10 +155,10 @@ Backward backward_problem(const at::Tensor& grad_logits, const at::Tensor& grad_
 // block, and in tiles of one.
 bool kernel_makes_gradient(const Problem& problem) {
   const int64_t size = problem.arithmetic_in_double ? 8 : 4;
-  const bool row = problem.classes >= kFewClasses && problem.logits.class_stride == 1 &&
-                   problem.classes <= kBlockVectors * kernels().vector_bytes / size;
-  const bool tile = problem.classes < kFewClasses && problem.classes <= kTileBytes / kTile / size;
-  return problem.kind == TargetKind::kIndex && (row || tile);
+  if (problem.kind == TargetKind::kSoft) return false;
+  if (problem.lanes == Lanes::kPositions) return problem.classes <= most_classes_of_tile(size);
+  return problem.kind == TargetKind::kIndex && problem.classes >= kernels().vector_bytes / size &&
+         problem.logits.class_stride == 1 && problem.classes <= kBlockVectors * kernels().vector_bytes / size;
 }
 
 void store_scalar(const at::Tensor& scalar, double value) {
@@ -210,11 +211,12 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
 
   Forward problem;
   describe_with_weights(problem, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
-  const bool in_kernel = grad_logits.defined() && kernel_makes_gradient(problem);
-  if (in_kernel) problem.grad_logits = view_with_classes(grad_logits);
+  if (grad_logits.defined()) problem.grad_logits = view_with_classes(grad_logits);
   problem.stream = is_larger_than_caches(logits);
   merge_dimensions(problem, {&problem.logits, &problem.target, &problem.grad_logits});
   problem.lanes = choose_lanes(problem);
+  const bool in_kernel = grad_logits.defined() && kernel_makes_gradient(problem);
+  if (!in_kernel) problem.grad_logits = {};
 
   at::Tensor loss;
   if (reduction == kNone) {

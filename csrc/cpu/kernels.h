@@ -9,10 +9,14 @@ namespace xent {
 // this many terms before the sum goes on in double.
 constexpr int64_t kBlockVectors = 128;
 
-// The position-lane kernels take this many positions at a time, and as many of their classes as fit a buffer that
-// shares the first-level cache with the sums.
+// The position-lane kernels take up to this many positions at a time, fewer where classes are many, and as many of their
+// classes as fit a buffer that shares the first-level cache with the sums.
 constexpr int64_t kTile = 256;
-constexpr int64_t kTileBytes = 32768;
+constexpr int64_t kLeastTile = 64;
+constexpr int64_t kTileBytes = 40960;
+
+// How many classes fit in one block, of arithmetic in numbers of `size` bytes.
+constexpr int64_t most_classes_of_tile(int64_t size) { return kTileBytes / kLeastTile / size; }
 
 constexpr int64_t kShortRun = 8;  // fewer neighbours than this are not worth a vector of positions
 

@@ -108,6 +108,39 @@ XENT_INLINE V maximum(V a, V b) {
 }
 #endif
 
+template <class V, class Ints, size_t... lane>
+XENT_INLINE void interleave(V a, V b, V& low, V& high, std::index_sequence<lane...>) {
+  constexpr int W = sizeof...(lane);
+#if defined(__clang__)
+  low = __builtin_shufflevector(a, b, (int(lane) / 2 + int(lane) % 2 * W)...);
+  high = __builtin_shufflevector(a, b, (W / 2 + int(lane) / 2 + int(lane) % 2 * W)...);
+#else
+  low = __builtin_shuffle(a, b, Ints{(int(lane) / 2 + int(lane) % 2 * W)...});
+  high = __builtin_shuffle(a, b, Ints{(W / 2 + int(lane) / 2 + int(lane) % 2 * W)...});
+#endif
+}
+
+// The lanes of a and b in turn: of their lower halves and of their upper ones.
+template <class T>
+XENT_INLINE void interleave(Vector<T> a, Vector<T> b, Vector<T>& low, Vector<T>& high) {
+  interleave<Vector<T>, typename VectorOf<T>::ints>(a, b, low, high, std::make_index_sequence<kLanes<T>>());
+}
+
+// Rows become columns. Each of the log2(lanes) steps interleaves the first half of the rows with the second, which moves
+// one bit of an element's place from the row's number to the lane's.
+template <class T>
+XENT_INLINE void transpose(Vector<T> (&rows)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+#pragma GCC unroll 4
+  for (int step = 1; step < W; step *= 2) {
+    Vector<T> next[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) interleave<T>(rows[i], rows[i + W / 2], next[2 * i], next[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+}
+
 // Halving takes log2(lanes) steps where a loop over the lanes would wait for each.
 template <class T>
 XENT_INLINE double sum_of_lanes(Vector<T> v) {

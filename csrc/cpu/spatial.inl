@@ -1,69 +1,194 @@
-// Kernels whose vector lanes are positions: a tile of kTile positions, their classes in blocks. For logits whose
-// neighbours in memory are positions ((N, C, H, W) and its kin), and for few classes in any layout, where a vector of
-// classes would be mostly empty.
+// Kernels whose vector lanes are positions: a tile of positions, their classes in blocks. For logits whose neighbours in
+// memory are positions ((N, C, H, W) and its kin), and for few classes in any layout, where a vector of classes would be
+// mostly empty.
 //
 // A tile's block of classes is first copied to a buffer, [class][position]. Planes of an image often lie a power of two
 // apart, so that the cache lines which a tile needs of each plane would all fall into the same few sets of the cache
-// and drive each other out between the pass for the maximum and the pass for the sum.
+// and drive each other out between the pass for the maximum and the pass for the sum. Where classes are neighbours, the
+// copy is a transposition.
+//
+// Nothing is done position by position: what belongs to a target's class is chosen by comparing each class with the
+// targets, since a number that is stored alone and soon read again in a vector makes the processor wait.
 
+// Vectors that are worked on together, so that one's chain of maxima or sums does not wait for its own latency.
+constexpr int kGroup = 2;
 template <class T>
-constexpr int64_t kClassBlock = kTileBytes / sizeof(T) / kTile;
+constexpr int64_t kGroupLanes = kGroup * kLanes<T>;
 
+// How many classes a block has: all of them, where a tile of the least width holds them.
 template <class T>
-XENT_INLINE int64_t whole_vectors(int64_t count) {
-  return (count + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+XENT_INLINE int64_t classes_of_block(const Problem& problem) {
+  return problem.classes <= most_classes_of_tile(sizeof(T)) ? problem.classes : kTileBytes / int64_t(sizeof(T)) / kTile;
 }
 
-// Each plane is read in a short run, too short for the hardware to see it coming. Not further ahead than the run after
-// the next: lines of planes a power of two apart drive each other out.
-XENT_INLINE void prefetch(const View& view, int64_t offset, int64_t n) {
-  const int64_t size = view.type == ElementType::kFloat64 ? 8 : view.type == ElementType::kFloat32 ? 4 : 2;
-  const char* p = static_cast<const char*>(view.data) + offset * size;
-  for (int64_t i = 0; i < n * size; i += 64) __builtin_prefetch(p + i);
+// How many positions a tile has: the wider, the longer the runs of memory that it reads.
+template <class T>
+XENT_INLINE int64_t width_of_tile(const Problem& problem) {
+  int64_t width = kTile;
+  while (width * classes_of_block<T>(problem) * int64_t(sizeof(T)) > kTileBytes) width /= 2;
+  return width;
 }
 
-// The classes [c, c + classes) of the `count` positions from `cursor` on. Lanes past the end become zero. Runs along
-// the innermost dimension that are shorter than kShortRun are read one position after the other, all classes of each.
+// The buffer, with room for a vector past its end.
 template <class T>
-static void read_tile(T* tile, Cursor cursor, int64_t count, const View& view, int64_t c, int64_t classes) {
+struct Tile {
+  int64_t width;
+  alignas(64) T cells[kTileBytes / sizeof(T) + kLanes<T> * kLanes<T>];
+
+  XENT_INLINE_MEMBER explicit Tile(const Problem& problem) : width(width_of_tile<T>(problem)) {}
+  XENT_INLINE_MEMBER T* row(int64_t k) { return cells + k * width; }
+  XENT_INLINE_MEMBER const T* row(int64_t k) const { return cells + k * width; }
+};
+
+struct NoTile {
+  explicit NoTile(const Problem&) {}
+};
+
+template <class T>
+XENT_INLINE int64_t whole_groups(int64_t count) {
+  return (count + kGroupLanes<T> - 1) / kGroupLanes<T> * kGroupLanes<T>;
+}
+
+// ---- between memory and tiles ---------------------------------------------------------------------------------------
+
+// While a tile is worked on, the next one comes from memory: its runs are too short for the hardware to see them coming.
+// Each step of the work asks for as much as it consumes. Into the second-level cache, for in the first one planes a
+// power of two apart would drive each other out.
+class Prefetch {
+ public:
+  // Of the tile after `cursor`'s, as far as its positions follow those of this one in memory.
+  template <class T>
+  XENT_INLINE_MEMBER Prefetch(const Tile<T>& tile, const Cursor& cursor, const View& view, int64_t c) {
+    const int64_t inner = view.stride[cursor.problem.dims - 1];
+    const int64_t size = view.type == ElementType::kFloat64 ? 8 : view.type == ElementType::kFloat32 ? 4 : 2;
+    if (cursor.run(2 * tile.width) < 2 * tile.width) return;
+    start_ = static_cast<const char*>(view.data) + (cursor.offset(view) + tile.width * inner + c * view.class_stride) * size;
+    const bool rows = view.class_stride == 1;
+    of_position_ = inner * size;
+    of_class_ = rows ? kGroupLanes<T> * size : view.class_stride * size;
+    bytes_ = rows || inner == 1 ? kGroupLanes<T> * size : 0;
+  }
+
+  // For the group at v, what takes the place of its class k.
+  XENT_INLINE_MEMBER void ask(int64_t v, int64_t k) const {
+    const char* p = start_ + v * of_position_ + k * of_class_;
+    for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(p + i, 0, 2);
+  }
+
+ private:
+  const char* start_ = nullptr;
+  int64_t of_position_ = 0, of_class_ = 0, bytes_ = 0;
+};
+
+// `count` rows of classes, one after the other in memory and as many as a vector has lanes, become columns, a square of
+// vectors at a time. Each is loaded whole, reading on into the next row or `past` elements behind the last; each column
+// has room for `room` elements.
+template <class T>
+XENT_INLINE void transpose_rows(T* columns, int64_t width, const T* rows, int64_t count, int64_t classes, int64_t past,
+                                int64_t room) {
+  constexpr int W = kLanes<T>;
+  const bool whole = count == W && past + classes >= W;
+  for (int64_t c = 0;;) {
+    const int64_t n = std::min<int64_t>(W, classes - c);
+    Vector<T> square[W];
+    if (whole) {
+      for (int r = 0; r < W; ++r) square[r] = load(rows + r * classes + c);
+    } else {
+      T edge[W * W] = {};
+      for (int64_t r = 0; r < count; ++r) std::copy_n(rows + r * classes + c, n, edge + r * W);
+      for (int r = 0; r < W; ++r) square[r] = load(edge + r * W);
+    }
+    transpose<T>(square);
+#pragma GCC unroll 16
+    for (int k = 0; k < W; ++k) {
+      if (k < n) store_partial(columns + (c + k) * width, square[k], room);
+    }
+    if (c + W >= classes) break;
+    c = std::min(c + W, classes - W);  // the last square overlaps the one before
+  }
+}
+
+// And back. A row of fewer classes than lanes is stored whole and its end overwritten by the next: `rows` has room for
+// a vector past its end.
+template <class T>
+XENT_INLINE void transpose_columns(T* rows, const T* columns, int64_t width, int64_t classes) {
+  constexpr int W = kLanes<T>;
+  for (int64_t c = 0;;) {
+    Vector<T> square[W];
+    for (int k = 0; k < W; ++k) square[k] = load(columns + (c + k) * width);
+    transpose<T>(square);
+    for (int r = 0; r < W; ++r) store(rows + r * classes + c, square[r]);
+    if (c + W >= classes) break;
+    c = std::min(c + W, classes - W);
+  }
+}
+
+// The classes [c, c + classes) of the `count` positions from `cursor` on. Lanes past the end become zero.
+template <class T>
+static void read_tile(Tile<T>& tile, Cursor cursor, int64_t count, const View& view, int64_t c, int64_t classes) {
   const int64_t inner = view.stride[cursor.problem.dims - 1];
   for (int64_t done = 0; done < count;) {
     const int64_t run = cursor.run(count - done), offset = cursor.offset(view) + c * view.class_stride;
-    if (run >= kShortRun) {
+    if (view.class_stride == 1 && classes > 1) {
+      constexpr int64_t kRows = kLanes<T>;
+      for (int64_t i = 0; i < run; i += kRows) {
+        T buffer[kRows * most_classes_of_tile(sizeof(T)) + kLanes<T>];
+        const int64_t rows = std::min(kRows, run - i), from = offset + i * inner;
+        const T* x = buffer;
+        if (inner == classes) {
+          x = read_or_point(buffer, view, from, 1, rows * classes);
+        } else {
+          for (int64_t r = 0; r < rows; ++r) read_into(buffer + r * classes, view, from + r * inner, 1, classes);
+        }
+        transpose_rows(tile.cells + done + i, tile.width, x, rows, classes,
+                       x == buffer ? kLanes<T> : (run - i - rows) * classes, tile.width - done - i);
+      }
+    } else if (run >= kShortRun) {
       for (int64_t k = 0; k < classes; ++k) {
-        read_into(tile + k * kTile + done, view, offset + k * view.class_stride, inner, run);
-        if (inner == 1) prefetch(view, offset + (k + 2) * view.class_stride, run);
+        read_into(tile.row(k) + done, view, offset + k * view.class_stride, inner, run);
       }
     } else {
       for (int64_t i = 0; i < run; ++i) {
-        T column[kClassBlock<T>];
-        read_into(column, view, offset + i * inner, view.class_stride, classes);
-        for (int64_t k = 0; k < classes; ++k) tile[k * kTile + done + i] = column[k];
+        for (int64_t k = 0; k < classes; ++k) {
+          tile.row(k)[done + i] = read_one<T>(view, offset + i * inner + k * view.class_stride);
+        }
       }
     }
     done += run;
     cursor.advance(run);
   }
   for (int64_t k = 0; k < classes; ++k) {
-    for (int64_t i = count; i < whole_vectors<T>(count); ++i) tile[k * kTile + i] = 0;
+    for (int64_t i = count; i < whole_groups<T>(count); ++i) tile.row(k)[i] = 0;
   }
 }
 
 template <class T>
-static void write_tile(const T* tile, Cursor cursor, int64_t count, const View& view, int64_t c, int64_t classes,
+static void write_tile(const Tile<T>& tile, Cursor cursor, int64_t count, const View& view, int64_t c, int64_t classes,
                        bool stream) {
   const int64_t inner = view.stride[cursor.problem.dims - 1];
   for (int64_t done = 0; done < count;) {
     const int64_t run = cursor.run(count - done), offset = cursor.offset(view) + c * view.class_stride;
-    if (run >= kShortRun) {
+    if (view.class_stride == 1 && classes > 1) {
+      constexpr int64_t kRows = kLanes<T>;
+      for (int64_t i = 0; i < run; i += kRows) {
+        alignas(64) T buffer[kRows * most_classes_of_tile(sizeof(T)) + kLanes<T>];
+        const int64_t rows = std::min(kRows, run - i), to = offset + i * inner;
+        transpose_columns(buffer, tile.cells + done + i, tile.width, classes);
+        if (inner == classes) {
+          write_from(buffer, view, to, 1, rows * classes, stream);
+        } else {
+          for (int64_t r = 0; r < rows; ++r) write_from(buffer + r * classes, view, to + r * inner, 1, classes);
+        }
+      }
+    } else if (run >= kShortRun) {
       for (int64_t k = 0; k < classes; ++k) {
-        write_from(tile + k * kTile + done, view, offset + k * view.class_stride, inner, run, stream);
+        write_from(tile.row(k) + done, view, offset + k * view.class_stride, inner, run, stream);
       }
     } else {
       for (int64_t i = 0; i < run; ++i) {
-        T column[kClassBlock<T>];
-        for (int64_t k = 0; k < classes; ++k) column[k] = tile[k * kTile + done + i];
-        write_from(column, view, offset + i * inner, view.class_stride, classes);
+        for (int64_t k = 0; k < classes; ++k) {
+          write_from(tile.row(k) + done + i, view, offset + i * inner + k * view.class_stride, 1, 1);
+        }
       }
     }
     done += run;
@@ -71,31 +196,94 @@ static void write_tile(const T* tile, Cursor cursor, int64_t count, const View& 
   }
 }
 
-// The index targets of a tile. `hit` is a target's own coefficient, (1 - e) w_y; ignored positions have class -1.
+// In double, and in eight chains that do not wait for each other.
+template <class T>
+XENT_INLINE double sum_of(const T* x, int64_t n) {
+  double chains[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int k = 0; k < 8; ++k) chains[k] += double(x[i + k]);
+  }
+  for (; i < n; ++i) chains[0] += double(x[i]);
+  return ((chains[0] + chains[1]) + (chains[2] + chains[3])) + ((chains[4] + chains[5]) + (chains[6] + chains[7]));
+}
+
+// Over checked targets. Without weights, a count.
+template <class T>
+XENT_INLINE double sum_of_target_weights(const T* weight, const int64_t* y, int64_t count) {
+  if (weight) {
+    T weights[kTile];
+    for (int64_t i = 0; i < count; ++i) weights[i] = y[i] < 0 ? T(0) : weight[y[i]];
+    return sum_of(weights, count);
+  }
+  int64_t counted = 0;
+  for (int64_t i = 0; i < count; ++i) counted += y[i] >= 0;
+  return double(counted);
+}
+
+// ---- targets --------------------------------------------------------------------------------------------------------
+
+template <class T>
+using Ints = typename VectorOf<T>::ints;
+template <class T>
+using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+// The targets of a tile. `hit` is an index target's own coefficient, (1 - e) w_y, and `smoothed` its (e / C) w_y.
 template <class T>
 struct TileTargets {
-  int64_t y[kTile];
-  T hit[kTile], valid[kTile];
+  alignas(64) Int<T> y[kTile];     // -1 where it is ignored, and past the end
+  alignas(64) Int<T> valid[kTile];  // as lanes of a mask
+  alignas(64) T hit[kTile], smoothed[kTile];
+  double sum_of_weights = 0;
   bool any_valid = false;
 
   TileTargets(const Problem& problem, const Cursor& cursor, int64_t first, int64_t count) {
+    const int64_t lanes = whole_groups<T>(count);
     const T* weight = static_cast<const T*>(problem.weight);
-    const T keep = T(1 - problem.label_smoothing);
-    const bool soft = problem.kind == TargetKind::kSoft;
-    for (int64_t i = 0; i < whole_vectors<T>(count); ++i) y[i] = -1;
-    if (!soft) {
-      read_positions(y, cursor, count, problem.target);
-      check_targets(y, problem, first, count);
+    const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.classes));
+    if (problem.kind == TargetKind::kSoft) {
+      any_valid = count > 0;
+      for (int64_t i = 0; i < lanes; ++i) {
+        y[i] = -1;
+        valid[i] = -Int<T>(i < count);
+        hit[i] = smoothed[i] = 0;
+      }
+      return;
     }
-    for (int64_t i = 0; i < whole_vectors<T>(count); ++i) {
-      const bool counts = soft ? i < count : y[i] >= 0;
-      any_valid |= counts;
-      valid[i] = counts;
-      hit[i] = soft ? T(0) : valid[i] * keep;
+    int64_t classes[kTile];
+    read_positions(classes, cursor, count, problem.target);
+    check_targets(classes, problem, first, count);
+    for (int64_t i = count; i < lanes; ++i) classes[i] = -1;
+    sum_of_weights = sum_of_target_weights(weight, classes, count);
+    Ints<T> any{};
+    for (int64_t v = 0; v < lanes; v += kLanes<T>) {
+      Int<T> narrow[kLanes<T>];
+      for (int k = 0; k < kLanes<T>; ++k) narrow[k] = Int<T>(classes[v + k]);
+      const Ints<T> index = load_ints(narrow), counts = index >= 0;
+      store_ints(y + v, index);
+      store_ints(valid + v, counts);
+      store(hit + v, select(counts, broadcast(keep), Vector<T>{}));
+      store(smoothed + v, select(counts, broadcast(share), Vector<T>{}));
+      any |= counts;
     }
-    if (soft || !weight) return;
-    for (int64_t i = 0; i < count; ++i) hit[i] = y[i] < 0 ? T(0) : keep * weight[y[i]];
+    for (int k = 0; k < kLanes<T>; ++k) any_valid |= any[k] != 0;
+    for (int64_t i = 0; i < count && weight; ++i) {
+      if (classes[i] < 0) continue;
+      hit[i] *= weight[classes[i]];
+      smoothed[i] *= weight[classes[i]];
+    }
   }
+
+  XENT_INLINE_MEMBER Ints<T> classes_at(int64_t v) const { return load_ints(y + v); }
+  XENT_INLINE_MEMBER Ints<T> valid_at(int64_t v) const { return load_ints(valid + v); }
+
+  static XENT_INLINE_MEMBER Ints<T> load_ints(const Int<T>* p) {
+    Ints<T> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+  }
+
+  static XENT_INLINE_MEMBER void store_ints(Int<T>* p, Ints<T> v) { __builtin_memcpy(p, &v, sizeof v); }
 };
 
 // The coefficient of class c in a vector of positions. `q` are their probabilities, read for soft targets only.
@@ -108,38 +296,32 @@ XENT_INLINE Vector<T> coefficient(const Problem& problem, int64_t c, const T* q)
   return w * (load(q) * keep + share);
 }
 
+// ---- forward --------------------------------------------------------------------------------------------------------
+
+// Of each position, over the blocks seen so far.
 template <class T>
 struct TileSums {
   alignas(64) T max[kTile], ties[kTile], rest[kTile], lost[kTile], target_logit[kTile];
   alignas(64) T spread[kTile], spread_lost[kTile], mass[kTile], mass_lost[kTile];
 
-  TileSums() {
-    for (int64_t i = 0; i < kTile; ++i) {
-      max[i] = std::numeric_limits<T>::lowest();
-      ties[i] = rest[i] = lost[i] = target_logit[i] = spread[i] = spread_lost[i] = mass[i] = mass_lost[i] = 0;
-    }
-  }
-
-  // Classes [c, c + classes) of the lanes [v, v + kLanes). The exponentials take the logits' place where they are kept.
-  template <TargetKind kind, bool keep>
-  XENT_INLINE_MEMBER void add(const Problem& problem, T* x, const T* q, int64_t v, int64_t c, int64_t classes) {
-    const Vector<T> zero{};
-    const Vector<T> old_max = load(max + v);
-    Vector<T> new_max = old_max;
-    for (int64_t k = 0; k < classes; ++k) new_max = maximum(load(x + k * kTile + v), new_max);
-
-    LaneSums<T, kind != TargetKind::kIndex> lanes;
-    for (int64_t first = 0; first < classes; first += kTermsOfASum) {
-      LaneSums<T, kind != TargetKind::kIndex> part;
-      for (int64_t k = first; k < std::min(first + kTermsOfASum, classes); ++k) {
-        T* const cell = x + k * kTile + v;
-        const Vector<T> a = coefficient<T, kind>(problem, c + k, q + k * kTile + v);
-        const Vector<T> exponential = part.add(load(cell), new_max, a);
-        if constexpr (keep) store(cell, exponential);
+  // The lanes [v, v + kLanes), for the first block of classes or another.
+  template <bool dense>
+  XENT_INLINE_MEMBER void add(int64_t v, bool first, Vector<T> new_max, Vector<T> block_ties,
+                              const LaneSums<T, dense>& lanes) {
+    const Vector<T> zero{}, old_max = load(max + v);
+    store(max + v, new_max);
+    if (first) {
+      store(ties + v, block_ties);
+      store(rest + v, lanes.rest);
+      store(lost + v, zero);
+      if constexpr (dense) {
+        store(spread + v, lanes.spread);
+        store(spread_lost + v, lanes.spread_lost);
+        store(mass + v, lanes.mass);
+        store(mass_lost + v, lanes.mass_lost);
       }
-      lanes.add(part);
+      return;
     }
-
     const Vector<T> raised = new_max - old_max;
     const auto higher = raised > zero;
     const Vector<T> factor = exp(-raised);
@@ -149,9 +331,8 @@ struct TileSums {
     two_sum(select(higher, (old_rest + old_ties) * factor, old_rest), lanes.rest, sum, sum_lost);
     store(rest + v, sum);
     store(lost + v, select(higher, old_lost * factor, old_lost) + sum_lost);
-    store(ties + v, select(higher, zero, old_ties) + (T(classes) - lanes.count_of_others()));
-    store(max + v, new_max);
-    if constexpr (kind != TargetKind::kIndex) {
+    store(ties + v, select(higher, zero, old_ties) + block_ties);
+    if constexpr (dense) {
       const Vector<T> old_mass = load(mass + v), old_spread = load(spread + v);
       Vector<T> new_spread = select(higher & (old_mass != zero), old_spread + old_mass * raised, old_spread);
       Vector<T> new_mass = old_mass;
@@ -167,156 +348,219 @@ struct TileSums {
   }
 };
 
-// In double, and in eight chains that do not wait for each other.
-template <class T>
-XENT_INLINE double sum_of(const T* x, int64_t n) {
-  double chains[8] = {};
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    for (int k = 0; k < 8; ++k) chains[k] += double(x[i + k]);
+// A block of `classes` classes from c on, of the group at v. With `keep`, exponentials take the logits' place.
+template <class T, TargetKind kind, bool keep>
+XENT_INLINE void sum_group(TileSums<T>& sums, const Problem& problem, Tile<T>& x, const Tile<T>* q,
+                           const TileTargets<T>& targets, const Prefetch& next, int64_t v, int64_t c, int64_t classes) {
+  constexpr int W = kLanes<T>;
+  constexpr bool dense = kind != TargetKind::kIndex;
+  Vector<T> max[kGroup], target_logit[kGroup];
+  Ints<T> y[kGroup];
+#pragma GCC unroll 2
+  for (int g = 0; g < kGroup; ++g) {
+    max[g] = c == 0 ? broadcast(std::numeric_limits<T>::lowest()) : load(sums.max + v + g * W);
+    target_logit[g] = c == 0 ? Vector<T>{} : load(sums.target_logit + v + g * W);
+    y[g] = targets.classes_at(v + g * W);
   }
-  for (; i < n; ++i) chains[0] += double(x[i]);
-  return ((chains[0] + chains[1]) + (chains[2] + chains[3])) + ((chains[4] + chains[5]) + (chains[6] + chains[7]));
+  const T* logits = x.cells + v;
+  Ints<T> index = Ints<T>{} + Int<T>(c);
+  for (int64_t k = 0; k < classes; ++k, logits += x.width, index += 1) {
+    next.ask(v, k);
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroup; ++g) {
+      const Vector<T> logit = load(logits + g * W);
+      max[g] = maximum(logit, max[g]);
+      if constexpr (kind != TargetKind::kSoft) target_logit[g] = select(y[g] == index, logit, target_logit[g]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int g = 0; g < kGroup; ++g) store(sums.target_logit + v + g * W, target_logit[g]);
+
+  LaneSums<T, dense> lanes[kGroup];
+  T* cells = x.cells + v;
+  for (int64_t first = 0; first < classes; first += kTermsOfASum) {
+    LaneSums<T, dense> part[kGroup];
+    const int64_t last = std::min(first + kTermsOfASum, classes);
+    for (int64_t k = first; k < last; ++k, cells += x.width) {
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroup; ++g) {
+        T* const cell = cells + g * W;
+        const Vector<T> a =
+            dense ? coefficient<T, kind>(problem, c + k, q ? q->row(k) + v + g * W : nullptr) : Vector<T>{};
+        const Vector<T> exponential = part[g].add(load(cell), max[g], a);
+        if constexpr (keep) store(cell, exponential);
+      }
+    }
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroup; ++g) lanes[g].add(part[g]);
+  }
+#pragma GCC unroll 2
+  for (int g = 0; g < kGroup; ++g) {
+    const Vector<T> ties = T(classes) - lanes[g].count_of_others();
+    sums.template add<dense>(v + g * W, c == 0, max[g], ties, lanes[g]);
+  }
 }
 
 // With one_pass, for all classes in one block, the gradient is made of the exponentials that the sums are made of.
 template <class T, TargetKind kind, bool one_pass>
 static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, int64_t count, Sums& sums) {
-  constexpr bool soft = kind == TargetKind::kSoft;
-  alignas(64) T x[kTile * kClassBlock<T>], q[soft ? kTile * kClassBlock<T> : 1];
+  constexpr bool soft = kind == TargetKind::kSoft, smoothed = kind == TargetKind::kSmoothedIndex;
+  Tile<T> x(problem);
+  std::conditional_t<soft, Tile<T>, NoTile> q(problem);
   const TileTargets<T> targets(problem, cursor, first, count);
   TileSums<T> tile;
-  for (int64_t c = 0; c < problem.classes && targets.any_valid; c += kClassBlock<T>) {
-    const int64_t classes = std::min(kClassBlock<T>, problem.classes - c);
+  const int64_t of_block = classes_of_block<T>(problem), lanes = whole_groups<T>(count);
+  for (int64_t c = 0; c < problem.classes && targets.any_valid; c += of_block) {
+    const int64_t classes = std::min(of_block, problem.classes - c);
     read_tile(x, cursor, count, problem.logits, c, classes);
-    if constexpr (soft) read_tile(q, cursor, count, problem.target, c, classes);
-    for (int64_t i = 0; i < count && !soft; ++i) {
-      const int64_t k = targets.y[i] - c;
-      if (k >= 0 && k < classes) tile.target_logit[i] = x[k * kTile + i];
+    const Tile<T>* probabilities = nullptr;
+    if constexpr (soft) {
+      read_tile(q, cursor, count, problem.target, c, classes);
+      probabilities = &q;
     }
-    for (int64_t v = 0; v < count; v += kLanes<T>) tile.template add<kind, one_pass>(problem, x, q, v, c, classes);
+    const Prefetch next(x, cursor, problem.logits, c);
+    for (int64_t v = 0; v < lanes; v += kGroupLanes<T>) {
+      sum_group<T, kind, one_pass>(tile, problem, x, probabilities, targets, next, v, c, classes);
+    }
   }
 
-  const T* weight = static_cast<const T*>(problem.weight);
   T* const lse = static_cast<T*>(problem.lse) + first;
-  const Vector<T> zero{}, share = broadcast(T(soft ? 1 : problem.label_smoothing / double(problem.classes)));
-  T losses[kTile], own[one_pass ? kTile : 1];
+  const T* weight = static_cast<const T*>(problem.weight);
+  const Vector<T> zero{};
+  const T share = T(soft ? 1 : problem.label_smoothing / double(problem.classes));
+  T losses[kTile + kGroupLanes<T>];
   for (int64_t v = 0; v < count; v += kLanes<T>) {
-    const auto valid = load(targets.valid + v) != zero;
-    const Vector<T> max = load(tile.max + v);
-    const Vector<T> log_sum = log_of_sum(load(tile.ties + v), load(tile.rest + v) + load(tile.lost + v));
+    const int64_t n = std::min<int64_t>(kLanes<T>, count - v);
+    if (!targets.any_valid) {
+      store(losses + v, zero);
+      store_partial(lse + v, zero, n);
+      store_partial(lse + problem.positions + v, zero, n);
+      if constexpr (one_pass) {
+        for (int64_t k = 0; k < problem.classes; ++k) store(x.row(k) + v, zero);
+      }
+      continue;
+    }
+    const auto valid = targets.valid_at(v) != Ints<T>{};
+    const Vector<T> max = load(tile.max + v), hit = load(targets.hit + v);
+    const Vector<T> ties = load(tile.ties + v), rest = load(tile.rest + v) + load(tile.lost + v);
+    const Vector<T> log_sum = log_of_sum(ties, rest);
     const Vector<T> gap = max - load(tile.target_logit + v);
     Vector<T> lse_rounded, lse_lost;
     two_sum(max, log_sum, lse_rounded, lse_lost);
-    const int64_t lanes = std::min<int64_t>(kLanes<T>, count - v);
-    store_partial(lse + v, select(valid, lse_rounded, zero), lanes);
-    store_partial(lse + problem.positions + v, select(valid, lse_lost, zero), lanes);
-    const Vector<T> spread = load(tile.spread + v) + load(tile.spread_lost + v);
-    const Vector<T> mass = load(tile.mass + v) + load(tile.mass_lost + v);
-    if constexpr (soft) store_partial(lse + 2 * problem.positions + v, mass, lanes);
-    const Vector<T> loss = index_loss(load(targets.hit + v), share, gap, spread, mass, log_sum);
+    store_partial(lse + v, select(valid, lse_rounded, zero), n);
+    store_partial(lse + problem.positions + v, select(valid, lse_lost, zero), n);
+    Vector<T> spread{}, mass{};
+    if constexpr (kind != TargetKind::kIndex) {
+      spread = load(tile.spread + v) + load(tile.spread_lost + v);
+      mass = load(tile.mass + v) + load(tile.mass_lost + v);
+    }
+    if constexpr (soft) store_partial(lse + 2 * problem.positions + v, mass, n);
+    const Vector<T> loss = index_loss(hit, broadcast(kind == TargetKind::kIndex ? T(0) : share), gap, spread, mass, log_sum);
     store(losses + v, select(valid, loss, zero));
     if constexpr (one_pass) {
-      const Vector<T> scaled_hit = T(problem.scale) * load(targets.hit + v);
-      const Vector<T> factor = scaled_hit / (load(tile.ties + v) + (load(tile.rest + v) + load(tile.lost + v)));
-      for (int64_t k = 0; k < problem.classes; ++k) {
-        T* const cell = x + k * kTile + v;
-        store(cell, select(valid, load(cell) * factor, zero));
+      // The target's own softmax - 1 is minus the share of the others, who are summed without it.
+      const Vector<T> is_maximum = select(gap == zero, zero + T(1), zero), exponential = exp(-gap);
+      const Vector<T> others = (ties - is_maximum) + (rest - select(gap == zero, zero, exponential));
+      // With smoothing the scale comes last, as in the backward: infinite, it would be multiplied into each term.
+      const T scale = T(problem.scale), rest_of_total = smoothed ? T(problem.smoothed_total) : T(0);
+      const Vector<T> share_of_one = (smoothed ? T(1) : scale) / (ties + rest);
+      const Vector<T> factor = share_of_one * (hit + rest_of_total);
+      Vector<T> own = -(share_of_one * hit) * others;
+      if constexpr (smoothed) {
+        own = scale * (own + (share_of_one * rest_of_total * exponential - load(targets.smoothed + v)));
       }
-      store(own + v, target_gradient(scaled_hit, zero, zero, -gap - log_sum));
+      const Ints<T> y = targets.classes_at(v);
+      T* cell = x.cells + v;
+      Ints<T> index{};
+      for (int64_t k = 0; k < problem.classes; ++k, cell += x.width, index += 1) {
+        Vector<T> gradient = load(cell) * factor;
+        if constexpr (smoothed) gradient = scale * (gradient - share * (weight ? weight[k] : T(1)));
+        store(cell, select(y == index, own, select(valid, gradient, zero)));
+      }
     }
   }
   sums.loss += sum_of<T>(losses, count);
-  if constexpr (!soft) {
-    T weights[kTile];
-    for (int64_t i = 0; i < count; ++i) {
-      weights[i] = targets.y[i] < 0 ? T(0) : weight ? weight[targets.y[i]] : T(1);
-    }
-    sums.weight += sum_of<T>(weights, count);
-  }
+  sums.weight += targets.sum_of_weights;
   if (problem.loss) write_from(losses, problem.loss, first, 1, count);
-  if constexpr (one_pass) {
-    for (int64_t i = 0; i < count; ++i) {
-      if (targets.y[i] >= 0) x[targets.y[i] * kTile + i] = own[i];
-    }
-    write_tile(x, cursor, count, problem.grad_logits, 0, problem.classes, problem.stream);
+  if constexpr (one_pass) write_tile(x, cursor, count, problem.grad_logits, 0, problem.classes, problem.stream);
+}
+
+// ---- backward -------------------------------------------------------------------------------------------------------
+
+// grad_output / denominator.
+template <class T>
+XENT_INLINE void read_scales(T* scale, const Backward& problem, const Cursor& cursor, int64_t count) {
+  bool one_for_all = true;
+  for (int d = 0; d < problem.dims; ++d) one_for_all &= problem.grad_output.stride[d] == 0;
+  if (one_for_all) {
+    std::fill_n(scale, count, T(double(read_one<T>(problem.grad_output, 0)) * problem.scale));
+  } else {
+    read_positions(scale, cursor, count, problem.grad_output);
+    for (int64_t i = 0; i < count; ++i) scale[i] = T(double(scale[i]) * problem.scale);
   }
 }
 
 template <class T, TargetKind kind>
 static void backward_tile(const Backward& problem, Cursor cursor, int64_t first, int64_t count) {
-  constexpr bool soft = kind == TargetKind::kSoft;
-  alignas(64) T x[kTile * kClassBlock<T>], q[soft ? kTile * kClassBlock<T> : 1];
+  constexpr bool soft = kind == TargetKind::kSoft, smoothed = kind == TargetKind::kSmoothedIndex;
+  constexpr int W = kLanes<T>;
+  Tile<T> x(problem);
+  std::conditional_t<soft, Tile<T>, NoTile> q(problem);
   const T* weight = static_cast<const T*>(problem.weight);
   const T keep = T(1 - problem.label_smoothing);
   const T share = T(soft ? 1 : problem.label_smoothing / double(problem.classes));
   const Vector<T> zero{};
   const TileTargets<T> targets(problem, cursor, first, count);
 
-  // The positions' terms as in rows.inl, one array each; ignored positions have a scale of zero.
+  // The positions' terms as in rows.inl, one array each.
   alignas(64) T scale[kTile], rest_of_total[kTile], lse_rounded[kTile], lse_lost[kTile];
   const T* const lse = static_cast<const T*>(problem.lse) + first;
-  for (int64_t i = count; i < whole_vectors<T>(count); ++i)
-    scale[i] = rest_of_total[i] = lse_rounded[i] = lse_lost[i] = 0;
-  read_positions(scale, cursor, count, problem.grad_output);
-  for (int64_t i = 0; i < count; ++i) {
-    scale[i] = targets.valid[i] != 0 ? T(double(scale[i]) * problem.scale) : T(0);
-    rest_of_total[i] = soft ? lse[2 * problem.positions + i] : T(problem.smoothed_total);
-    lse_rounded[i] = lse[i];
-    lse_lost[i] = lse[problem.positions + i];
-  }
+  const int64_t lanes = whole_groups<T>(count);
+  read_scales(scale, problem, cursor, count);
+  read_elements(lse_rounded, lse, 1, count);
+  read_elements(lse_lost, lse + problem.positions, 1, count);
+  if (soft) read_elements(rest_of_total, lse + 2 * problem.positions, 1, count);
+  for (int64_t i = 0; i < lanes && !soft; ++i) rest_of_total[i] = T(problem.smoothed_total);
+  for (int64_t i = count; i < lanes; ++i) scale[i] = rest_of_total[i] = lse_rounded[i] = lse_lost[i] = 0;
 
-  for (int64_t c = 0; c < problem.classes; c += kClassBlock<T>) {
-    const int64_t classes = std::min(kClassBlock<T>, problem.classes - c);
+  const int64_t of_block = classes_of_block<T>(problem);
+  for (int64_t c = 0; c < problem.classes; c += of_block) {
+    const int64_t classes = std::min(of_block, problem.classes - c);
     if (targets.any_valid) {
       read_tile(x, cursor, count, problem.logits, c, classes);
       if constexpr (soft) read_tile(q, cursor, count, problem.target, c, classes);
     }
-
-    alignas(64) T target_logit[kTile] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t k = targets.y[i] - c;
-      if (k >= 0 && k < classes) target_logit[i] = x[k * kTile + i];
-    }
-
-    for (int64_t v = 0; v < count; v += kLanes<T>) {
-      const auto valid = load(targets.valid + v) != zero;
+    const Prefetch next(x, cursor, problem.logits, c);
+    for (int64_t v = 0; v < lanes; v += W) {
+      const auto valid = targets.valid_at(v) != Ints<T>{};
+      const Ints<T> y = targets.classes_at(v);
       const Vector<T> g = load(scale + v), hit = load(targets.hit + v), rest = load(rest_of_total + v);
       const Vector<T> rounded = load(lse_rounded + v), lost = load(lse_lost + v);
-      for (int64_t k = 0; k < classes; ++k) {
-        T* const cell = x + k * kTile + v;
-        T* const q_cell = q + k * kTile + v;
+      Vector<T> target_logit{};
+      const T* logits = x.cells + v;
+      Ints<T> index = Ints<T>{} + Int<T>(c);
+      for (int64_t k = 0; k < classes && !soft; ++k, logits += x.width, index += 1) {
+        if (v % kGroupLanes<T> == 0) next.ask(v, k);
+        target_logit = select(y == index, load(logits), target_logit);
+      }
+      const Vector<T> own_smoothed = smoothed ? load(targets.smoothed + v) : zero;
+      const Vector<T> own = g * target_gradient(hit, rest, own_smoothed, (target_logit - rounded) - lost);
+      T* cell = x.cells + v;
+      index -= Int<T>(soft ? 0 : classes);
+      for (int64_t k = 0; k < classes; ++k, cell += x.width, index += 1) {
         const Vector<T> log_softmax = (load(cell) - rounded) - lost;
-        const Vector<T> a = coefficient<T, kind>(problem, c + k, q_cell);
         Vector<T> gradient;
-        if constexpr (kind == TargetKind::kSoft) {
-          gradient = soft_gradient(rest, log_softmax, a);
+        if constexpr (soft) {
+          T* const q_cell = q.row(k) + v;
+          gradient = g * soft_gradient(rest, log_softmax, coefficient<T, kind>(problem, c + k, q_cell));
           const T own_weight = weight ? weight[c + k] : T(1);
           store(q_cell, -(g * (keep * own_weight)) * log_softmax);
-        } else if constexpr (kind == TargetKind::kSmoothedIndex) {
-          gradient = plain_gradient(hit + rest, exp(log_softmax), a * share);
         } else {
-          gradient = plain_gradient(hit, exp(log_softmax), zero);
+          const Vector<T> a = smoothed ? broadcast(share * (weight ? weight[c + k] : T(1))) : zero;
+          gradient = g * plain_gradient(smoothed ? hit + rest : hit, exp(log_softmax), a);
+          gradient = select(y == index, own, gradient);
         }
-        store(cell, select(valid, g * gradient, zero));
-      }
-    }
-
-    if constexpr (!soft) {
-      T own[kTile];
-      for (int64_t v = 0; v < count; v += kLanes<T>) {
-        const Vector<T> log_softmax = (load(target_logit + v) - load(lse_rounded + v)) - load(lse_lost + v);
-        T smoothed[kLanes<T>] = {};
-        for (int64_t i = v; kind == TargetKind::kSmoothedIndex && i < v + kLanes<T> && i < count; ++i) {
-          if (targets.y[i] >= 0) smoothed[i - v] = share * (weight ? weight[targets.y[i]] : T(1));
-        }
-        const Vector<T> gradient =
-            target_gradient(load(targets.hit + v), load(rest_of_total + v), load(smoothed), log_softmax);
-        store(own + v, load(scale + v) * gradient);
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t k = targets.y[i] - c;
-        if (k >= 0 && k < classes) x[k * kTile + i] = own[i];
+        store(cell, select(valid, gradient, zero));
       }
     }
     if (problem.grad_logits) write_tile(x, cursor, count, problem.grad_logits, c, classes, problem.stream);
@@ -328,16 +572,18 @@ static void backward_tile(const Backward& problem, Cursor cursor, int64_t first,
 
 template <class T>
 static void forward_tiles(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
+  const int64_t width = width_of_tile<T>(problem);
   Cursor cursor(problem, begin);
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t count = std::min(kTile, end - first);
+  for (int64_t first = begin; first < end; first += width) {
+    const int64_t count = std::min(width, end - first);
     switch (problem.kind) {
       case TargetKind::kIndex:
         problem.grad_logits ? forward_tile<T, TargetKind::kIndex, true>(problem, cursor, first, count, sums)
                             : forward_tile<T, TargetKind::kIndex, false>(problem, cursor, first, count, sums);
         break;
       case TargetKind::kSmoothedIndex:
-        forward_tile<T, TargetKind::kSmoothedIndex, false>(problem, cursor, first, count, sums);
+        problem.grad_logits ? forward_tile<T, TargetKind::kSmoothedIndex, true>(problem, cursor, first, count, sums)
+                            : forward_tile<T, TargetKind::kSmoothedIndex, false>(problem, cursor, first, count, sums);
         break;
       case TargetKind::kSoft: forward_tile<T, TargetKind::kSoft, false>(problem, cursor, first, count, sums); break;
     }
@@ -347,9 +593,10 @@ static void forward_tiles(const Forward& problem, int64_t begin, int64_t end, Su
 
 template <class T>
 static void backward_tiles(const Backward& problem, int64_t begin, int64_t end) {
+  const int64_t width = width_of_tile<T>(problem);
   Cursor cursor(problem, begin);
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t count = std::min(kTile, end - first);
+  for (int64_t first = begin; first < end; first += width) {
+    const int64_t count = std::min(width, end - first);
     switch (problem.kind) {
       case TargetKind::kIndex: backward_tile<T, TargetKind::kIndex>(problem, cursor, first, count); break;
       case TargetKind::kSmoothedIndex:

@@ -224,16 +224,10 @@ static void read_positions(T* out, Cursor cursor, int64_t count, const View& vie
   }
 }
 
-// Replaces targets that are ignored by -1, and those that are no class, too; remembers the first of these.
-XENT_INLINE void check_targets(int64_t* y, const Problem& problem, int64_t first, int64_t count) {
-  bool any_bad = false;
+// Remembers the first position whose target is no class, which are those marked by -2, and ignores it.
+static __attribute__((noinline)) void report_bad_targets(int64_t* y, const Problem& problem, int64_t first,
+                                                         int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    const bool ignored = y[i] == problem.ignore_index;
-    const bool is_class = (y[i] >= 0) & (y[i] < problem.classes);
-    any_bad |= !ignored & !is_class;
-    y[i] = ignored ? -1 : is_class ? y[i] : -2;
-  }
-  for (int64_t i = 0; any_bad && i < count; ++i) {
     if (y[i] != -2) continue;
     y[i] = -1;
     int64_t known = __atomic_load_n(problem.first_bad_position, __ATOMIC_RELAXED);
@@ -241,4 +235,29 @@ XENT_INLINE void check_targets(int64_t* y, const Problem& problem, int64_t first
                                                              __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
     }
   }
+}
+
+// Replaces targets that are ignored by -1, and those that are no class, too; remembers the first of these.
+XENT_INLINE void check_targets(int64_t* y, const Problem& problem, int64_t first, int64_t count) {
+  constexpr int64_t L = kLanes<double>;
+  const uint64_t classes = uint64_t(problem.classes);
+  Int64Vector any_bad{};
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    Int64Vector v;
+    __builtin_memcpy(&v, y + i, sizeof v);
+    const Int64Vector ignored = v == problem.ignore_index, is_class = (Uint64Vector)v < classes;
+    const Int64Vector bad = ~ignored & ~is_class;
+    v = (is_class & ~ignored ? v : Int64Vector{} - 1) + bad;  // a mask's lanes are -1
+    any_bad |= bad;
+    __builtin_memcpy(y + i, &v, sizeof v);
+  }
+  bool is_bad = false;
+  for (int64_t k = 0; k < L; ++k) is_bad |= any_bad[k] != 0;
+  for (; i < count; ++i) {
+    const bool ignored = y[i] == problem.ignore_index, is_class = uint64_t(y[i]) < classes;
+    is_bad |= !ignored & !is_class;
+    y[i] = ignored ? -1 : is_class ? y[i] : -2;
+  }
+  if (is_bad) report_bad_targets(y, problem, first, count);
 }

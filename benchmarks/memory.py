@@ -1,0 +1,122 @@
+"""The peak of what one step takes on top of what is there before it.
+
+On a GPU the allocator knows. On a CPU a process of its own reports what the system gave it: the peak of its resident
+memory, which Linux lets it reset. There, freed memory goes back at once (malloc keeps none, and neither does this
+package), so that nothing taken from earlier steps hides what a step needs.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import re
+import statistics
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+import cross_entropy_ext
+
+from .providers import REGISTRY
+from .records import first_line
+from .shapes import Case, Shape, make_inputs
+from .timing import Run, step
+
+# Allocations of more than a few pages come from the system, and go back to it.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+
+
+def cuda_peak(run: Run, logits: torch.Tensor) -> int:
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run(logits)
+    torch.cuda.synchronize()
+    del result
+    return torch.cuda.max_memory_allocated() - before
+
+
+class CpuPeaks:
+    """Asks the process. Without Linux there is none, and every peak is None."""
+
+    def __init__(self) -> None:
+        self.connection: Connection | None = None
+        if not _can_reset_peak():
+            return
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        before = {name: os.environ.get(name) for name in ENVIRONMENT}
+        os.environ.update(ENVIRONMENT)
+        context.Process(target=_serve, args=(theirs, torch.get_num_threads()), daemon=True).start()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        theirs.close()
+
+    def of(self, case: Case, shape: Shape, provider: str, backward: bool) -> int | None:
+        if self.connection is None:
+            return None
+        try:
+            self.connection.send((case, shape, provider, backward))
+            answer = self.connection.recv()
+        except (EOFError, OSError):  # the system ended it, most likely for its memory
+            self.connection = None
+            return None
+        return answer if isinstance(answer, int) else None
+
+    def close(self) -> None:
+        if self.connection is not None:
+            self.connection.close()
+
+
+def _can_reset_peak() -> bool:
+    try:
+        _reset_peak()
+        return bool(_status("VmHWM"))
+    except OSError:
+        return False
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def _serve(connection: Connection, threads: int) -> None:
+    torch.set_num_threads(threads)
+    losses = {}
+    while True:
+        try:
+            case, shape, name, backward = connection.recv()
+        except EOFError:
+            return
+        try:
+            if name not in losses:
+                losses[name] = next(provider for provider in REGISTRY if provider.name == name).load()
+            inputs = make_inputs(case, shape, "cpu")
+            inputs.logits.requires_grad_(backward)
+            connection.send(_cpu_peak(step(losses[name], inputs, backward), inputs.logits))
+            del inputs
+        except Exception as error:
+            connection.send(first_line(error))
+        torch._dynamo.reset()
+
+
+def _cpu_peak(run: Run, logits: torch.Tensor) -> int:
+    run(logits)  # what is allocated once: compiled code, threads' stacks
+    peaks = []
+    for _ in range(3):
+        gc.collect()
+        cross_entropy_ext.empty_cache()
+        _reset_peak()
+        before = _status("VmRSS")
+        result = run(logits)
+        peaks.append(max(0, _status("VmHWM") - before))
+        del result
+    return int(statistics.median(peaks))

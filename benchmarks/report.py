@@ -1,0 +1,407 @@
+"""Turns the result files into docs/benchmarks.md, its figures, and what the README says of them.
+
+    python -m benchmarks.report
+
+It measures nothing: every number comes from benchmarks/results/<device>/*.json.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from . import figures
+from . import records as files
+
+ROOT = Path(__file__).parents[1]
+PAGE, README, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "README.md", ROOT / "docs" / "benchmarks"
+BEGIN = "<!-- From here on `python -m benchmarks.report` writes. -->"
+END = "<!-- Up to here. -->"
+PARTS = ("run", "scaling", "training", "accuracy")
+TRAINING, EVALUATION = "forward+backward", "forward"
+PEERS = ("liger", "quack", "flash-attn", "apex", "unsloth", "cut-cross-entropy")
+
+Groups = dict[tuple[str, str], dict[str, dict]]  # (case, direction): provider: record
+
+
+# ---- what the numbers say -------------------------------------------------------------------------------------------
+
+
+def grouped(result: dict) -> Groups:
+    """The records of a run by case and direction. A copy belongs to the case it was measured with."""
+    groups: Groups = {}
+    key = None
+    for record in result["records"]:
+        if record["direction"] != "copy":
+            key = record["case"], record["direction"]
+        groups.setdefault(key, {})[record["provider"]] = record
+    return groups
+
+
+def ratios(groups: Groups, direction: str, over: str, of: str = "ours") -> list[float]:
+    """How many times longer `over` takes than `of`, case by case."""
+    found = []
+    for (_, this), providers in groups.items():
+        times = [providers.get(name, {}).get("median_ms") for name in (over, of)]
+        if this == direction and all(times):
+            found.append(times[0] / times[1])
+    return found
+
+
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def elements(record: dict) -> int:
+    return math.prod(record["shape"])
+
+
+def large_float32(groups: Groups, provider: str) -> list[float]:
+    """Copies of the logits that a training step takes, in float32 from a million elements on."""
+    return [
+        providers[provider]["copies"]
+        for (_, direction), providers in groups.items()
+        if direction == TRAINING
+        and "copies" in providers.get(provider, {})
+        and providers[provider]["dtype"] == "float32"
+        and elements(providers[provider]) >= 1_000_000
+    ]
+
+
+def described(result: dict) -> str:
+    """The machine and the versions, in a sentence."""
+    machine, versions = result["machine"], result["versions"]
+    if "gpu" in machine:
+        what = f"{machine['gpu']} (sm_{machine['capability'].replace('.', '')}), CUDA {versions['cuda']}"
+    else:
+        what = f"{machine['cpu']}, {machine['threads']} threads, {machine['instruction_set']}"
+    peers = [f"{name} {versions[name]}" for name in files.PACKAGES if versions.get(name)]
+    return f"{what}; torch {versions['torch']}, Python {versions['python']}" + "".join(f", {peer}" for peer in peers)
+
+
+def summary(result: dict) -> str:
+    groups = grouped(result)
+    native, compiled = ratios(groups, TRAINING, "native"), ratios(groups, TRAINING, "native compiled")
+    fresh, in_place = large_float32(groups, "ours"), large_float32(groups, "ours in place")
+    text = (
+        f"Forward and backward, {len(native)} cases: {geometric_mean(native):.1f} times as fast as the native loss in "
+        f"the geometric mean, {min(native):.1f} to {max(native):.1f} times"
+    )
+    if compiled:
+        text += (
+            f"; {geometric_mean(compiled):.1f} times as fast as the native loss compiled ({min(compiled):.1f} to "
+            f"{max(compiled):.1f})"
+        )
+    return (
+        f"{text}. From a million elements on, in float32, that is {min(fresh):.1f} to {max(fresh):.1f} times what "
+        f"copying the logits takes, and {min(in_place):.1f} to {max(in_place):.1f} times with `inplace=True`."
+    )
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]], left: int = 1) -> str:
+    header = list(header)
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * left + "---:|" * (len(header) - left)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def number(value: float | None, form: str = "") -> str:
+    """Three digits or so."""
+    if value is None or not math.isfinite(value):
+        return "-" if value is None else str(value)
+    if form:
+        return format(value, form)
+    return (
+        f"{value:.0f}"
+        if value >= 100
+        else f"{value:.1f}"
+        if value >= 10
+        else f"{value:.2f}"
+        if value >= 1
+        else f"{value:.3f}"
+    )
+
+
+def shape_of(record: dict) -> str:
+    text = "x".join(map(str, record["shape"])) + f" {record['dtype']}"
+    text += f", {record['layout']}" if record["layout"] != "contiguous" else ""
+    text += ", probabilities" if record["target"] == "probabilities" else ""
+    return text + (f", {record['options']}" if record["options"] else "")
+
+
+def run_table(groups: Groups, direction: str) -> str:
+    present = [name for name in PEERS if any(name in p and "median_ms" in p[name] for p in groups.values())]
+    names = ["native", "native compiled", *present, "ours", *(["ours in place"] if direction == TRAINING else [])]
+    rows = []
+    for (case, this), providers in groups.items():
+        if this != direction or "ours" not in providers:
+            continue
+        time: Callable[[str], float | None] = lambda name, p=providers: p.get(name, {}).get("median_ms")  # noqa: E731
+        cells = [case, shape_of(providers["ours"]), *(number(time(name)) for name in [*names, "copy"])]
+        cells += [
+            number(time(name) / time("ours"), ".1f") if time(name) else "-" for name in ("native", "native compiled")
+        ]
+        cells += [number(time("ours") / time("copy"), ".2f")]
+        if direction == TRAINING:
+            cells.append(number(time("ours in place") / time("copy"), ".2f") if time("ours in place") else "-")
+        rows.append(cells)
+    header = [
+        "case",
+        "logits",
+        *(f"{name}, ms" for name in [*names, "copy"]),
+        "native / ours",
+        "compiled / ours",
+        "copies",
+    ]
+    return markdown_table([*header, *(["copies, in place"] if direction == TRAINING else [])], rows, left=2)
+
+
+def memory_table(groups: Groups) -> str:
+    names = ("native", "native compiled", "ours", "ours in place")
+    rows = []
+    for (case, direction), providers in groups.items():
+        peaks = [providers.get(name, {}).get("peak_extra_bytes") for name in names]
+        if direction != TRAINING or "ours" not in providers or elements(providers["ours"]) < 1_000_000:
+            continue
+        size = elements(providers["ours"]) * (2 if "16" in providers["ours"]["dtype"] else 4)
+        cells = [case, f"{size / 2**20:.0f}", *("-" if peak is None else f"{peak / size:.2f}" for peak in peaks)]
+        rows.append(cells)
+    return markdown_table(["case", "logits, MiB", *names], rows)
+
+
+def failures(groups: Groups) -> str:
+    said = [
+        f"* {case}, {direction}, {name}: {record.get('error') or record.get('wrong')}"
+        for (case, direction), providers in groups.items()
+        for name, record in providers.items()
+        if ("error" in record or "wrong" in record) and name not in PEERS
+    ]
+    return "\n".join(["What failed, or was wrong:", "", *said]) if said else ""
+
+
+def training_table(result: dict) -> str:
+    rows = []
+    for record in result["records"]:
+        if "error" in record:
+            rows.append([record["model"], f"{record['loss']}, {record['mode']}", record["error"]])
+            continue
+        share, peak = record["loss_share"], record["peak_bytes"]
+        rows.append(
+            [
+                record["model"],
+                f"{record['loss']}, {record['mode']}",
+                number(record["step_ms"]),
+                number(record["loss_ms"]),
+                "-" if share is None else f"{share:.0%}",
+                "-" if peak is None else f"{peak / 2**20:.0f}",
+            ]
+        )
+    return markdown_table(["model", "loss", "step, ms", "of it the loss, ms", "share", "peak, MiB"], rows, left=2)
+
+
+def scaling_table(result: dict, curve: str, columns: list[str]) -> str:
+    points: dict[tuple, dict] = {}
+    for record in result["records"]:
+        if record["curve"] == curve and "ns_per_element" in record:
+            points.setdefault(tuple(record[name] for name in columns), {})[record["provider"]] = record[
+                "ns_per_element"
+            ]
+    rows = [
+        [*map(str, point), *(number(values.get(name)) for name in ("native", "ours", "copy"))]
+        for point, values in points.items()
+    ]
+    return markdown_table([*columns, "native, ns", "ours, ns", "copy, ns"], rows, left=len(columns))
+
+
+def overhead_table(result: dict) -> str:
+    points: dict[tuple, dict] = {}
+    for record in result["records"]:
+        if record["curve"] == "overhead":
+            points.setdefault((record["case"], record["direction"]), {})[record["provider"]] = record["median_us"]
+    rows = [
+        [*point, *(number(values.get(name), ".1f") for name in ("native", "native compiled", "ours"))]
+        for point, values in points.items()
+    ]
+    return markdown_table(["logits", "call", "native, us", "native compiled, us", "ours, us"], rows, left=2)
+
+
+def grid_table(result: dict) -> str:
+    providers = ("rounding", "ours", "native", "liger")
+    points: dict[tuple, dict] = {}
+    for record in result["records"]:
+        if record["table"] == "grid":
+            points.setdefault((record["dtype"], record["scale"], record["classes"]), {})[record["provider"]] = record
+    rows = []
+    for point, found in points.items():
+        cells = [found.get(name, {}).get(what) for what in ("loss_error", "grad_error") for name in providers]
+        rows.append([*map(str, point), *("-" if cell is None else f"{cell:.1e}" for cell in cells)])
+    header = ["dtype", "scale", "C", *(f"{what}, {name}" for what in ("loss", "gradient") for name in providers)]
+    return markdown_table(header, rows, left=1)
+
+
+def cases_table(result: dict) -> str:
+    providers = ("ours", "native", "liger")
+    points: dict[tuple, dict] = {}
+    exact: dict[tuple, str] = {}
+    for record in result["records"]:
+        if record["table"] == "cases":
+            point = record["case"], record["quantity"]
+            points.setdefault(point, {})[record["provider"]] = record.get("shown", "-")
+            exact[point] = record["exact_shown"]
+    rows = [[*point, exact[point], *(found.get(name, "-") for name in providers)] for point, found in points.items()]
+    return markdown_table(["case", "quantity", "exact", *providers], rows, left=2)
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+def figure(device: str, name: str, title: str) -> str:
+    return f"![{title}](benchmarks/{device}-{name}.svg)"
+
+
+def device_page(device: str) -> list[str]:
+    results = {part: files.read(device, part) for part in PARTS}
+    first = next(result for result in results.values() if result)
+    lines = [f"## {'CPU' if device == 'cpu' else first['machine']['gpu']}", ""]
+    for part, result in results.items():
+        if result is None:
+            lines += [f"Of `benchmarks.{part}` no result was recorded on this device.", ""]
+            continue
+        lines += [f"### {TITLES[part]}", "", f"`{result['command']}`, {result['date']}: {described(result)}.", ""]
+        lines += [block for section in SECTIONS[part](device, result) for block in (section, "") if section]
+    return lines
+
+
+def run_section(device: str, result: dict) -> list[str]:
+    groups = grouped(result)
+    return [
+        summary(result),
+        "Medians of interleaved turns. `copies` is the time of ours in units of copying the logits, one read and one "
+        "write. In place means `inplace=True`.",
+        figure(device, "run", "Time in units of a copy of the logits"),
+        "#### Training: forward and backward",
+        run_table(groups, TRAINING),
+        "#### Evaluation: forward without gradients",
+        run_table(groups, EVALUATION),
+        "#### Memory",
+        "The peak of a training step on top of the logits, in sizes of the logits.",
+        memory_table(groups),
+        failures(groups),
+    ]
+
+
+def scaling_section(device: str, result: dict) -> list[str]:
+    sections = [
+        figure(device, "classes", "Time for each element against the number of classes"),
+        figure(device, "rows", "Time for each element against the number of rows"),
+        EXPLAINED.get(device, ""),
+    ]
+    if any(record["curve"] == "threads" for record in result["records"]):
+        sections += ["Threads, nanoseconds for each element:", scaling_table(result, "threads", ["case", "threads"])]
+    return [
+        *sections,
+        "What a call costs where the logits are tiny, in microseconds: one evaluation, and the two halves of a "
+        "training step.",
+        overhead_table(result),
+        "<details><summary>Every point of the curves</summary>",
+        scaling_table(result, "classes", ["layout", "classes", "rows"]),
+        scaling_table(result, "rows", ["classes", "rows"]),
+        "</details>",
+    ]
+
+
+def training_section(device: str, result: dict) -> list[str]:
+    return [
+        "Whole training steps of small models on real data; every variant's loss agrees with native's, step by step.",
+        figure(device, "training", "Time of a training step, and the loss's share of it"),
+        training_table(result),
+    ]
+
+
+def accuracy_section(device: str, result: dict) -> list[str]:
+    return [
+        "Errors against float64, for normal logits of standard deviation `scale`: of the loss of the worst row, "
+        "relative; of the gradient of the worst row, relative to the row's largest element. `rounding` is what "
+        "rounding the exact result to its dtype costs, below which no error can be. On a CPU Liger runs in Triton's "
+        "interpreter, which truncates bfloat16 where a GPU rounds.",
+        grid_table(result),
+        "Where it matters:",
+        cases_table(result),
+    ]
+
+
+# Where a curve has a step, and why.
+EXPLAINED = {"cpu": ""}
+TITLES = {
+    "run": "Every case",
+    "scaling": "Scaling",
+    "training": "Training whole models",
+    "accuracy": "Accuracy",
+}
+SECTIONS = {
+    "run": run_section,
+    "scaling": scaling_section,
+    "training": training_section,
+    "accuracy": accuracy_section,
+}
+
+
+def devices() -> list[str]:
+    """The CPU first."""
+    found = sorted(path.name for path in files.RESULTS.iterdir() if path.is_dir() and any(path.glob("*.json")))
+    return sorted(found, key=lambda name: (name != "cpu", name))
+
+
+def page() -> str:
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `python -m benchmarks.report` from `benchmarks/results/`. `python -m benchmarks.run` measures what "
+        "follows on your machine; `benchmarks.scaling`, `benchmarks.training` and `benchmarks.accuracy` do the rest.",
+        "",
+    ]
+    for device in devices():
+        lines += device_page(device)
+    if devices() == ["cpu"]:
+        lines += [
+            "## GPU",
+            "",
+            "No result of a GPU was recorded yet: `make gpu` on a machine that has one does it.",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def readme_block() -> str:
+    """Between the README's two marks."""
+    result = files.read("cpu", "run")
+    return (
+        f"{BEGIN}\n![Time of forward and backward in units of a copy of the logits](docs/benchmarks/cpu-run.svg)\n\n"
+        f"{summary(result)}\n\n"
+        f"Measured by `{result['command']}` ({described(result)}). All cases, scaling, whole models, memory and "
+        f"accuracy: [docs/benchmarks.md](docs/benchmarks.md).\n{END}"
+    )
+
+
+def with_block(readme: str) -> str:
+    return re.sub(re.escape(BEGIN) + ".*" + re.escape(END), lambda _: readme_block(), readme, flags=re.DOTALL)
+
+
+def main() -> None:
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for device in devices():
+        for part, draw in figures.DRAWN.items():
+            result = files.read(device, part)
+            if result:
+                draw(device, result, FIGURES)
+    PAGE.write_text(page())
+    README.write_text(with_block(README.read_text()))
+    print(f"{PAGE}\n{README}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Every loss on every input, side by side: time, bytes per second and memory, and a table.
+
+    python -m benchmarks.run [--device cpu|cuda] [--quick] [--only PATTERN] [--seconds S] [--json FILE]
+
+* `shapes` lists the inputs, `providers` who is measured. `copy` copies the logits, one read and one write: no loss with
+  a gradient of its own can be much faster, and its time is the unit of the column `copies`.
+* `timing` says how time is measured, `memory` what the peak is; `values` compares every provider with float64 first.
+  One that fails is a record with its error. One that is wrong is timed, and its record says what is `wrong`.
+* Directions: `forward+backward` is a training step, `forward` an evaluation without gradients.
+* `bytes` is what has to be moved: logits and targets once, and for the backward the gradient once.
+
+Records are written after every case, so that a stop loses one case at most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import cross_entropy_ext
+
+from . import records as files
+from .memory import CpuPeaks, cuda_peak
+from .providers import Provider, Refused, importable
+from .shapes import CASES, Case, Inputs, make_inputs, make_logits
+from .timing import Timed, measure, step
+from .values import Expected
+
+DIRECTIONS = ("forward+backward", "forward")
+SECONDS = {"cpu": 420.0, "cuda": 150.0, "quick": 22.0}
+QUICK_COMPILED = "ImageNet"
+console = Console(width=max(150, Console().width))
+
+
+def wanted_providers(
+    case: Case, direction: str, found: list[Provider], arguments: argparse.Namespace
+) -> list[Provider]:
+    """Compiling takes seconds: a quick run shows in one case that it works, and on a GPU evaluations go without."""
+    training = direction == DIRECTIONS[0]
+    compiled = training and case.name == QUICK_COMPILED if arguments.quick else training or arguments.device == "cpu"
+    wanted = {"ours in place": training, "native compiled": compiled}
+    return [provider for provider in found if wanted.get(provider.name, True)]
+
+
+def sets_of_logits(case: Case, inputs: Inputs, device: str) -> list[torch.Tensor]:
+    """One, or on a GPU as many as fill its L2 cache four times."""
+    count = 1
+    if device != "cpu":
+        size = inputs.logits.numel() * inputs.logits.element_size()
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        count = max(1, min(64, -(-4 * cache // size)))
+    shape = tuple(inputs.logits.shape)
+    return [inputs.logits, *(make_logits(case, shape, device, seed) for seed in range(2, count + 1))]
+
+
+class Measurement:
+    """All providers on one case in one direction."""
+
+    def __init__(self, case: Case, shape: tuple[int, ...], device: str, direction: str, peaks: CpuPeaks | None) -> None:
+        self.case, self.shape, self.device, self.direction, self.peaks = case, shape, device, direction, peaks
+        self.backward = direction == "forward+backward"
+        self.inputs = make_inputs(case, shape, device)
+        self.sets = sets_of_logits(case, self.inputs, device)
+        self.expected = Expected(self.inputs)
+        self.records: dict[str, dict] = {}
+        self.timed: list[Timed] = []
+
+    def record(self, provider: str, direction: str) -> dict:
+        self.records[provider] = {**self.case.fields(self.shape), "provider": provider, "direction": direction}
+        return self.records[provider]
+
+    def leaves(self, overwrites: bool) -> list[torch.Tensor]:
+        """The sets as leaves of a graph: the tensors themselves, or copies for who overwrites them."""
+        tensors = [t.clone(memory_format=torch.preserve_format) if overwrites else t.detach() for t in self.sets]
+        return [tensor.requires_grad_(self.backward) for tensor in tensors]
+
+    def add(self, provider: Provider) -> None:
+        """Checks a provider's values, measures its memory, and gets it ready for its turns."""
+        record = self.record(provider.name, self.direction)
+        try:
+            run = step(provider.load(), self.inputs, self.backward)
+            overwrites = provider.overwrites and self.backward
+            one = Timed(provider.name, run, self.leaves(overwrites), self.sets if overwrites else None)
+            for _ in range(2):  # the first compiles
+                wrong = self.expected.wrong(*run(one.logits[0]))
+                one.restore(0)
+                if wrong:
+                    record["wrong"] = wrong
+            if self.peaks:
+                record["peak_extra_bytes"] = self.peaks.of(self.case, self.shape, provider.name, self.backward)
+            else:
+                record["peak_extra_bytes"] = cuda_peak(run, one.logits[0])
+                one.restore(0)
+            self.timed.append(one)
+        except Refused as refusal:
+            record["error"] = str(refusal)
+        except Exception as error:
+            record["error"] = files.first_line(error)
+
+    def add_copy(self) -> None:
+        out = torch.empty_like(self.sets[0])
+        self.record("copy", "copy")["peak_extra_bytes"] = 0
+        self.timed.append(Timed("copy", out.copy_, self.sets))
+
+    def run(self, deadline: float) -> list[dict]:
+        measure(self.timed, self.device, deadline)
+        logits, target = self.inputs.logits, self.inputs.target
+        size, read = logits.numel() * logits.element_size(), target.numel() * target.element_size()
+        for one in self.timed:
+            record = self.records[one.name]
+            record |= one.summary()
+            if "median_ms" in record:
+                record["bytes"] = 2 * size if one.name == "copy" else size + read + size * self.backward
+                record["gb_per_s"] = record["bytes"] / record["median_ms"] / 1e6
+        unit = self.records["copy"].get("median_ms")
+        for record in self.records.values():
+            if unit and "median_ms" in record:
+                record["copies"] = record["median_ms"] / unit
+        return list(self.records.values())
+
+
+def measure_case(
+    case: Case,
+    direction: str,
+    found: list[Provider],
+    arguments: argparse.Namespace,
+    deadline: float,
+    peaks: CpuPeaks | None,
+) -> list[dict]:
+    shape = case.shape(arguments.device, arguments.quick)
+    try:
+        measurement = Measurement(case, shape, arguments.device, direction, peaks)
+        for provider in wanted_providers(case, direction, found, arguments):
+            measurement.add(provider)
+        measurement.add_copy()
+        return measurement.run(deadline)
+    except Exception as error:  # of the case itself, such as memory for its inputs
+        return [{**case.fields(shape), "provider": "", "direction": direction, "error": files.first_line(error)}]
+    finally:
+        torch._dynamo.reset()
+        gc.collect()
+        cross_entropy_ext.empty_cache()
+        if arguments.device != "cpu":
+            torch.cuda.empty_cache()
+
+
+def table(records: list[dict]) -> Table:
+    shown = Table(box=box.SIMPLE, title="Medians; copies: in units of the time to copy the logits", pad_edge=False)
+    shown.add_column("case, direction", overflow="fold")
+    shown.add_column("provider")
+    for name in ("median ms", "min", "max", "GB/s", "copies", "extra MiB"):
+        shown.add_column(name, justify="right")
+    last = None
+    for record in records:
+        key = record["case"], record["direction"]
+        if record["direction"] != "copy" and key != last:
+            shown.add_section()
+        name = (
+            f"{key[0]}, {'fwd+bwd' if '+' in key[1] else 'fwd'}"
+            if record["direction"] != "copy" and key != last
+            else ""
+        )
+        last = key if record["direction"] != "copy" else last
+        if "error" in record:
+            shown.add_row(name, record["provider"], f"[red]{record['error'][:60]}[/]")
+            continue
+        peak = record.get("peak_extra_bytes")
+        cells = [f"{record[k]:.4f}" for k in ("median_ms", "min_ms", "max_ms")]
+        cells += [f"{record['gb_per_s']:.1f}", f"{record['copies']:.2f}", "" if peak is None else f"{peak / 2**20:.1f}"]
+        if "wrong" in record:
+            cells.append(f"[red]{record['wrong']}[/]")
+        shown.add_row(name, record["provider"], *cells[:6])
+    return shown
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="small inputs, under a minute; its times mean little")
+    parser.add_argument("--only", default="", help="regular expression on the cases' names")
+    parser.add_argument("--seconds", type=float, help="for all cases, which share them (cpu 420, cuda 150, quick 22)")
+    parser.add_argument("--json", type=Path, help="default: run.json in benchmarks/results/<device>, or below $OUT")
+    arguments = parser.parse_args()
+    if arguments.seconds is None:
+        arguments.seconds = SECONDS["quick" if arguments.quick else arguments.device]
+    if arguments.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("there is no GPU that torch finds")
+        if cross_entropy_ext.build_info()["cuda_archs"] is None:
+            parser.error("the package was built without CUDA: FORCE_CUDA=1 python setup.py build_ext --inplace")
+    return arguments
+
+
+def interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, interrupt)
+    device = arguments.device
+    path = arguments.json or files.folder(device) / "run.json"
+    deadline = time.monotonic() + arguments.seconds
+    cases = [case for case in CASES if case.shape(device, arguments.quick) and re.search(arguments.only, case.name)]
+    work = [(case, direction) for case in cases for direction in DIRECTIONS]
+    found = importable(device)
+    peaks = CpuPeaks() if device == "cpu" else None
+    records: list[dict] = []
+    stopped = False
+    with Progress(console=console) as progress:
+        task = progress.add_task("", total=len(work))
+        try:
+            for done, (case, direction) in enumerate(work):
+                progress.update(task, description=f"{case.name}, {direction}")
+                now = time.monotonic()
+                if now > deadline and device != "cpu":
+                    missing = {"provider": "", "direction": direction, "error": "no time left"}
+                    records.append({**case.fields(case.shape(device, arguments.quick)), **missing})
+                    continue
+                share = max(0.0, deadline - now) / (len(work) - done)
+                records += measure_case(case, direction, found, arguments, now + share, peaks)
+                files.write(path, device, records, quick=arguments.quick, complete=False)
+                progress.advance(task)
+        except KeyboardInterrupt:
+            stopped = True
+    complete = not stopped and not any(record.get("error") == "no time left" for record in records)
+    files.write(path, device, records, quick=arguments.quick, complete=complete)
+    console.print(table(records))
+    console.print(f"{path}", highlight=False)
+    ours = [record for record in records if record["provider"] in ("", "ours", "ours in place")]
+    sys.exit(0 if complete and not any("error" in record or "wrong" in record for record in ours) else 1)
+
+
+if __name__ == "__main__":
+    main()

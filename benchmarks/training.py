@@ -1,0 +1,674 @@
+"""End to end: training steps of whole models, with the native loss and with ours, eager and compiled.
+
+    python -m benchmarks.training [--device cpu|cuda] [--quick] [--only PATTERN] [--json FILE]
+
+The models are plain torch.nn and learn from real data, which `data` finds in installed packages: a transformer language
+model with two sizes of vocabulary, a U-Net that segments photographs and ignores outlines, and a ResNet that reads
+digits. A variant of a model is a loss in a mode; everything else is the same for all, down to the seeds and batches.
+
+* `native` is torch.nn.CrossEntropyLoss, `ours` cross_entropy_ext.CrossEntropyLoss, `ours in place` the same with
+  inplace=True, which torch.compile has no use for.
+* `eager` runs one operation after another; `compiled` is torch.compile of the model and the loss together.
+
+How to read a record:
+
+* `step_ms`, `min_ms`, `max_ms`: zero_grad, forward, loss, backward and optimizer. The median is what to compare.
+* `loss_ms`, `loss_share`: from the logits to their gradient, which is the loss's forward and backward, and its share of
+  the step, which is the most that another loss could save. Compiled, both are None: the native loss is fused with its
+  neighbours, and there is nothing to put a clock on.
+* `peak_bytes`: the most memory that training took on top of the model itself, so with gradients, the optimizer's state,
+  activations and logits. On a CPU it is resident memory, on Linux only; on a GPU it is what the allocator handed out.
+* `final_loss`, `difference`: of the last step, and the largest distance of any step's loss from that of native, eager.
+  Where this is beyond TOLERANCE, the record says what is `wrong`.
+
+Every variant has a process of its own, so that memory is apart. They take turns, step by step and each round begun by
+another one, so that what else the machine does hits all alike, and all but one wait. Each has rehearsed a step before,
+and begun anew: neither compiling nor what is allocated only once is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import itertools
+import math
+import multiprocessing
+import os
+import re
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+import cross_entropy_ext
+
+from . import data
+from . import records as files
+
+NATIVE, OURS, OURS_IN_PLACE = "native", "ours", "ours in place"
+EAGER, COMPILED = "eager", "compiled"
+VARIANTS = [(NATIVE, EAGER), (OURS, EAGER), (OURS_IN_PLACE, EAGER), (NATIVE, COMPILED), (OURS, COMPILED)]
+QUICK_COMPILED = "language model, 32k"  # compiling takes long: in a quick run, one model shows that it works
+
+SEED = 0
+WARM_UP = 2  # steps that count for the losses, but not for the times
+REST = 0.01  # seconds between turns, for the threads of the last one to fall asleep
+# OpenMP's threads spin a while before they sleep: libgomp's for some 10 ms, libomp's for 200. That is into the next
+# turn, and where the machine has other work, on the core that the thread they wait for needs: steps then take many
+# times as long. Here they spin for a millisecond at most, which is enough from one loop of a step to the next.
+ENVIRONMENT = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
+# In nats. Sums in another order differ in their last bits, and training carries that forward.
+TOLERANCE = {"cpu": 1e-3, "cuda": 2e-2}
+
+Batch = tuple[np.ndarray, np.ndarray]
+console = Console(width=max(120, Console().width))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The models
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.project = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        query, key, value = self.project(hidden).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = nn.Sequential(nn.LayerNorm(width), Attention(width, heads))
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attention(hidden)
+        return hidden + self.layers(hidden)
+
+
+class LanguageModel(nn.Module):
+    """GPT-2 made small: words (B, T) to logits (B * T, vocabulary), with one matrix for both."""
+
+    def __init__(self, vocabulary: int, context: int, width: int, blocks: int) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, width)
+        self.places = nn.Parameter(torch.empty(context, width))
+        self.blocks = nn.Sequential(*(Block(width, heads=width // 32) for _ in range(blocks)), nn.LayerNorm(width))
+        nn.init.normal_(self.words.weight, std=0.02)
+        nn.init.normal_(self.places, std=0.02)
+
+    def forward(self, words: Tensor) -> Tensor:
+        hidden = self.blocks(self.words(words) + self.places)
+        return F.linear(hidden.flatten(0, 1), self.words.weight)
+
+
+def convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
+    """No bias, which the normalisation would take away again. SiLU rather than ReLU, whose kink makes the last bit of a
+    loss a thousandth of it within 30 steps, and then says nothing about whose loss is right."""
+    return nn.Sequential(nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.SiLU())
+
+
+class UNet(nn.Module):
+    """Images (B, 3, H, W) to logits (B, classes, H, W)."""
+
+    def __init__(self, classes: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(convolution(*pair) for pair in itertools.pairwise((3, *widths)))
+        self.up = nn.ModuleList(
+            convolution(above + below, above) for above, below in reversed(list(itertools.pairwise(widths)))
+        )
+        self.head = nn.Conv2d(widths[0], classes, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        kept = [self.down[0](images)]
+        for layer in self.down[1:]:
+            kept.append(layer(F.max_pool2d(kept[-1], 2)))
+        hidden = kept.pop()
+        for layer in self.up:
+            hidden = layer(torch.cat([kept.pop(), F.interpolate(hidden, scale_factor=2)], 1))
+        return self.head(hidden)
+
+
+class Residual(nn.Module):
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            convolution(before, after, stride),
+            nn.Conv2d(after, after, 3, padding=1, bias=False),
+            nn.BatchNorm2d(after),
+        )
+        self.short = nn.Conv2d(before, after, 1, stride, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.silu(self.layers(images) + self.short(images))
+
+
+class ResNet(nn.Module):
+    """Images (B, 1, H, W) to logits (B, classes)."""
+
+    def __init__(self, classes: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            convolution(1, widths[0]),
+            *(Residual(before, after, stride=2) for before, after in itertools.pairwise(widths)),
+        )
+        self.head = nn.Linear(widths[-1], classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.layers(images).mean((2, 3)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What they are trained with: a new model is an entry of WORKLOADS
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a model, `model` being its arguments but for the classes, and of its batches."""
+
+    batch: int
+    length: int  # of a text in words, or of an image's side in pixels
+    steps: int
+    model: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    classes: int
+    model: Callable[[int, Size], nn.Module]
+    batches: Callable[[int, Size], list[Batch]]
+    sizes: dict[str, Size]  # by device, and "quick" where that would show anything new
+    options: dict = field(default_factory=dict)  # of the loss
+
+
+def language_model(vocabulary: int, size: Size) -> nn.Module:
+    return LanguageModel(vocabulary, size.length, **size.model)
+
+
+def unet(classes: int, size: Size) -> nn.Module:
+    return UNet(classes, **size.model)
+
+
+def resnet(classes: int, size: Size) -> nn.Module:
+    return ResNet(classes, **size.model)
+
+
+def texts(vocabulary: int, size: Size) -> list[Batch]:
+    """Words from random places, and for each the one that follows."""
+    text, random = data.words(vocabulary), np.random.default_rng(SEED)
+
+    def batch() -> Batch:
+        starts = random.integers(len(text) - size.length, size=(size.batch, 1))
+        windows = text[starts + np.arange(size.length + 1)]
+        return windows[:, :-1].copy(), windows[:, 1:].flatten()
+
+    return [batch() for _ in range(size.steps)]
+
+
+def crops(classes: int, size: Size) -> list[Batch]:
+    """Squares of photographs from random places."""
+    (images, labels), random = data.photographs(classes), np.random.default_rng(SEED)
+    height, width = labels.shape[1:]
+
+    def crop() -> Batch:
+        image = random.integers(len(labels))
+        top, left = random.integers(height - size.length), random.integers(width - size.length)
+        square = np.s_[..., top : top + size.length, left : left + size.length]
+        return images[image][square], labels[image][square]
+
+    def batch() -> Batch:
+        found = [crop() for _ in range(size.batch)]
+        return np.stack([image for image, _ in found]), np.stack([label for _, label in found])
+
+    return [batch() for _ in range(size.steps)]
+
+
+def digits(classes: int, size: Size) -> list[Batch]:
+    (images, labels), random = data.digits(size.length), np.random.default_rng(SEED)
+    picks = [random.integers(len(labels), size=size.batch) for _ in range(size.steps)]
+    return [(images[pick], labels[pick]) for pick in picks]
+
+
+SMALL, LARGE, TINY = {"width": 128, "blocks": 2}, {"width": 768, "blocks": 6}, {"width": 32, "blocks": 1}
+WORKLOADS = [
+    Workload(
+        "language model, 32k",
+        32_768,
+        language_model,
+        texts,
+        {"cpu": Size(16, 64, 24, SMALL), "cuda": Size(8, 1024, 50, LARGE), "quick": Size(4, 32, 6, TINY)},
+    ),
+    Workload(
+        "language model, 128k",
+        131_072,
+        language_model,
+        texts,
+        {"cpu": Size(8, 64, 16, SMALL), "cuda": Size(4, 1024, 50, LARGE)},
+    ),
+    Workload(
+        "segmentation, 19 classes",
+        19,
+        unet,
+        crops,
+        {
+            "cpu": Size(4, 256, 24, {"widths": (16, 32, 64)}),
+            "cuda": Size(16, 384, 50, {"widths": (64, 128, 256, 512)}),
+            "quick": Size(2, 64, 6, {"widths": (8, 16)}),
+        },
+        {"ignore_index": data.NO_CLASS},
+    ),
+    Workload(
+        "image classifier, 10 classes",
+        10,
+        resnet,
+        digits,
+        {
+            "cpu": Size(256, 32, 30, {"widths": (16, 32, 64, 128)}),
+            "cuda": Size(1024, 32, 50, {"widths": (64, 128, 256, 512)}),
+            "quick": Size(32, 32, 6, {"widths": (8, 16)}),
+        },
+    ),
+]
+
+
+def make_loss(name: str, options: dict) -> nn.Module:
+    if name == NATIVE:
+        return nn.CrossEntropyLoss(**options)
+    if name == OURS_IN_PLACE:
+        return cross_entropy_ext.CrossEntropyLoss(**options, inplace=True)
+    return cross_entropy_ext.CrossEntropyLoss(**options)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A variant's process
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Marks on the way through a step. On a GPU they are events, and nothing has to wait for the device."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.marks: dict[str, float | torch.cuda.Event] = {}
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+
+    def mark(self, name: str) -> None:
+        if self.device == "cpu":
+            self.marks[name] = time.perf_counter()
+        else:
+            self.marks[name] = torch.cuda.Event(enable_timing=True)
+            self.marks[name].record()
+
+    def milliseconds(self, first: str, last: str) -> float | None:
+        """From one mark to another, or None where they were not met."""
+        if first not in self.marks or last not in self.marks:
+            return None
+        self.synchronize()
+        start, end = self.marks[first], self.marks[last]
+        return 1e3 * (end - start) if self.device == "cpu" else start.elapsed_time(end)
+
+
+@dataclass(frozen=True)
+class Step:
+    loss: float
+    step_ms: float
+    loss_ms: float | None
+
+
+class Training:
+    """A model on its way."""
+
+    def __init__(self, workload: Workload, size: Size, device: str, loss: str, mode: str) -> None:
+        torch.manual_seed(SEED)
+        self.device = device
+        self.model = workload.model(workload.classes, size).to(device)
+        self.criterion = make_loss(loss, workload.options).to(device)
+        self.optimizer = self.make_optimizer()
+        self.forward = self.forward_eager if mode == EAGER else self.forward_compiled
+        self.compiled = torch.compile(self.model_and_loss, dynamic=False)
+
+    def make_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+
+    def rehearse(self, batch: Batch) -> None:
+        """A step whose effect on the model is undone."""
+        before = {name: value.clone() for name, value in self.model.state_dict().items()}
+        self.step(batch)
+        self.optimizer.zero_grad()
+        self.model.load_state_dict(before)
+        self.optimizer = self.make_optimizer()
+
+    def forward_eager(self, inputs: Tensor, targets: Tensor, clock: Clock) -> Tensor:
+        """The backward begins with the loss, whose share ends where the logits' gradient arrives at the hook."""
+        logits = self.model(inputs)
+        logits.register_hook(lambda _: clock.mark("gradient"))
+        clock.mark("logits")
+        return self.criterion(logits, targets)
+
+    def model_and_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.criterion(self.model(inputs), targets)
+
+    def forward_compiled(self, inputs: Tensor, targets: Tensor, clock: Clock) -> Tensor:
+        return self.compiled(inputs, targets)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.device == "cpu" else torch.autocast("cuda", torch.bfloat16)
+
+    def step(self, batch: Batch) -> Step:
+        inputs, targets = (torch.from_numpy(array).to(self.device) for array in batch)
+        clock = Clock(self.device)
+        clock.mark("start")
+        self.optimizer.zero_grad()
+        with self.autocast():
+            loss = self.forward(inputs, targets, clock)
+        loss.backward()
+        self.optimizer.step()
+        clock.mark("end")
+        return Step(loss.item(), clock.milliseconds("start", "end"), clock.milliseconds("logits", "gradient"))
+
+
+class Peak:
+    """The most memory that was taken since it was made."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        gc.collect()
+        cross_entropy_ext.empty_cache()
+        if device != "cpu":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return
+        with contextlib.suppress(OSError, AttributeError):  # there is none but in glibc
+            ctypes.CDLL(None).malloc_trim(0)
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the highest becomes what is resident now
+            self.before = resident("VmRSS")
+        except OSError:
+            self.before = None
+
+    def bytes(self) -> int | None:
+        if self.before is None:
+            return None
+        now = resident("VmHWM") if self.device == "cpu" else torch.cuda.max_memory_allocated()
+        return now - self.before
+
+
+def resident(name: str) -> int:
+    """What Linux says of this process's memory: VmRSS is resident now, VmHWM was at the highest."""
+    found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if not found:
+        raise OSError(f"this system does not tell {name}")
+    return 1024 * int(found[1])
+
+
+def serve(
+    connection: Connection, workload: Workload, size: Size, device: str, loss: str, mode: str, first: Batch
+) -> None:
+    """A variant's process: rehearses, says how many parameters there are, makes a step of each batch it is sent, and at
+    None says what memory that took. An answer that is a string is an error, and the last."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
+    try:
+        training = Training(workload, size, device, loss, mode)
+        training.rehearse(first)
+        peak = Peak(device)
+        connection.send(sum(parameter.numel() for parameter in training.model.parameters()))
+        while (batch := connection.recv()) is not None:
+            connection.send(training.step(batch))
+        connection.send(peak.bytes())
+    except EOFError:  # who started it is gone
+        pass
+    except Exception as error:
+        connection.send(files.first_line(error))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The process that sends the batches
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Variant:
+    loss: str
+    mode: str
+    process: BaseProcess
+    connection: Connection
+    steps: list[Step] = field(default_factory=list)
+    parameters: int | None = None
+    peak_bytes: int | None = None
+    error: str = ""
+
+    def send(self, batch: Batch | None) -> None:
+        if not self.error:
+            with contextlib.suppress(OSError):  # receive() tells why
+                self.connection.send(batch)
+
+    def receive(self) -> object:
+        """The answer, or None and an error."""
+        if self.error:
+            return None
+        try:
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            answer = f"its process ended with exit code {self.process.exitcode}"
+        if isinstance(answer, str):
+            self.error = answer
+            return None
+        return answer
+
+    def turn(self, batch: Batch) -> None:
+        self.send(batch)
+        if isinstance(step := self.receive(), Step):
+            self.steps.append(step)
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.terminate()
+        self.process.join()
+
+
+def start(workload: Workload, size: Size, device: str, loss: str, mode: str, first: Batch) -> Variant:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = theirs, workload, size, device, loss, mode, first
+    process = context.Process(target=serve, args=arguments, daemon=True)
+    process.start()
+    theirs.close()  # so that the end of the process is the end of the pipe
+    return Variant(loss, mode, process, ours)
+
+
+def wanted(workload: Workload, quick: bool) -> list[tuple[str, str]]:
+    if not quick:
+        return VARIANTS
+    compiled = [(OURS, COMPILED)] if workload.name == QUICK_COMPILED else []
+    return [variant for variant in VARIANTS if variant[1] == EAGER] + compiled
+
+
+def measure(workload: Workload, size: Size, arguments: argparse.Namespace, progress: Progress) -> list[dict]:
+    """All variants of a model, in turns."""
+    task = progress.add_task(f"{workload.name}: data", total=size.steps)
+    progress.refresh()
+    batches = workload.batches(workload.classes, size)
+    pairs = wanted(workload, arguments.quick)
+    variants = []
+    try:
+        for loss, mode in pairs:
+            variants.append(start(workload, size, arguments.device, loss, mode, batches[0]))
+        progress.update(task, description=f"{workload.name}: rehearsal", refresh=True)
+        for variant in variants:
+            variant.parameters = variant.receive()
+        for done, batch in enumerate(batches):
+            progress.update(task, description=f"{workload.name}: training", completed=done, refresh=True)
+            for variant in variants[done % len(pairs) :] + variants[: done % len(pairs)]:
+                time.sleep(REST)
+                variant.turn(batch)
+        progress.update(task, completed=size.steps, refresh=True)
+        for variant in variants:
+            variant.send(None)
+            variant.peak_bytes = variant.receive()
+        return [record(workload, variant, variants[0], batches[0], arguments.device) for variant in variants]
+    finally:
+        for variant in variants:
+            variant.close()
+
+
+def record(workload: Workload, variant: Variant, reference: Variant, batch: Batch, device: str) -> dict:
+    found = {"model": workload.name, "loss": variant.loss, "mode": variant.mode}
+    if variant.error:
+        return {**found, "error": variant.error}
+    timed = variant.steps[WARM_UP:]
+    times = [step.step_ms for step in timed]
+    step_ms = statistics.median(times)
+    _, targets = batch
+    loss_ms = statistics.median([step.loss_ms for step in timed]) if variant.mode == EAGER else None
+    found |= {
+        "step_ms": step_ms,
+        "min_ms": min(times),
+        "max_ms": max(times),
+        "loss_ms": loss_ms,
+        "loss_share": None if loss_ms is None else loss_ms / step_ms,
+        "peak_bytes": variant.peak_bytes,
+        "steps": len(timed),
+        "logits_shape": [len(targets), workload.classes, *targets.shape[1:]],
+        "parameters": variant.parameters,
+        "final_loss": variant.steps[-1].loss,
+        "difference": None,
+    }
+    if not reference.error:
+        differences = [abs(a.loss - b.loss) for a, b in zip(variant.steps, reference.steps, strict=True)]
+        worst = max(range(len(differences)), key=lambda i: math.inf if math.isnan(differences[i]) else differences[i])
+        found["difference"] = differences[worst]
+        if not differences[worst] <= TOLERANCE[device]:  # a NaN compares false
+            found["wrong"] = f"the loss of step {worst + 1} is {differences[worst]:.1e} from native's"
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command
+# ------------------------------------------------------------------------------------------------------------
+
+
+def table(records: list[dict]) -> Table:
+    shown = Table(
+        box=box.SIMPLE, pad_edge=False, title="Training steps; faster and of native: against native in the same mode"
+    )
+    shown.add_column("model, variant", no_wrap=True)
+    for name in ("step ms", "from", "to", "faster", "loss ms", "share", "faster", "MiB", "of native", "differs"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    native = {(r["model"], r["mode"]): r for r in records if r["loss"] == NATIVE and "error" not in r}
+    last = None
+    for record in records:
+        if record["model"] != last:
+            last = record["model"]
+            shown.add_section()
+            shown.add_row(f"[bold]{last}[/]")
+        variant = f"  {record['mode']}, {record['loss']}"
+        if "error" in record:
+            console.print(f"[red]{last}, {variant.strip()}: {record['error']}[/]", highlight=False)
+            shown.add_row(variant, "[red]failed[/]")
+        else:
+            shown.add_row(variant, *cells(record, native.get((last, record["mode"]), {})))
+    return shown
+
+
+def cells(record: dict, native: dict) -> list[str]:
+    def form(name: str, how: str, unit: float = 1) -> str:
+        return "" if record[name] is None else format(record[name] / unit, how)
+
+    return [
+        *(form(name, ".1f") for name in ("step_ms", "min_ms", "max_ms")),
+        ratio(native.get("step_ms"), record["step_ms"]),
+        form("loss_ms", ".2f"),
+        form("loss_share", ".1%"),
+        ratio(native.get("loss_ms"), record["loss_ms"]),
+        form("peak_bytes", ".0f", 2**20),
+        ratio(record["peak_bytes"], native.get("peak_bytes")),
+        ("[red]" if "wrong" in record else "") + form("difference", ".0e"),
+    ]
+
+
+def ratio(one: float | None, other: float | None) -> str:
+    return f"{one / other:.2f}" if one and other else ""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--quick", action="store_true", help="tiny models, under a minute; its times mean little")
+    parser.add_argument("--only", default="", help="regular expression on the models' names")
+    parser.add_argument("--json", type=Path, help="default: results/<device>/training.json, or below $OUT")
+    arguments = parser.parse_args()
+    if arguments.device == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("there is no GPU that torch finds")
+        if cross_entropy_ext.build_info()["cuda_archs"] is None:
+            parser.error("the package was built without CUDA: FORCE_CUDA=1 python setup.py build_ext --inplace")
+    return arguments
+
+
+def interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, interrupt)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    device = arguments.device
+    path = arguments.json or files.folder(device) / "training.json"
+    size = "quick" if arguments.quick else device
+    workloads = [one for one in WORKLOADS if size in one.sizes and re.search(arguments.only, one.name)]
+    records: list[dict] = []
+    complete = False
+    # Refreshed by hand: a thread that draws would take time from what is measured.
+    with Progress(console=console, auto_refresh=False) as progress, contextlib.suppress(KeyboardInterrupt):
+        for workload in workloads:
+            try:
+                records += measure(workload, workload.sizes[size], arguments, progress)
+            except Exception as error:  # of its data, such as a package that is missing
+                failed = {"model": workload.name, "error": files.first_line(error)}
+                records += [{**failed, "loss": loss, "mode": mode} for loss, mode in wanted(workload, arguments.quick)]
+            files.write(path, device, records, quick=arguments.quick, complete=False)
+        complete = True
+    files.write(path, device, records, quick=arguments.quick, complete=complete)
+    console.print(table(records))
+    console.print(f"{path}", highlight=False)
+    ours = [record for record in records if record["loss"] != NATIVE]
+    sys.exit(0 if complete and not any("error" in record or "wrong" in record for record in ours) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+// The extension's own Python module.
+#include <ATen/Version.h>
+#include <pybind11/pybind11.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "cpu/gradient_memory.h"
+#include "cpu/kernels.h"
+#if defined(WITH_CUDA)
+#include "cuda/device.h"
+#include "cuda/launch.h"
+#endif
+#include "cross_entropy.h"
+
+namespace xent {
+namespace {
+
+// torch.ops.cross_entropy_ext.cross_entropy with its defaults, called without the search for an overload and the
+// conversion of each argument to what any operator could take: they cost more than a small loss.
+at::Tensor cross_entropy_from_python(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                                     int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  return cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, std::nullopt, false, false);
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+  info["torch"] = TORCH_VERSION;
+  info["instruction_set"] = kernels_for(at::get_cpu_capability().c_str()).instruction_set;
+#if defined(WITH_CUDA)
+  info["cuda_archs"] = gpu::compiled_archs();
+#else
+  info["cuda_archs"] = pybind11::none();
+#endif
+  return info;
+}
+
+void check_errors() {
+#if defined(WITH_CUDA)
+  gpu::check_errors();
+#endif
+}
+
+}  // namespace
+}  // namespace xent
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("cross_entropy", torch::wrap_pybind_function_no_gil(&xent::cross_entropy_from_python));
+  m.def("build_info", &xent::build_info);
+  m.def("check_errors", &xent::check_errors, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("empty_cache", &xent::release_gradient_memory);
+}

@@ -1,0 +1,347 @@
+"""The benchmarks: what they measure is right, what fails is said, and what the pages claim is what was recorded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import figures, providers, records, report, run, scaling, shapes, timing, values
+from benchmarks.memory import CpuPeaks
+from benchmarks.providers import Provider, Refused
+from benchmarks.shapes import CASES, Case
+from cross_entropy_ext.functional import cross_entropy
+
+ROOT = Path(__file__).parents[1]
+BOTH = ("forward+backward", "forward")
+
+# -- the pages -----------------------------------------------------------------------------------------------
+
+
+def test_readme_says_what_was_recorded():
+    readme = (ROOT / "README.md").read_text()
+    assert report.BEGIN in readme and report.END in readme
+    assert report.with_block(readme) == readme, "run `python -m benchmarks.report`"
+
+
+def test_page_says_what_was_recorded():
+    assert report.PAGE.read_text() == report.page(), "run `python -m benchmarks.report`"
+
+
+def test_readme_figure_shows_what_was_recorded():
+    """Its labels, in the order in which they are drawn."""
+    shown = re.findall(r">([^<>]+)</text>", (report.FIGURES / "cpu-run.svg").read_text())
+    groups = figures.bars(records.read("cpu", "run"))
+    expected = [
+        figures.label(group[name]) for _, group in reversed(groups) for name in figures.COLOURS if name in group
+    ]
+    assert len(expected) > 40
+    rest = iter(shown)
+    missing = [text for text in expected if text not in rest]
+    assert not missing, "run `python -m benchmarks.report`"
+    assert {case for case, _ in groups} <= set(shown)
+
+
+@pytest.mark.parametrize("changed", ["time", "machine"])
+def test_pages_would_differ(changed, monkeypatch):
+    """The three tests above can fail: another number, another text."""
+    result = records.read("cpu", "run")
+    before = report.summary(result), report.described(result), figures.bars(result)
+    if changed == "time":
+        for record in result["records"]:
+            if record["provider"] == "ours" and "copies" in record:
+                record["copies"] *= 1.3
+                record["median_ms"] *= 1.3
+        assert report.summary(result) != before[0] and figures.bars(result) != before[2]
+    else:
+        result["machine"]["threads"] += 1
+        assert report.described(result) != before[1]
+
+
+def test_every_case_was_recorded():
+    """On the shapes of today, in both directions, right, and next to native and a copy."""
+    groups = report.grouped(records.read("cpu", "run"))
+    for case in CASES:
+        for direction in BOTH:
+            if case.cpu is None:
+                continue
+            group = groups[case.name, direction]
+            for name in ("ours", "native", "native compiled", "copy"):
+                record = group[name]
+                assert "wrong" not in record and record["median_ms"] > 0, (case.name, name, record)
+                expected = json.loads(json.dumps(case.fields(case.cpu)))
+                assert {key: record[key] for key in expected} == expected
+
+
+# -- inputs and providers ------------------------------------------------------------------------------------
+
+
+def test_cases_have_names_of_their_own_and_some_are_quick():
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+    assert sum(case.quick is not None for case in CASES) >= 8
+    for case in CASES:
+        for shape in filter(None, (case.cpu, case.cuda, case.quick)):
+            classes = {s[1] for s in (case.cpu, case.cuda, case.quick) if s}
+            assert len(classes) == 1 and len(shape) >= 2
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.quick], ids=lambda case: case.name)
+def test_inputs_are_as_their_case_says(case):
+    inputs = shapes.make_inputs(case, case.quick, "cpu")
+    logits, target = inputs.logits, inputs.target
+    assert tuple(logits.shape) == case.quick and logits.dtype == case.dtype
+    assert logits.is_contiguous() == (case.layout == "contiguous" or logits.size(1) == 1)
+    if case.layout != "contiguous":
+        assert logits.stride(1) == 1
+    if case.target == "index":
+        counted = target[target != case.ignore_index]
+        assert counted.min() >= 0 and counted.max() < logits.size(1)
+        if target.numel() > 500:
+            assert abs(1 - counted.numel() / target.numel() - case.ignored) < 0.1
+    else:
+        assert torch.allclose(target.float().sum(1), torch.ones(()), atol=1e-2)
+
+
+def test_peers_refuse_what_they_cannot():
+    logits, target = torch.randn(2, 5, 3), torch.randint(5, (2, 3))
+    with pytest.raises(Refused, match="rows"):
+        providers.rows(logits, target)
+    with pytest.raises(Refused, match="indices"):
+        providers.rows(logits, logits)
+    flat, labels = providers.rows(logits.movedim(1, 2).contiguous().movedim(2, 1), target)
+    assert flat.shape == (6, 5) and labels.shape == (6,)
+    with pytest.raises(Refused, match="weight"):
+        providers.only({"weight": 1}, "reduction")
+
+
+# -- values --------------------------------------------------------------------------------------------------
+
+VARIANTS = [
+    Case("plain", (64, 10)),
+    Case("ignored, weights, smoothing", (64, 10), ignored=0.3, weighted=True, label_smoothing=0.1),
+    Case("none", (64, 10), reduction="none"),
+    Case("sum", (64, 10), reduction="sum", ignored=0.3, ignore_index=7),
+    Case("probabilities", (8, 5, 4), target="probabilities", weighted=True),
+    Case("bfloat16", (8, 5, 4, 4), dtype=torch.bfloat16, layout="channels_last"),
+]
+
+
+@pytest.mark.parametrize("case", VARIANTS, ids=lambda case: case.name)
+def test_right_values_pass_and_wrong_ones_do_not(case):
+    inputs = shapes.make_inputs(case, case.cpu, "cpu")
+    inputs.logits.requires_grad_()
+    expected = values.Expected(inputs)
+    for loss in (F.cross_entropy, cross_entropy):
+        value, grad = timing.step(loss, inputs, True)(inputs.logits)
+        assert expected.wrong(value, grad) == ""
+        assert "loss" in expected.wrong(value * 1.1, grad)
+        assert "loss" in expected.wrong(value * float("nan"), grad)
+        assert "gradient" in expected.wrong(value, grad * 1.1)
+        assert "gradient" in expected.wrong(value, grad.roll(1, 1))
+        assert "gradient" in expected.wrong(value, grad * float("nan"))
+
+
+# -- time and memory -----------------------------------------------------------------------------------------
+
+
+def test_turns_alternate_and_logits_are_restored():
+    calls = []
+
+    def provider(name, overwrite):
+        def call(logits):
+            calls.append((name, logits[0].item()))
+            time.sleep(0.011)
+            if overwrite:
+                logits.zero_()
+
+        return call
+
+    full = torch.ones(3)
+    timed = [
+        timing.Timed("a", provider("a", False), [full]),
+        timing.Timed("b", provider("b", True), [full.clone()], [full]),
+    ]
+    timing.measure(timed, "cpu", 0.0)
+    turns = calls[-2 * timing.LEAST_TURNS["cpu"] :]
+    assert [name for name, _ in turns] == ["a", "b"] * timing.LEAST_TURNS["cpu"]
+    assert all(value == 1 for _, value in turns)
+    for one in timed:
+        summary = one.summary()
+        assert summary["turns"] == timing.LEAST_TURNS["cpu"]
+        assert 11 <= summary["min_ms"] <= summary["median_ms"] <= summary["max_ms"]
+
+
+def test_a_provider_that_fails_in_its_turn_leaves_the_others():
+    def fails(logits):
+        raise ValueError("broken\nmore")
+
+    timed = [timing.Timed("broken", fails, [torch.ones(1)]), timing.Timed("well", torch.neg, [torch.ones(1)])]
+    timing.measure(timed, "cpu", 0.0)
+    assert timed[0].summary() == {"error": "ValueError: broken"}
+    assert timed[1].summary()["median_ms"] > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_peak_of_what_is_known():
+    """Ours takes one gradient and in place nothing; the native loss keeps log-probabilities besides."""
+    peaks = CpuPeaks()
+    case = Case("peak", (256, 32_000))
+    size = 4 * math.prod(case.cpu)
+    measured = {name: peaks.of(case, case.cpu, name, True) / size for name in ("ours", "ours in place", "native")}
+    assert 1 <= measured["ours"] < 1.1
+    assert measured["ours in place"] < 0.1
+    assert 2 < measured["native"] < 4
+    assert peaks.of(case, case.cpu, "no such provider", True) is None
+    peaks.close()
+
+
+# -- the commands --------------------------------------------------------------------------------------------
+
+
+def run_module(module: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+FIELDS = {"case", "shape", "dtype", "layout", "target", "provider", "direction", "median_ms", "min_ms", "max_ms"}
+FIELDS |= {"bytes", "gb_per_s", "peak_extra_bytes"}
+
+
+def test_run_records_everything(tmp_path):
+    path = tmp_path / "run.json"
+    shown = run_module("run", "--quick", "--only", "^(MNIST|n-gram)$", "--seconds", "1", "--json", str(path))
+    result = json.loads(path.read_text())
+    assert {"records", "machine", "versions", "command", "date"} <= set(result) and result["complete"]
+    assert result["command"] == "python -m benchmarks.run --quick --only ^(MNIST|n-gram)$ --seconds 1"
+    assert result["versions"]["torch"] == torch.__version__
+    groups = report.grouped(result)
+    assert set(groups) == {(case, direction) for case in ("MNIST", "n-gram") for direction in BOTH}
+    for (case, direction), group in groups.items():
+        expected = {"ours", "native", "copy"} | ({"ours in place"} if "+" in direction else set())
+        assert expected <= set(group)
+        assert case in shown
+        for name in expected:
+            record = group[name]
+            assert set(record) >= FIELDS and "wrong" not in record
+            assert record["min_ms"] <= record["median_ms"] <= record["max_ms"]
+            assert math.isclose(record["gb_per_s"], record["bytes"] / record["median_ms"] / 1e6)
+            elements, positions = math.prod(record["shape"]), record["shape"][0]
+            moved = {"copy": 8 * elements}.get(name, (8 if "+" in direction else 4) * elements + 8 * positions)
+            assert record["bytes"] == moved
+
+
+def test_a_provider_that_fails_is_a_record(monkeypatch):
+    def explode(logits, target, **options):
+        raise RuntimeError("no such thing\nat all")
+
+    def refuse(logits, target, **options):
+        raise Refused("rather not")
+
+    extra = [
+        Provider("explodes", lambda: explode),
+        Provider("refuses", lambda: refuse),
+        Provider("wrong", lambda: lambda logits, target, **options: 2 * F.cross_entropy(logits, target, **options)),
+        Provider("broken package", lambda: 1 / 0),
+    ]
+    case = Case("small", (16, 10))
+    measurement = run.Measurement(case, case.cpu, "cpu", BOTH[0], CpuPeaks())
+    for provider in [*extra, *providers.REGISTRY[:1]]:
+        measurement.add(provider)
+    measurement.add_copy()
+    found = {record["provider"]: record for record in measurement.run(0.0)}
+    assert found["explodes"]["error"] == "RuntimeError: no such thing"
+    assert found["refuses"]["error"] == "rather not"
+    assert found["broken package"]["error"].startswith("ZeroDivisionError")
+    assert found["wrong"]["wrong"].startswith("the loss is") and found["wrong"]["median_ms"] > 0
+    assert found["ours"]["median_ms"] > 0 and "wrong" not in found["ours"]
+    run.console.print(run.table(list(found.values())))  # shows them all
+
+
+def test_importable_leaves_out_what_is_missing(monkeypatch):
+    def missing():
+        raise ImportError
+
+    registry = [Provider("here", lambda: F.cross_entropy), Provider("missing", missing)]
+    registry += [Provider("elsewhere", lambda: F.cross_entropy, devices=("cuda",)), Provider("broken", lambda: 1 / 0)]
+    monkeypatch.setattr(providers, "REGISTRY", registry)
+    assert [provider.name for provider in providers.importable("cpu")] == ["here", "broken"]
+
+
+def test_a_stopped_write_leaves_the_last_file(tmp_path, monkeypatch):
+    path = tmp_path / "deeper" / "run.json"
+    records.write(path, "cpu", [{"case": "a"}])
+    before = path.read_text()
+    with pytest.raises(TypeError):
+        records.write(path, "cpu", [{"case": object()}])
+    assert path.read_text() == before
+
+
+@pytest.mark.slow
+def test_scaling_records_every_curve(tmp_path):
+    path = tmp_path / "scaling.json"
+    run_module("scaling", "--quick", "--seconds", "0.02", "--json", str(path))
+    result = json.loads(path.read_text())
+    found = {record["curve"] for record in result["records"]}
+    assert found == {"classes", "rows", "threads", "overhead"}
+    assert not [record for record in result["records"] if "error" in record]
+    for record in result["records"]:
+        if record["curve"] != "overhead":
+            assert math.isclose(record["ns_per_element"], 1e6 * record["median_ms"] / math.prod(record["shape"]))
+    assert {r["classes"] for r in result["records"] if r["curve"] == "classes"} == set(scaling.QUICK_CLASSES)
+
+
+@pytest.mark.slow
+def test_accuracy_runs(tmp_path):
+    path = tmp_path / "accuracy.json"
+    run_module("accuracy", "--quick", "--json", str(path))
+    found = json.loads(path.read_text())["records"]
+    assert {record["table"] for record in found} == {"grid", "cases"}
+    assert not [
+        record
+        for record in found
+        if record["provider"] in ("ours", "native") and "TypeError" not in record.get("error", "TypeError")
+    ]
+
+
+@pytest.mark.slow
+def test_training_runs(tmp_path):
+    path = tmp_path / "training.json"
+    run_module("training", "--quick", "--only", "classifier|image", "--json", str(path))
+    found = json.loads(path.read_text())["records"]
+    assert found and not [record for record in found if "error" in record or "wrong" in record]
+
+
+def test_every_case_can_be_shown():
+    """A page of whatever was recorded, with failures in it."""
+    case = dataclasses.replace(CASES[0])
+    fields = case.fields(case.cpu)
+    timed = {"median_ms": 2.0, "min_ms": 1.0, "max_ms": 3.0, "copies": 2.0, "peak_extra_bytes": None}
+    groups = report.grouped(
+        {
+            "records": [
+                {**fields, "provider": "ours", "direction": BOTH[0], **timed},
+                {**fields, "provider": "native", "direction": BOTH[0], "error": "RuntimeError: out of memory"},
+                {**fields, "provider": "copy", "direction": "copy", **timed, "median_ms": 1.0},
+            ]
+        }
+    )
+    text = report.run_table(groups, BOTH[0])
+    assert "| GPT-2 | 1024x50257 float32 | - | - | 2.00 | - | 1.00 | - | - | 2.00 | - |" in text
+    assert "out of memory" in report.failures(groups)
