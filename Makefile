@@ -15,6 +15,7 @@ help:
 	@echo 'make demo       train two small language models with the native loss and with this one'
 	@echo 'make test       run the tests            TESTS="tests/test_x.py -k name" chooses, PYTEST="-n 2" are options'
 	@echo 'make sanitize   run the tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer (Linux, gcc)'
+	@echo 'make benchmarks measure everything on this CPU and write docs/benchmarks.md. Half an hour'
 	@echo 'make gpu        on a machine with a CUDA GPU: build, test, check and measure with the Python there is'
 	@echo 'make build      only set up and build    DEBUG=1 with symbols, CXX=clang++ another compiler'
 	@echo 'make wheel      write a wheel to dist/'
@@ -44,7 +45,7 @@ $(VENV)/torch: always
 $(VENV)/installed: $(VENV)/torch pyproject.toml
 	@echo 'Setting up $(VENV) with $(TORCH), and building: this takes a few minutes, once.'
 	$(BIN)/python -m pip install --quiet 'setuptools>=77' ninja '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,examples]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,examples,bench]'
 	@touch $@
 
 lint: $(VENV)/installed
@@ -72,6 +73,14 @@ sanitize: $(VENV)/installed
 gpu:
 	PYTHON=$(PYTHON) bash benchmarks/gpu_acceptance.sh
 
+# With `pip install '.[peers]'` the accuracy table has Liger in it. A result stands for the machine it was measured on.
+benchmarks: build
+	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.accuracy
+	$(BIN)/python -m benchmarks.report
+
 clean:
 	rm -rf build dist *.egg-info cross_entropy_ext/*.so .pytest_cache .ruff_cache examples/output
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
@@ -80,4 +89,4 @@ distclean: clean
 	rm -rf $(VENV)
 
 always:
-.PHONY: help demo test build wheel lint format sanitize gpu clean distclean always
+.PHONY: help demo test build wheel lint format sanitize gpu benchmarks clean distclean always

@@ -69,10 +69,21 @@ QUICK_COMPILED = "language model, 32k"  # compiling takes long: in a quick run, 
 SEED = 0
 WARM_UP = 2  # steps that count for the losses, but not for the times
 REST = 0.01  # seconds between turns, for the threads of the last one to fall asleep
+# Of the variants' processes, where nobody has set it otherwise.
+#
 # OpenMP's threads spin a while before they sleep: libgomp's for some 10 ms, libomp's for 200. That is into the next
 # turn, and where the machine has other work, on the core that the thread they wait for needs: steps then take many
 # times as long. Here they spin for a millisecond at most, which is enough from one loop of a step to the next.
-ENVIRONMENT = {"GOMP_SPINCOUNT": "3000", "KMP_BLOCKTIME": "1"}
+#
+# glibc gives freed memory back to the system and takes it again, page by page, which by the luck of what lies where is
+# up to a fifth of a U-Net's step, another one in every process. Here it is from the beginning where it tends to by
+# itself, with the largest tensors from the system each time, which is their due, and the others from memory it keeps.
+ENVIRONMENT = {
+    "GOMP_SPINCOUNT": "3000",
+    "KMP_BLOCKTIME": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(4 << 30),
+}
 # In nats. Sums in another order differ in their last bits, and training carries that forward.
 TOLERANCE = {"cpu": 1e-3, "cuda": 2e-2}
 

@@ -23,11 +23,15 @@ const Kernels& kernels() {
   return chosen;
 }
 
-constexpr int64_t kFewClasses = 32;
+// Up to this many classes a row is so short that what is done once for it, and at its ends, takes most of its time; a
+// tile of many rows at once is faster even where it has to be transposed. With few positions there are no such tiles.
+constexpr int64_t kFewClasses = 32, kShortRow = 96, kManyPositions = 64;
 
 Lanes choose_lanes(const Problem& problem) {
   if (problem.classes < kFewClasses) return Lanes::kPositions;
-  if (problem.logits.class_stride == 1) return Lanes::kClasses;
+  if (problem.logits.class_stride == 1) {
+    return problem.classes <= kShortRow && problem.positions >= kManyPositions ? Lanes::kPositions : Lanes::kClasses;
+  }
   const int inner = problem.dims - 1;
   const bool neighbours = problem.logits.stride[inner] == 1 && problem.size[inner] >= kShortRun;
   return neighbours ? Lanes::kPositions : Lanes::kClasses;
@@ -69,7 +73,7 @@ int64_t count_of_pieces(const Problem& problem, int64_t work) {
 }
 
 // Calls function(piece, begin, end) for every piece, on libtorch's own threads where there is enough to do.
-template <class Function>
+template <bool backwards = false, class Function>
 void for_each_piece(const Problem& problem, int64_t work, const Function& function) {
   constexpr int64_t kElementsWorthAThread = 16384;
   const int64_t size = piece_size(problem, work), pieces = count_of_pieces(problem, work);
@@ -79,7 +83,8 @@ void for_each_piece(const Problem& problem, int64_t work, const Function& functi
   } context{function, size, problem.positions};
   const auto run = [](int64_t first, int64_t last, void* opaque) {
     const auto& context = *static_cast<Context*>(opaque);
-    for (int64_t piece = first; piece < last; ++piece) {
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t piece = backwards ? first + last - 1 - k : k;
       const int64_t begin = piece * context.size;
       context.function(piece, begin, std::min(begin + context.size, context.positions));
     }
@@ -305,8 +310,9 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   }
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
-  for_each_piece(problem, problem.classes,
-                 [&](int64_t, int64_t begin, int64_t end) { kernels().backward(problem, begin, end); });
+  // The forward has left the last logits that it read in the caches: each thread begins with them.
+  for_each_piece<true>(problem, problem.classes,
+                       [&](int64_t, int64_t begin, int64_t end) { kernels().backward(problem, begin, end); });
   raise_bad_target(target, bad_position);
 }
 

@@ -9,8 +9,8 @@ namespace xent {
 // this many terms before the sum goes on in double.
 constexpr int64_t kBlockVectors = 128;
 
-// The position-lane kernels take up to this many positions at a time, fewer where classes are many, and as many of their
-// classes as fit a buffer that shares the first-level cache with the sums.
+// The position-lane kernels take up to this many positions at a time, fewer where classes are many, and as many of
+// their classes as fit a buffer that shares the first-level cache with the sums.
 constexpr int64_t kTile = 256;
 constexpr int64_t kLeastTile = 64;
 constexpr int64_t kTileBytes = 40960;

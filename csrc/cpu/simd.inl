@@ -126,8 +126,8 @@ XENT_INLINE void interleave(Vector<T> a, Vector<T> b, Vector<T>& low, Vector<T>&
   interleave<Vector<T>, typename VectorOf<T>::ints>(a, b, low, high, std::make_index_sequence<kLanes<T>>());
 }
 
-// Rows become columns. Each of the log2(lanes) steps interleaves the first half of the rows with the second, which moves
-// one bit of an element's place from the row's number to the lane's.
+// Rows become columns. Each of the log2(lanes) steps interleaves the first half of the rows with the second, which
+// moves one bit of an element's place from the row's number to the lane's.
 template <class T>
 XENT_INLINE void transpose(Vector<T> (&rows)[kLanes<T>]) {
   constexpr int W = kLanes<T>;

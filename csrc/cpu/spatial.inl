@@ -1,6 +1,6 @@
-// Kernels whose vector lanes are positions: a tile of positions, their classes in blocks. For logits whose neighbours in
-// memory are positions ((N, C, H, W) and its kin), and for few classes in any layout, where a vector of classes would be
-// mostly empty.
+// Kernels whose vector lanes are positions: a tile of positions, their classes in blocks. For logits whose neighbours
+// in memory are positions ((N, C, H, W) and its kin), and for few classes in any layout, where a vector of classes
+// would be mostly empty.
 //
 // A tile's block of classes is first copied to a buffer, [class][position]. Planes of an image often lie a power of two
 // apart, so that the cache lines which a tile needs of each plane would all fall into the same few sets of the cache
@@ -51,9 +51,9 @@ XENT_INLINE int64_t whole_groups(int64_t count) {
 
 // ---- between memory and tiles ---------------------------------------------------------------------------------------
 
-// While a tile is worked on, the next one comes from memory: its runs are too short for the hardware to see them coming.
-// Each step of the work asks for as much as it consumes. Into the second-level cache, for in the first one planes a
-// power of two apart would drive each other out.
+// While a tile is worked on, the next one comes from memory: its runs are too short for the hardware to see them
+// coming. Each step of the work asks for as much as it consumes. Into the second-level cache, for in the first one
+// planes a power of two apart would drive each other out.
 class Prefetch {
  public:
   // Of the tile after `cursor`'s, as far as its positions follow those of this one in memory.
@@ -62,7 +62,8 @@ class Prefetch {
     const int64_t inner = view.stride[cursor.problem.dims - 1];
     const int64_t size = view.type == ElementType::kFloat64 ? 8 : view.type == ElementType::kFloat32 ? 4 : 2;
     if (cursor.run(2 * tile.width) < 2 * tile.width) return;
-    start_ = static_cast<const char*>(view.data) + (cursor.offset(view) + tile.width * inner + c * view.class_stride) * size;
+    start_ =
+        static_cast<const char*>(view.data) + (cursor.offset(view) + tile.width * inner + c * view.class_stride) * size;
     const bool rows = view.class_stride == 1;
     of_position_ = inner * size;
     of_class_ = rows ? kGroupLanes<T> * size : view.class_stride * size;
@@ -231,7 +232,7 @@ using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 // The targets of a tile. `hit` is an index target's own coefficient, (1 - e) w_y, and `smoothed` its (e / C) w_y.
 template <class T>
 struct TileTargets {
-  alignas(64) Int<T> y[kTile];     // -1 where it is ignored, and past the end
+  alignas(64) Int<T> y[kTile];      // -1 where it is ignored, and past the end
   alignas(64) Int<T> valid[kTile];  // as lanes of a mask
   alignas(64) T hit[kTile], smoothed[kTile];
   double sum_of_weights = 0;
@@ -455,7 +456,8 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
       mass = load(tile.mass + v) + load(tile.mass_lost + v);
     }
     if constexpr (soft) store_partial(lse + 2 * problem.positions + v, mass, n);
-    const Vector<T> loss = index_loss(hit, broadcast(kind == TargetKind::kIndex ? T(0) : share), gap, spread, mass, log_sum);
+    const Vector<T> loss =
+        index_loss(hit, broadcast(kind == TargetKind::kIndex ? T(0) : share), gap, spread, mass, log_sum);
     store(losses + v, select(valid, loss, zero));
     if constexpr (one_pass) {
       // The target's own softmax - 1 is minus the share of the others, who are summed without it.
@@ -500,30 +502,195 @@ XENT_INLINE void read_scales(T* scale, const Backward& problem, const Cursor& cu
   }
 }
 
+// What a position's gradient is made of, as in rows.inl, one array for each term.
+template <class T>
+struct TileTerms {
+  alignas(64) T scale[kTile], rest_of_total[kTile], lse_rounded[kTile], lse_lost[kTile];
+
+  TileTerms(const Backward& problem, const Cursor& cursor, int64_t first, int64_t count) {
+    const bool soft = problem.kind == TargetKind::kSoft;
+    const T* const lse = static_cast<const T*>(problem.lse) + first;
+    const int64_t lanes = whole_groups<T>(count);
+    read_scales(scale, problem, cursor, count);
+    read_elements(lse_rounded, lse, 1, count);
+    read_elements(lse_lost, lse + problem.positions, 1, count);
+    if (soft) read_elements(rest_of_total, lse + 2 * problem.positions, 1, count);
+    for (int64_t i = 0; i < lanes && !soft; ++i) rest_of_total[i] = T(problem.smoothed_total);
+    for (int64_t i = count; i < lanes; ++i) scale[i] = rest_of_total[i] = lse_rounded[i] = lse_lost[i] = 0;
+  }
+
+  XENT_INLINE_MEMBER Vector<T> log_softmax(Vector<T> x, int64_t v) const {
+    return (x - load(lse_rounded + v)) - load(lse_lost + v);
+  }
+
+  // Of the target's own class.
+  XENT_INLINE_MEMBER Vector<T> own_gradient(const TileTargets<T>& targets, Vector<T> target_logit, int64_t v) const {
+    return load(scale + v) * target_gradient(load(targets.hit + v), load(rest_of_total + v), load(targets.smoothed + v),
+                                             log_softmax(target_logit, v));
+  }
+};
+
+// Of an index target's gradient, what is the same for all classes of a group's positions.
+template <class T>
+struct GroupTerms {
+  Vector<T> rounded[kGroup], lost[kGroup], scale[kGroup], total[kGroup], own[kGroup];
+  Ints<T> y[kGroup], valid[kGroup];
+
+  XENT_INLINE_MEMBER GroupTerms(const TileTerms<T>& terms, const TileTargets<T>& targets, const T* target_logits,
+                                int64_t v) {
+#pragma GCC unroll 2
+    for (int g = 0; g < kGroup; ++g, v += kLanes<T>) {
+      rounded[g] = load(terms.lse_rounded + v);
+      lost[g] = load(terms.lse_lost + v);
+      scale[g] = load(terms.scale + v);
+      total[g] = load(targets.hit + v) + load(terms.rest_of_total + v);
+      own[g] = terms.own_gradient(targets, load(target_logits + g * kLanes<T>), v);
+      y[g] = targets.classes_at(v);
+      valid[g] = targets.valid_at(v);
+    }
+  }
+
+  template <bool smoothed>
+  XENT_INLINE_MEMBER Vector<T> gradient(int g, Vector<T> x, Ints<T> index, Vector<T> smoothed_weight) const {
+    const Vector<T> softmax = exp((x - rounded[g]) - lost[g]);
+    Vector<T> result = total[g] * softmax;
+    if constexpr (smoothed) result -= smoothed_weight;
+    return select(valid[g] != Ints<T>{}, select(y[g] == index, own[g], scale[g] * result), Vector<T>{});
+  }
+};
+
+// Where positions are neighbours in memory, each logit is read once and its gradient stored at once, without a tile.
+template <class T, class S, bool smoothed>
+static void backward_planes(const Backward& problem, const TileTargets<T>& targets, const TileTerms<T>& terms,
+                            const Cursor& cursor, int64_t count, const Prefetch& next) {
+  constexpr int W = kLanes<T>;
+  const View &from = problem.logits, &to = problem.grad_logits;
+  const S* const x = static_cast<const S*>(from.data) + cursor.offset(from);
+  S* const out = static_cast<S*>(to.data) + cursor.offset(to);
+  const T* weight = static_cast<const T*>(problem.weight);
+  const T share = T(problem.label_smoothing / double(problem.classes));
+  const int64_t bytes = W * int64_t(sizeof(S));
+  const bool stream = problem.stream && reinterpret_cast<uintptr_t>(out) % bytes == 0 &&
+                      to.class_stride * int64_t(sizeof(S)) % bytes == 0;
+  for (int64_t v = 0; v < count; v += kGroupLanes<T>) {
+    T target_logits[kGroupLanes<T>];
+    for (int64_t i = 0; i < kGroupLanes<T>; ++i) {
+      const int64_t y = targets.y[v + i];
+      target_logits[i] = y < 0 ? T(0) : T(widen(x[y * from.class_stride + v + i]));
+    }
+    const GroupTerms<T> group(terms, targets, target_logits, v);
+    const S* logits = x + v;
+    S* gradients = out + v;
+    Ints<T> index{};
+    for (int64_t k = 0; k < problem.classes;
+         ++k, logits += from.class_stride, gradients += to.class_stride, index += 1) {
+      next.ask(v, k);
+      const Vector<T> smoothed_weight = broadcast(smoothed ? share * (weight ? weight[k] : T(1)) : T(0));
+#pragma GCC unroll 2
+      for (int g = 0; g < kGroup; ++g) {
+        const Vector<T> logit = load_from_memory<T>(logits + g * W);
+        const Vector<T> gradient = group.template gradient<smoothed>(g, logit, index, smoothed_weight);
+        store_to_memory<S, T>(gradients + g * W, gradient, stream);
+      }
+    }
+  }
+}
+
+// Where classes are neighbours, a row at a time: its terms are the same for all lanes, and nothing is transposed. Into
+// the caches, since the rows' ends are not those of the lines that could be stored past them.
+template <class T, class S, bool smoothed>
+static void backward_short_rows(const Backward& problem, const TileTargets<T>& targets, const TileTerms<T>& terms,
+                                const Cursor& cursor, int64_t count, const Prefetch& next) {
+  constexpr int W = kLanes<T>;
+  const int inner = problem.dims - 1;
+  const View &from = problem.logits, &to = problem.grad_logits;
+  const S* x = static_cast<const S*>(from.data) + cursor.offset(from);
+  S* out = static_cast<S*>(to.data) + cursor.offset(to);
+  const T* weight = static_cast<const T*>(problem.weight);
+  const T share = T(problem.label_smoothing / double(problem.classes));
+  const int64_t n = problem.classes, rest = n % W;
+  alignas(64) T own[kTile];
+  for (int64_t v = 0; v < count; v += W) {
+    T target_logits[W];
+    for (int64_t i = 0; i < W; ++i) {
+      const int64_t y = v + i < count ? targets.y[v + i] : -1;
+      target_logits[i] = y < 0 ? T(0) : T(widen(x[(v + i) * from.stride[inner] + y]));
+    }
+    store(own + v, terms.own_gradient(targets, load(target_logits), v));
+  }
+  for (int64_t i = 0; i < count; ++i, x += from.stride[inner], out += to.stride[inner]) {
+    for (int64_t k = i % kGroupLanes<T>; k < n; k += kGroupLanes<T>) next.ask(i - i % kGroupLanes<T>, k);
+    const int64_t y = targets.y[i];
+    if (y < 0) {
+      std::fill_n(out, n, S{});
+      continue;
+    }
+    const Vector<T> rounded = broadcast(terms.lse_rounded[i]), lost = broadcast(terms.lse_lost[i]);
+    const Vector<T> scale = broadcast(terms.scale[i]), total = broadcast(targets.hit[i] + terms.rest_of_total[i]);
+    const auto gradient = [&](Vector<T> logits, int64_t c) __attribute__((always_inline)) {
+      Vector<T> result = total * exp((logits - rounded) - lost);
+      if constexpr (smoothed) result -= weight ? share * load(weight + c) : broadcast(share);
+      return scale * result;
+    };
+    const Vector<T> last = load_from_memory<T>(x + n - W);  // before what it overlaps is overwritten
+    for (int64_t c = 0; c + W <= n; c += W)
+      store_to_memory<S, T>(out + c, gradient(load_from_memory<T>(x + c), c), false);
+    if (rest) store_to_memory<S, T>(out + n - W, gradient(last, n - W), false);
+    narrow(own[i], out[y]);
+  }
+}
+
+// For tiles whose gradients need not be staged: whether that is so, and they are done.
+template <class T, class S, bool smoothed>
+static bool try_direct(const Backward& problem, const TileTargets<T>& targets, const TileTerms<T>& terms,
+                       const Cursor& cursor, int64_t count, const Prefetch& next) {
+  const View &from = problem.logits, &to = problem.grad_logits;
+  const int inner = problem.dims - 1;
+  if (from.stride[inner] == 1 && to.stride[inner] == 1 && count % kGroupLanes<T> == 0) {
+    backward_planes<T, S, smoothed>(problem, targets, terms, cursor, count, next);
+  } else if (from.class_stride == 1 && to.class_stride == 1 && !problem.stream && problem.classes >= kLanes<T>) {
+    backward_short_rows<T, S, smoothed>(problem, targets, terms, cursor, count, next);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+template <class T, bool smoothed>
+static bool backward_directly(const Backward& problem, const TileTargets<T>& targets, const TileTerms<T>& terms,
+                              const Cursor& cursor, int64_t count, const Prefetch& next) {
+  const auto type = problem.logits.type;
+  if (!problem.grad_logits || problem.grad_logits.type != type || cursor.run(count) < count) return false;
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return type == ElementType::kFloat64 &&
+           try_direct<T, double, smoothed>(problem, targets, terms, cursor, count, next);
+  } else {
+    switch (type) {
+      case ElementType::kFloat16: return try_direct<T, Float16, smoothed>(problem, targets, terms, cursor, count, next);
+      case ElementType::kBFloat16:
+        return try_direct<T, BFloat16, smoothed>(problem, targets, terms, cursor, count, next);
+      default: return try_direct<T, float, smoothed>(problem, targets, terms, cursor, count, next);
+    }
+  }
+}
+
 template <class T, TargetKind kind>
 static void backward_tile(const Backward& problem, Cursor cursor, int64_t first, int64_t count) {
   constexpr bool soft = kind == TargetKind::kSoft, smoothed = kind == TargetKind::kSmoothedIndex;
   constexpr int W = kLanes<T>;
   Tile<T> x(problem);
   std::conditional_t<soft, Tile<T>, NoTile> q(problem);
+  const TileTargets<T> targets(problem, cursor, first, count);
+  const TileTerms<T> terms(problem, cursor, first, count);
+  if constexpr (!soft) {
+    const Prefetch next(x, cursor, problem.logits, 0);
+    if (backward_directly<T, smoothed>(problem, targets, terms, cursor, count, next)) return;
+  }
+
   const T* weight = static_cast<const T*>(problem.weight);
   const T keep = T(1 - problem.label_smoothing);
   const T share = T(soft ? 1 : problem.label_smoothing / double(problem.classes));
-  const Vector<T> zero{};
-  const TileTargets<T> targets(problem, cursor, first, count);
-
-  // The positions' terms as in rows.inl, one array each.
-  alignas(64) T scale[kTile], rest_of_total[kTile], lse_rounded[kTile], lse_lost[kTile];
-  const T* const lse = static_cast<const T*>(problem.lse) + first;
-  const int64_t lanes = whole_groups<T>(count);
-  read_scales(scale, problem, cursor, count);
-  read_elements(lse_rounded, lse, 1, count);
-  read_elements(lse_lost, lse + problem.positions, 1, count);
-  if (soft) read_elements(rest_of_total, lse + 2 * problem.positions, 1, count);
-  for (int64_t i = 0; i < lanes && !soft; ++i) rest_of_total[i] = T(problem.smoothed_total);
-  for (int64_t i = count; i < lanes; ++i) scale[i] = rest_of_total[i] = lse_rounded[i] = lse_lost[i] = 0;
-
-  const int64_t of_block = classes_of_block<T>(problem);
+  const int64_t of_block = classes_of_block<T>(problem), lanes = whole_groups<T>(count);
   for (int64_t c = 0; c < problem.classes; c += of_block) {
     const int64_t classes = std::min(of_block, problem.classes - c);
     if (targets.any_valid) {
@@ -531,36 +698,36 @@ static void backward_tile(const Backward& problem, Cursor cursor, int64_t first,
       if constexpr (soft) read_tile(q, cursor, count, problem.target, c, classes);
     }
     const Prefetch next(x, cursor, problem.logits, c);
-    for (int64_t v = 0; v < lanes; v += W) {
-      const auto valid = targets.valid_at(v) != Ints<T>{};
-      const Ints<T> y = targets.classes_at(v);
-      const Vector<T> g = load(scale + v), hit = load(targets.hit + v), rest = load(rest_of_total + v);
-      const Vector<T> rounded = load(lse_rounded + v), lost = load(lse_lost + v);
-      Vector<T> target_logit{};
-      const T* logits = x.cells + v;
-      Ints<T> index = Ints<T>{} + Int<T>(c);
-      for (int64_t k = 0; k < classes && !soft; ++k, logits += x.width, index += 1) {
-        if (v % kGroupLanes<T> == 0) next.ask(v, k);
-        target_logit = select(y == index, load(logits), target_logit);
-      }
-      const Vector<T> own_smoothed = smoothed ? load(targets.smoothed + v) : zero;
-      const Vector<T> own = g * target_gradient(hit, rest, own_smoothed, (target_logit - rounded) - lost);
-      T* cell = x.cells + v;
-      index -= Int<T>(soft ? 0 : classes);
-      for (int64_t k = 0; k < classes; ++k, cell += x.width, index += 1) {
-        const Vector<T> log_softmax = (load(cell) - rounded) - lost;
-        Vector<T> gradient;
-        if constexpr (soft) {
-          T* const q_cell = q.row(k) + v;
-          gradient = g * soft_gradient(rest, log_softmax, coefficient<T, kind>(problem, c + k, q_cell));
-          const T own_weight = weight ? weight[c + k] : T(1);
-          store(q_cell, -(g * (keep * own_weight)) * log_softmax);
-        } else {
-          const Vector<T> a = smoothed ? broadcast(share * (weight ? weight[c + k] : T(1))) : zero;
-          gradient = g * plain_gradient(smoothed ? hit + rest : hit, exp(log_softmax), a);
-          gradient = select(y == index, own, gradient);
+    for (int64_t v = 0; v < lanes; v += kGroupLanes<T>) {
+      T target_logits[kGroupLanes<T>];
+      T* cells = x.cells + v;
+      for (int g = 0; g < kGroup && !soft; ++g) {
+        const Ints<T> y = targets.classes_at(v + g * W);
+        Vector<T> target_logit{};
+        Ints<T> index = Ints<T>{} + Int<T>(c);
+        for (int64_t k = 0; k < classes; ++k, index += 1) {
+          target_logit = select(y == index, load(cells + k * x.width + g * W), target_logit);
         }
-        store(cell, select(valid, gradient, zero));
+        store(target_logits + g * W, target_logit);
+      }
+      const GroupTerms<T> group(terms, targets, target_logits, v);
+      Ints<T> index = Ints<T>{} + Int<T>(c);
+      for (int64_t k = 0; k < classes; ++k, cells += x.width, index += 1) {
+        next.ask(v, k);
+        const T own_weight = weight ? weight[c + k] : T(1);
+#pragma GCC unroll 2
+        for (int g = 0; g < kGroup; ++g) {
+          T* const cell = cells + g * W;
+          if constexpr (soft) {
+            T* const q_cell = q.row(k) + v + g * W;
+            const Vector<T> log_softmax = (load(cell) - group.rounded[g]) - group.lost[g];
+            const Vector<T> a = coefficient<T, kind>(problem, c + k, q_cell);
+            store(cell, group.scale[g] * soft_gradient(load(terms.rest_of_total + v + g * W), log_softmax, a));
+            store(q_cell, -(group.scale[g] * (keep * own_weight)) * log_softmax);
+          } else {
+            store(cell, group.template gradient<smoothed>(g, load(cell), index, broadcast(share * own_weight)));
+          }
+        }
       }
     }
     if (problem.grad_logits) write_tile(x, cursor, count, problem.grad_logits, c, classes, problem.stream);

@@ -78,6 +78,28 @@ XENT_INLINE auto vector_for_memory(Vector<T> v) {
   }
 }
 
+// A vector of T from such elements, and back.
+template <class T, class S>
+XENT_INLINE Vector<T> load_from_memory(const S* p) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return load(p);
+  } else {
+    Uint16Lanes bits;
+    __builtin_memcpy(&bits, p, sizeof bits);
+    return to_float(bits, S{});
+  }
+}
+
+template <class S, class T>
+XENT_INLINE void store_to_memory(S* p, Vector<T> v, bool stream) {
+  const auto stored = vector_for_memory<S, T>(v);
+  if (stream) {
+    SIMD_STREAM(reinterpret_cast<decltype(vector_for_memory<S, T>(v))*>(p), stored);
+  } else {
+    __builtin_memcpy(p, &stored, sizeof stored);
+  }
+}
+
 template <class S, class T>
 XENT_INLINE void write_elements(S* out, const T* in, int64_t stride, int64_t n, bool stream) {
   constexpr int W = kLanes<T>;
