@@ -38,7 +38,7 @@ from .timing import Timed, measure, step
 from .values import Expected
 
 DIRECTIONS = ("forward+backward", "forward")
-SECONDS = {"cpu": 420.0, "cuda": 150.0, "quick": 22.0}
+SECONDS = {"cpu": 300.0, "cuda": 150.0, "quick": 22.0}
 QUICK_COMPILED = "ImageNet"
 console = Console(width=max(150, Console().width))
 
@@ -64,15 +64,24 @@ def sets_of_logits(case: Case, inputs: Inputs, device: str) -> list[torch.Tensor
     return [inputs.logits, *(make_logits(case, shape, device, seed) for seed in range(2, count + 1))]
 
 
-class Measurement:
-    """All providers on one case in one direction."""
+class Subject:
+    """A case's tensors, and what is right for them."""
 
-    def __init__(self, case: Case, shape: tuple[int, ...], device: str, direction: str, peaks: CpuPeaks | None) -> None:
-        self.case, self.shape, self.device, self.direction, self.peaks = case, shape, device, direction, peaks
-        self.backward = direction == "forward+backward"
+    def __init__(self, case: Case, shape: tuple[int, ...], device: str) -> None:
+        self.case, self.shape, self.device = case, shape, device
         self.inputs = make_inputs(case, shape, device)
         self.sets = sets_of_logits(case, self.inputs, device)
         self.expected = Expected(self.inputs)
+
+
+class Measurement:
+    """All providers on one subject in one direction."""
+
+    def __init__(self, subject: Subject, direction: str, peaks: CpuPeaks | None) -> None:
+        self.case, self.shape, self.device = subject.case, subject.shape, subject.device
+        self.inputs, self.sets, self.expected = subject.inputs, subject.sets, subject.expected
+        self.direction, self.peaks = direction, peaks
+        self.backward = direction == "forward+backward"
         self.records: dict[str, dict] = {}
         self.timed: list[Timed] = []
 
@@ -130,29 +139,27 @@ class Measurement:
         return list(self.records.values())
 
 
-def measure_case(
-    case: Case,
+def measure_direction(
+    subject: Subject,
     direction: str,
     found: list[Provider],
     arguments: argparse.Namespace,
     deadline: float,
     peaks: CpuPeaks | None,
 ) -> list[dict]:
-    shape = case.shape(arguments.device, arguments.quick)
-    try:
-        measurement = Measurement(case, shape, arguments.device, direction, peaks)
-        for provider in wanted_providers(case, direction, found, arguments):
-            measurement.add(provider)
-        measurement.add_copy()
-        return measurement.run(deadline)
-    except Exception as error:  # of the case itself, such as memory for its inputs
-        return [{**case.fields(shape), "provider": "", "direction": direction, "error": files.first_line(error)}]
-    finally:
-        torch._dynamo.reset()
-        gc.collect()
-        cross_entropy_ext.empty_cache()
-        if arguments.device != "cpu":
-            torch.cuda.empty_cache()
+    measurement = Measurement(subject, direction, peaks)
+    for provider in wanted_providers(subject.case, direction, found, arguments):
+        measurement.add(provider)
+    measurement.add_copy()
+    return measurement.run(deadline)
+
+
+def tidy(device: str) -> None:
+    torch._dynamo.reset()
+    gc.collect()
+    cross_entropy_ext.empty_cache()
+    if device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def table(records: list[dict]) -> Table:
@@ -189,7 +196,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small inputs, under a minute; its times mean little")
     parser.add_argument("--only", default="", help="regular expression on the cases' names")
-    parser.add_argument("--seconds", type=float, help="for all cases, which share them (cpu 420, cuda 150, quick 22)")
+    parser.add_argument("--seconds", type=float, help="for all cases, which share them (cpu 300, cuda 150, quick 22)")
     parser.add_argument("--json", type=Path, help="default: run.json in benchmarks/results/<device>, or below $OUT")
     arguments = parser.parse_args()
     if arguments.seconds is None:
@@ -213,25 +220,32 @@ def main() -> None:
     path = arguments.json or files.folder(device) / "run.json"
     deadline = time.monotonic() + arguments.seconds
     cases = [case for case in CASES if case.shape(device, arguments.quick) and re.search(arguments.only, case.name)]
-    work = [(case, direction) for case in cases for direction in DIRECTIONS]
     found = importable(device)
     peaks = CpuPeaks() if device == "cpu" else None
     records: list[dict] = []
     stopped = False
     with Progress(console=console) as progress:
-        task = progress.add_task("", total=len(work))
+        task = progress.add_task("", total=len(cases) * len(DIRECTIONS))
         try:
-            for done, (case, direction) in enumerate(work):
-                progress.update(task, description=f"{case.name}, {direction}")
-                now = time.monotonic()
-                if now > deadline and device != "cpu":
-                    missing = {"provider": "", "direction": direction, "error": "no time left"}
-                    records.append({**case.fields(case.shape(device, arguments.quick)), **missing})
-                    continue
-                share = max(0.0, deadline - now) / (len(work) - done)
-                records += measure_case(case, direction, found, arguments, now + share, peaks)
-                files.write(path, device, records, quick=arguments.quick, complete=False)
-                progress.advance(task)
+            for done, case in enumerate(cases):
+                subject = None
+                for place, direction in enumerate(DIRECTIONS):
+                    progress.update(task, description=f"{case.name}, {direction}")
+                    now = time.monotonic()
+                    shape = case.shape(device, arguments.quick)
+                    failed = {**case.fields(shape), "provider": "", "direction": direction}
+                    share = max(0.0, deadline - now) / (len(DIRECTIONS) * (len(cases) - done) - place)
+                    if now > deadline and device != "cpu":
+                        records.append({**failed, "error": "no time left"})
+                        continue
+                    try:
+                        subject = subject or Subject(case, shape, device)
+                        records += measure_direction(subject, direction, found, arguments, now + share, peaks)
+                    except Exception as error:  # of the case itself, such as memory for its inputs
+                        records.append({**failed, "error": files.first_line(error)})
+                    tidy(device)
+                    files.write(path, device, records, quick=arguments.quick, complete=False)
+                    progress.advance(task)
         except KeyboardInterrupt:
             stopped = True
     complete = not stopped and not any(record.get("error") == "no time left" for record in records)

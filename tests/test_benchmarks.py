@@ -261,7 +261,7 @@ def test_a_provider_that_fails_is_a_record(monkeypatch):
         Provider("broken package", lambda: 1 / 0),
     ]
     case = Case("small", (16, 10))
-    measurement = run.Measurement(case, case.cpu, "cpu", BOTH[0], CpuPeaks())
+    measurement = run.Measurement(run.Subject(case, case.cpu, "cpu"), BOTH[0], CpuPeaks())
     for provider in [*extra, *providers.REGISTRY[:1]]:
         measurement.add(provider)
     measurement.add_copy()

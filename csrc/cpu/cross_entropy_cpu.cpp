@@ -112,9 +112,14 @@ void raise_bad_target(const at::Tensor& target, int64_t position) {
 
 // ---- what forward and backward share --------------------------------------------------------------------------------
 
-// For what is small: without the dispatcher's help, which would cost more than the tensor.
+constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
+
+// Without the dispatcher's help, which would cost more than a small tensor. What is large comes from memory whose pages
+// are there already.
 at::Tensor new_tensor(at::IntArrayRef shape, at::ScalarType type) {
-  return at::detail::empty_cpu(shape, at::TensorOptions().dtype(type));
+  const size_t bytes = at::detail::computeStorageNbytesContiguous(shape, c10::elementSize(type));
+  if (bytes < kLargeGradient) return at::detail::empty_cpu(shape, at::TensorOptions().dtype(type));
+  return at::detail::empty_generic(shape, gradient_memory(), kCpu, type, std::nullopt);
 }
 
 // A tensor for the gradient of `tensor`, in its memory format.
@@ -122,11 +127,10 @@ at::Tensor empty_gradient(const at::Tensor& tensor) {
   const auto strides = tensor.is_non_overlapping_and_dense()
                            ? tensor.strides().vec()
                            : at::infer_dense_strides(tensor.sizes(), tensor.strides());
-  if (tensor.numel() * tensor.element_size() < int64_t(kLargeGradient)) {
+  if (size_t(tensor.numel() * tensor.element_size()) < kLargeGradient) {
     return at::detail::empty_strided_cpu(tensor.sizes(), strides, tensor.scalar_type());
   }
-  return at::detail::empty_strided_generic(tensor.sizes(), strides, gradient_memory(),
-                                           c10::DispatchKeySet(c10::DispatchKey::CPU), tensor.scalar_type());
+  return at::detail::empty_strided_generic(tensor.sizes(), strides, gradient_memory(), kCpu, tensor.scalar_type());
 }
 
 bool is_larger_than_caches(const at::Tensor& tensor) {
