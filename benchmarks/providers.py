@@ -130,7 +130,7 @@ REGISTRY = [
     Provider("quack", load_quack, devices=("cuda",)),
     Provider("flash-attn", load_flash_attn, devices=("cuda",)),
     Provider("apex", load_apex, devices=("cuda",)),
-    Provider("unsloth", load_unsloth, devices=("cuda",)),
+    Provider("unsloth", load_unsloth, overwrites=True, devices=("cuda",)),
     Provider("cut-cross-entropy", load_cut_cross_entropy),
 ]
 

@@ -220,7 +220,7 @@ def scaling_table(result: dict, curve: str, columns: list[str]) -> str:
 def overhead_table(result: dict) -> str:
     points: dict[tuple, dict] = {}
     for record in result["records"]:
-        if record["curve"] == "overhead":
+        if record["curve"] == "overhead" and "error" not in record:
             points.setdefault((record["case"], record["direction"]), {})[record["provider"]] = record["median_us"]
     rows = [
         [*point, *(number(values.get(name), ".1f") for name in ("native", "native compiled", "ours"))]
@@ -335,7 +335,17 @@ def accuracy_section(device: str, result: dict) -> list[str]:
 
 
 # Where a curve has a step, and why.
-EXPLAINED = {"cpu": ""}
+EXPLAINED = {
+    "cpu": """Where the curves are not flat, and why:
+
+* Fewer than 100 classes: what is done once for each position shows, a logarithm and a division, eight bytes of target
+  read and eight of `lse` written. At two classes these are as many bytes as the logits.
+* Planes of more than 160 classes: a tile of them does not fit the first-level cache, so loss and gradient read the
+  logits one after the other; and the fewer positions there are, the shorter the runs of memory, down to 64 bytes.
+* Few rows: a call's own cost, see below. Then the logits lie in the caches, whose end is a step, for the copy as well.
+* From 64 MiB of logits on, the gradient is made in the backward, from a second read: made in the forward, it would lie
+  in memory while the rest of the model's forward needs that."""
+}
 TITLES = {
     "run": "Every case",
     "scaling": "Scaling",

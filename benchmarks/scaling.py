@@ -75,6 +75,21 @@ def work(device: str, quick: bool) -> Iterator[tuple[str, dict, Case, tuple[int,
                 yield "threads", fields, Case(name), shape, count
 
 
+def disagreements(timed: list[Timed]) -> dict[str, str]:
+    """Whose loss or gradient is not that of the second provider, which is native: `benchmarks.run` looks closer."""
+    found, native = {}, None
+    for one in [timed[1], *timed]:
+        loss, grad = one.run(one.logits[0])
+        values = loss.item(), grad.sum(1).abs().max().item(), grad.abs().max().item()
+        native = native or values
+        one.restore(0)
+        if abs(values[0] - native[0]) > 1e-3 * abs(native[0]) or abs(values[2] - native[2]) > 1e-3 * native[2]:
+            found[one.name] = f"loss and largest gradient are {values[0]:.6g}, {values[2]:.6g}"
+        elif values[1] > 1e-3 * values[2]:  # over the classes it sums to zero
+            found[one.name] = f"the gradient of a row sums to {values[1]:.3g}"
+    return found
+
+
 def point(
     curve: str, fields: dict, case: Case, shape: tuple[int, ...], device: str, found: list[Provider], seconds: float
 ) -> list[dict]:
@@ -87,13 +102,20 @@ def point(
         with torch.no_grad():
             out.copy_(logits)
 
-    timed = [Timed(provider.name, step(provider.load(), inputs, True), [inputs.logits]) for provider in found]
+    timed = []
+    for provider in found:
+        own = inputs.logits.detach().clone().requires_grad_() if provider.overwrites else inputs.logits
+        refill = [inputs.logits.detach()] if provider.overwrites else None
+        timed.append(Timed(provider.name, step(provider.load(), inputs, True), [own], refill))
+    wrong = disagreements(timed)
     timed.append(Timed("copy", copy, [inputs.logits]))
     measure(timed, device, time.monotonic() + seconds)
     elements = inputs.logits.numel()
     result = []
     for one in timed:
         record = {"curve": curve, **fields, "shape": list(shape), "provider": one.name, **one.summary()}
+        if one.name in wrong:
+            record["wrong"] = wrong[one.name]
         if "median_ms" in record:
             record["ns_per_element"] = 1e6 * record["median_ms"] / elements
         result.append(record)
@@ -124,8 +146,13 @@ def overhead(device: str, found: list[Provider], seconds: float) -> list[dict]:
         logits, target = inputs.logits.requires_grad_(), inputs.target
         losses = {provider.name: provider.load() for provider in found}
         times: dict[tuple[str, str], list[float]] = {}
-        for loss in losses.values():
-            overhead_turn(loss, logits, target)  # compiles
+        for provider in list(losses):
+            try:
+                overhead_turn(losses[provider], logits, target)  # compiles
+            except Exception as error:
+                del losses[provider]
+                fields = {"curve": "overhead", "case": name, "shape": list(shape), "provider": provider}
+                result.append({**fields, "direction": "", "error": files.first_line(error)})
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             for provider, loss in losses.items():

@@ -38,7 +38,9 @@ Run = Callable[[Tensor], object]
 def step(loss: Loss, inputs: Inputs, backward: bool) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
     """The loss, and the gradient or None, of logits: what a training step, or an evaluation, does with them."""
     target, options = inputs.target, inputs.options
-    ones = torch.ones(target.shape if target.shape != inputs.logits.shape else (), device=target.device)
+    upstream = None  # a gradient for each position, where there is a loss for each
+    if options.get("reduction") == "none":
+        upstream = torch.ones(target.shape, dtype=inputs.logits.dtype, device=target.device)
 
     def evaluate(logits: Tensor) -> tuple[Tensor, None]:
         with torch.no_grad():
@@ -46,9 +48,7 @@ def step(loss: Loss, inputs: Inputs, backward: bool) -> Callable[[Tensor], tuple
 
     def train(logits: Tensor) -> tuple[Tensor, Tensor]:
         value = loss(logits, target, **options)
-        upstream = None if value.dim() == 0 else ones.to(value.dtype)
-        (grad,) = torch.autograd.grad(value, logits, upstream)
-        return value.detach(), grad
+        return value, torch.autograd.grad(value, logits, upstream)[0]
 
     return train if backward else evaluate
 

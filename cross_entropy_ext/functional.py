@@ -14,7 +14,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ._extension import load
 
-_C = load()
+_call = load().cross_entropy
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_torch_function_mode_enabled = torch._C._is_torch_function_mode_enabled
 
 __all__ = ["cross_entropy"]
 
@@ -82,13 +84,16 @@ def cross_entropy(
         and (weight is None or type(weight) in _PLAIN)
         and reduction in ("mean", "sum", "none")
         and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
         and type(label_smoothing) is float
         and empty in _EMPTY
     ):
         return _unusual(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty, inplace)
-    if loss_dtype is None and empty == "nan" and not inplace and not _is_traced():
-        # The operator without its general parser, which takes longer than a small loss.
-        return _C.cross_entropy(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
+    common = loss_dtype is None and empty == "nan" and not inplace
+    if common and not _is_dynamo_compiling() and not _is_torch_function_mode_enabled():
+        # The operator without its general parser, which takes longer than a small loss, where no compiler and no mode
+        # is to see it.
+        return _call(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
     return _cross_entropy(
         input,
         target,
@@ -100,11 +105,6 @@ def cross_entropy(
         empty_is_zero=empty == "zero",
         inplace=inplace,
     )
-
-
-def _is_traced() -> bool:
-    """Whether a compiler or a mode is to see the operator itself."""
-    return torch.compiler.is_dynamo_compiling() or torch._C._is_torch_function_mode_enabled()
 
 
 def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:

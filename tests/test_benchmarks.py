@@ -274,6 +274,40 @@ def test_a_provider_that_fails_is_a_record(monkeypatch):
     run.console.print(run.table(list(found.values())))  # shows them all
 
 
+def test_what_overwrites_the_logits_does_not_disturb_the_others():
+    """A provider that leaves garbage in the logits, in the forward even, and ours after it."""
+
+    def overwrites(logits, target, **options):
+        value = F.cross_entropy(logits, target, **options)
+        with torch.no_grad():
+            logits.detach().fill_(float("nan"))
+        return value
+
+    case = Case("small", (16, 10))
+    subject = run.Subject(case, case.cpu, "cpu")
+    for direction in reversed(BOTH):
+        measurement = run.Measurement(subject, direction, CpuPeaks())
+        measurement.add(Provider("overwrites", lambda: overwrites, overwrites=True))
+        measurement.add(providers.REGISTRY[0])
+        measurement.add_copy()
+        found = {record["provider"]: record for record in measurement.run(0.0)}
+        assert "wrong" not in found["ours"] and found["ours"]["median_ms"] > 0
+        if direction == "forward":
+            assert "wrong" not in found["overwrites"]
+
+
+def test_a_case_whose_copy_fails_is_still_shown(monkeypatch):
+    case = Case("small", (16, 10))
+    measurement = run.Measurement(run.Subject(case, case.cpu, "cpu"), BOTH[1], CpuPeaks())
+    measurement.add(providers.REGISTRY[0])
+    monkeypatch.setattr(torch, "empty_like", lambda *_: 1 / 0)
+    measurement.add_copy()
+    monkeypatch.undo()
+    found = measurement.run(0.0)
+    assert found[1]["error"].startswith("ZeroDivisionError") and "copies" not in found[0]
+    run.console.print(run.table(found))
+
+
 def test_importable_leaves_out_what_is_missing(monkeypatch):
     def missing():
         raise ImportError

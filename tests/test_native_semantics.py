@@ -467,6 +467,11 @@ def test_errors_of_argument_kinds() -> None:
     assert_error(TypeError, kind.format("weight", 3, "Tensor", "list"), x, y, [1.0, 1.0, 1.0])
     assert_error(TypeError, kind.format("ignore_index", 5, "int", "NoneType"), x, y, ignore_index=None)
     assert_error(TypeError, kind.format("ignore_index", 5, "int", "float"), x, y, ignore_index=1.0)
+    for beyond in (2**63, -(2**63) - 1, 2**70):
+        with pytest.raises(Exception) as native_error:
+            F.cross_entropy(x, y, ignore_index=beyond)
+        with pytest.raises(type(native_error.value), match=str(native_error.value)):
+            ext.cross_entropy(x, y, ignore_index=beyond)
     assert_error(TypeError, kind.format("label_smoothing", 6, "float", "str"), x, y, label_smoothing="0.1")
     assert_error(TypeError, kind.format("label_smoothing", 6, "float", "NoneType"), x, y, label_smoothing=None)
     values = [

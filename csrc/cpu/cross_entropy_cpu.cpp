@@ -5,11 +5,11 @@
 #include <ATen/ops/ones.h>
 #include <ATen/Version.h>
 #include <torch/csrc/stable/c/shim.h>
+#include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
-#include <vector>
 
 #include "../describe.h"
 #include "gradient_memory.h"
@@ -124,9 +124,9 @@ at::Tensor new_tensor(at::IntArrayRef shape, at::ScalarType type) {
 
 // A tensor for the gradient of `tensor`, in its memory format.
 at::Tensor empty_gradient(const at::Tensor& tensor) {
-  const auto strides = tensor.is_non_overlapping_and_dense()
-                           ? tensor.strides().vec()
-                           : at::infer_dense_strides(tensor.sizes(), tensor.strides());
+  const at::DimVector strides(tensor.is_non_overlapping_and_dense()
+                                  ? tensor.strides()
+                                  : at::IntArrayRef(at::infer_dense_strides(tensor.sizes(), tensor.strides())));
   if (size_t(tensor.numel() * tensor.element_size()) < kLargeGradient) {
     return at::detail::empty_strided_cpu(tensor.sizes(), strides, tensor.scalar_type());
   }
@@ -180,7 +180,9 @@ void store_scalar(const at::Tensor& scalar, double value) {
   }
 }
 
-Sums sum_pieces(const std::vector<Sums>& pieces) {
+using SumsOfPieces = c10::SmallVector<Sums, 4>;
+
+Sums sum_pieces(const SumsOfPieces& pieces) {
   Sums sums;
   for (const Sums& piece : pieces) {
     sums.loss += piece.loss;
@@ -193,7 +195,7 @@ Sums sum_pieces(const std::vector<Sums>& pieces) {
 double sum_target_weights(Problem& problem, const at::Tensor& target) {
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
-  std::vector<Sums> pieces(size_t(count_of_pieces(problem, 1)));
+  SumsOfPieces pieces(size_t(count_of_pieces(problem, 1)));
   for_each_piece(problem, 1, [&](int64_t piece, int64_t begin, int64_t end) {
     kernels().sum_weights(problem, begin, end, pieces[size_t(piece)]);
   });
@@ -249,7 +251,7 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
                                 logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
     gradient.first_bad_position = &bad_position;
   }
-  std::vector<Sums> pieces(size_t(count_of_pieces(problem, problem.classes)));
+  SumsOfPieces pieces(size_t(count_of_pieces(problem, problem.classes)));
   for_each_piece(problem, problem.classes, [&](int64_t piece, int64_t begin, int64_t end) {
     kernels().forward(problem, begin, end, pieces[size_t(piece)]);
     if (gradient.grad_logits) kernels().backward(gradient, begin, end);
