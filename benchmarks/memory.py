@@ -19,7 +19,7 @@ import torch
 
 import cross_entropy_ext
 
-from .providers import REGISTRY
+from .providers import REGISTRY, forget_compiled
 from .records import first_line
 from .shapes import Case, Shape, make_inputs
 from .timing import Run, step
@@ -105,14 +105,14 @@ def _serve(connection: Connection, threads: int) -> None:
             del inputs
         except Exception as error:
             connection.send(first_line(error))
-        torch._dynamo.reset()
+        forget_compiled()
 
 
 def _cpu_peak(run: Run, logits: torch.Tensor) -> int:
     run(logits)  # what is allocated once: compiled code, threads' stacks
+    gc.collect()
     peaks: list[int] = []
     for _ in range(3 if logits.numel() < 2**22 else 1):  # in large ones, a few pages more or less do not show
-        gc.collect()
         cross_entropy_ext.empty_cache()
         _reset_peak()
         before = _status("VmRSS")

@@ -7,6 +7,7 @@ raising, with the reason, which goes into its record. Peers get what their users
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -55,6 +56,12 @@ def load_native_compiled() -> Loss:
         return F.cross_entropy(logits, target, **options)
 
     return torch.compile(native, dynamic=False, fullgraph=True)
+
+
+def forget_compiled() -> None:
+    """What was compiled for one case would be looked through for each call of the next."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def load_liger() -> Loss:

@@ -32,7 +32,7 @@ import cross_entropy_ext
 
 from . import records as files
 from .memory import CpuPeaks, cuda_peak
-from .providers import Provider, Refused, importable
+from .providers import Provider, Refused, forget_compiled, importable
 from .shapes import CASES, Case, Inputs, make_inputs, make_logits
 from .timing import Timed, measure, step
 from .values import Expected
@@ -160,7 +160,7 @@ def measure_direction(
 
 
 def tidy(device: str) -> None:
-    torch._dynamo.reset()
+    forget_compiled()
     gc.collect()
     cross_entropy_ext.empty_cache()
     if device != "cpu":

@@ -33,7 +33,7 @@ from rich.table import Table
 import cross_entropy_ext
 
 from . import records as files
-from .providers import Loss, Provider, importable
+from .providers import Loss, Provider, forget_compiled, importable
 from .shapes import Case, make_inputs
 from .timing import Timed, measure, step
 
@@ -162,7 +162,7 @@ def overhead(device: str, found: list[Provider], seconds: float) -> list[dict]:
             fields = {"curve": "overhead", "case": name, "shape": list(shape), "provider": provider}
             found_times = {"median_us": statistics.median(values), "min_us": min(values), "max_us": max(values)}
             result.append({**fields, "direction": direction, **found_times, "turns": len(values)})
-        torch._dynamo.reset()
+        forget_compiled()
     return result
 
 
