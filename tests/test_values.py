@@ -57,6 +57,34 @@ def test_core_cases(case: Case, objective: Objective) -> None:
         check(logits, target, weight, grad_output=grad_output, reason=reason, **objective.options())
 
 
+@pytest.mark.parametrize("classes", [2, 7, 16, 19, 33, 96, 97, 160, 161])
+@pytest.mark.parametrize("layout", ["planes", "rows", "padded rows"])
+def test_core_tiles_of_positions(layout: str, classes: int) -> None:
+    """Few classes: tiles that runs of positions end in, of the widths that class counts give them, planes and rows that
+    are transposed; the backward by itself and with the forward, and in the logits' place."""
+    for positions in (64, 65, 130, 300):
+        key = (layout, classes, positions)
+        planes = torch.randn(2, classes, positions, generator=generator(*key)) * 3
+        if layout == "rows":
+            logits = planes.movedim(1, 2).contiguous().movedim(2, 1)
+        elif layout == "padded rows":
+            logits = torch.cat([planes, planes[:, :1]], 1).movedim(1, 2).contiguous().movedim(2, 1)[:, :classes]
+        else:
+            logits = planes
+        labels = torch.randint(classes, (2, positions), generator=generator(*key, "labels"))
+        labels[torch.rand(2, positions, generator=generator(*key, "ignored")) < 0.2] = -100
+        for options in ({}, {"label_smoothing": 0.1}):
+            for reduction in ("mean", "none"):
+                grad_output = grad_output_for(logits, reduction, key)
+                check(logits, labels, grad_output=grad_output, reduction=reduction, reason=str(key), **options)
+            fresh, own = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+            ext.cross_entropy(fresh, labels, reduction="none", **options).backward(grad_output)
+            ext.cross_entropy(own * 1, labels, reduction="none", inplace=True, **options).backward(grad_output)
+            assert torch.equal(fresh.grad, own.grad)
+        q = torch.rand(2, classes, positions, generator=generator(*key, "q")).softmax(1)
+        check(logits, q, grad_output=grad_output_for(logits, "mean", key), reason=str(key))
+
+
 @dtypes
 @pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
 def test_core_index_targets_of_every_integer_dtype_and_layout(dtype: torch.dtype, layout: str) -> None:

@@ -7,8 +7,8 @@
 // and drive each other out between the pass for the maximum and the pass for the sum. Where classes are neighbours, the
 // copy is a transposition.
 //
-// Nothing is done position by position: what belongs to a target's class is chosen by comparing each class with the
-// targets, since a number that is stored alone and soon read again in a vector makes the processor wait.
+// What belongs to a target's class is chosen by comparing each class with the targets, not looked up position by
+// position: a number that is stored alone and soon read again in a vector makes the processor wait.
 
 // Vectors that are worked on together, so that one's chain of maxima or sums does not wait for its own latency.
 constexpr int kGroup = 2;
