@@ -17,10 +17,8 @@ from __future__ import annotations
 import argparse
 import gc
 import re
-import signal
 import sys
 import time
-from pathlib import Path
 
 import torch
 from rich import box
@@ -30,6 +28,7 @@ from rich.table import Table
 
 import cross_entropy_ext
 
+from . import command_line
 from . import records as files
 from .memory import CpuPeaks, cuda_peak
 from .providers import Provider, Refused, forget_compiled, importable
@@ -198,30 +197,16 @@ def table(records: list[dict]) -> Table:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="small inputs, under a minute; its times mean little")
-    parser.add_argument("--only", default="", help="regular expression on the cases' names")
+    parser = command_line.parser_of(__doc__, "run", "small inputs, under a minute", "cases")
     parser.add_argument("--seconds", type=float, help="for all cases, which share them (cpu 300, cuda 150, quick 14)")
-    parser.add_argument("--json", type=Path, help="default: run.json in benchmarks/results/<device>, or below $OUT")
-    arguments = parser.parse_args()
+    arguments = command_line.parse(parser)
     if arguments.seconds is None:
         arguments.seconds = SECONDS["quick" if arguments.quick else arguments.device]
-    if arguments.device == "cuda":
-        if not torch.cuda.is_available():
-            parser.error("there is no GPU that torch finds")
-        if cross_entropy_ext.build_info()["cuda_archs"] is None:
-            parser.error("the package was built without CUDA: FORCE_CUDA=1 python setup.py build_ext --inplace")
     return arguments
-
-
-def interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def main() -> None:
     arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, interrupt)
     device = arguments.device
     path = arguments.json or files.folder(device) / "run.json"
     deadline = time.monotonic() + arguments.seconds

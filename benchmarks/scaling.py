@@ -15,14 +15,12 @@ Times are medians of turns, as in `benchmarks.timing`; the copy of the logits is
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from rich import box
@@ -32,6 +30,7 @@ from rich.table import Table
 
 import cross_entropy_ext
 
+from . import command_line
 from . import records as files
 from .providers import Loss, Provider, forget_compiled, importable
 from .shapes import Case, make_inputs
@@ -195,13 +194,9 @@ def table(records: list[dict]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="a few points of each curve; its times mean little")
-    parser.add_argument("--only", default="", help="regular expression on the curves' names")
+    parser = command_line.parser_of(__doc__, "scaling", "a few points of each curve", "curves")
     parser.add_argument("--seconds", type=float, help="for each point (1.5, quick 0.2)")
-    parser.add_argument("--json", type=Path, help="default: scaling.json in benchmarks/results/<device>, or below $OUT")
-    arguments = parser.parse_args()
+    arguments = command_line.parse(parser)
     device, quick = arguments.device, arguments.quick
     seconds = arguments.seconds or (0.2 if quick else 1.5)
     path = arguments.json or files.folder(device) / "scaling.json"

@@ -58,7 +58,7 @@ from torch import Tensor, nn
 
 import cross_entropy_ext
 
-from . import data
+from . import command_line, data
 from . import records as files
 
 NATIVE, OURS, OURS_IN_PLACE = "native", "ours", "ours in place"
@@ -633,28 +633,8 @@ def ratio(one: float | None, other: float | None) -> str:
     return f"{one / other:.2f}" if one and other else ""
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="tiny models, under a minute; its times mean little")
-    parser.add_argument("--only", default="", help="regular expression on the models' names")
-    parser.add_argument("--json", type=Path, help="default: results/<device>/training.json, or below $OUT")
-    arguments = parser.parse_args()
-    if arguments.device == "cuda":
-        if not torch.cuda.is_available():
-            parser.error("there is no GPU that torch finds")
-        if cross_entropy_ext.build_info()["cuda_archs"] is None:
-            parser.error("the package was built without CUDA: FORCE_CUDA=1 python setup.py build_ext --inplace")
-    return arguments
-
-
-def interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
-    arguments = parse_arguments()
-    signal.signal(signal.SIGTERM, interrupt)
+    arguments = command_line.parse(command_line.parser_of(__doc__, "training", "tiny models, under a minute", "models"))
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     device = arguments.device
