@@ -73,19 +73,23 @@ class CpuPeaks:
 
 def _can_reset_peak() -> bool:
     try:
-        _reset_peak()
-        return bool(_status("VmHWM"))
+        reset_peak()
+        return resident("VmHWM") > 0
     except OSError:
         return False
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """The highest that this process's memory has been becomes what is resident now. Linux only, else an OSError."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _status(field: str) -> int:
-    found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
+def resident(name: str) -> int:
+    """What Linux says of this process's memory: VmRSS is resident now, VmHWM was at the highest."""
+    found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if not found:
+        raise OSError(f"this system does not tell {name}")
+    return 1024 * int(found[1])
 
 
 def _serve(connection: Connection, threads: int) -> None:
@@ -114,9 +118,9 @@ def _cpu_peak(run: Run, logits: torch.Tensor) -> int:
     peaks: list[int] = []
     for _ in range(3 if logits.numel() < 2**22 else 1):  # in large ones, a few pages more or less do not show
         cross_entropy_ext.empty_cache()
-        _reset_peak()
-        before = _status("VmRSS")
+        reset_peak()
+        before = resident("VmRSS")
         result = run(logits)
-        peaks.append(max(0, _status("VmHWM") - before))
+        peaks.append(max(0, resident("VmHWM") - before))
         del result
     return int(statistics.median(peaks))

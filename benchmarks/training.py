@@ -45,7 +45,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,6 +59,7 @@ import cross_entropy_ext
 
 from . import command_line, data
 from . import records as files
+from .memory import reset_peak, resident
 
 NATIVE, OURS, OURS_IN_PLACE = "native", "ours", "ours in place"
 EAGER, COMPILED = "eager", "compiled"
@@ -425,7 +425,7 @@ class Peak:
         with contextlib.suppress(OSError, AttributeError):  # there is none but in glibc
             ctypes.CDLL(None).malloc_trim(0)
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # the highest becomes what is resident now
+            reset_peak()
             self.before = resident("VmRSS")
         except OSError:
             self.before = None
@@ -435,14 +435,6 @@ class Peak:
             return None
         now = resident("VmHWM") if self.device == "cpu" else torch.cuda.max_memory_allocated()
         return now - self.before
-
-
-def resident(name: str) -> int:
-    """What Linux says of this process's memory: VmRSS is resident now, VmHWM was at the highest."""
-    found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    if not found:
-        raise OSError(f"this system does not tell {name}")
-    return 1024 * int(found[1])
 
 
 def serve(
