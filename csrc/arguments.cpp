@@ -2,8 +2,9 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 
+#include <cmath>
+
 #include "cross_entropy.h"
-#include "problem.h"
 
 namespace xent {
 namespace {
@@ -14,6 +15,15 @@ bool is_shape_of_positions(const at::Tensor& logits, const at::Tensor& target) {
   const int64_t dim = class_dim(logits);
   for (int64_t d = 0; d < target.dim(); ++d) {
     if (target.sym_size(d) != logits.sym_size(d < dim ? d : d + 1)) return false;
+  }
+  return true;
+}
+
+// (N, C, d1..dK) against (N, k, d1..dK), or (C) against (k).
+bool is_shape_of_pairs(const at::Tensor& logits, const at::Tensor& target) {
+  if (target.dim() != logits.dim()) return false;
+  for (int64_t d = 0; d < target.dim(); ++d) {
+    if (d != class_dim(logits) && target.sym_size(d) != logits.sym_size(d)) return false;
   }
   return true;
 }
@@ -44,47 +54,197 @@ bool is_index_type(at::ScalarType type) {
   return type == at::kLong || type == at::kInt || type == at::kShort || type == at::kChar || type == at::kByte;
 }
 
-bool is_soft(const at::Tensor& logits, const at::Tensor& target) {
+bool has_shape_of_logits(const at::Tensor& logits, const at::Tensor& target) {
   return logits.dim() == target.dim() && logits.sym_sizes() == target.sym_sizes();
 }
 
-at::ScalarType default_loss_dtype(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight) {
-  auto type = logits.scalar_type();
-  if (!is_soft(logits, target)) return type;
-  type = c10::promoteTypes(type, target.scalar_type());
-  return has_value(weight) ? c10::promoteTypes(type, weight->scalar_type()) : type;
+// ---- options, as numbers --------------------------------------------------------------------------------------------
+
+Form Inputs::form(const Options& options) const {
+  if (options.form != Form::kNone) return options.form;
+  return has_shape_of_logits(logits, target) ? Form::kProbabilities : Form::kIndices;
 }
 
-at::ScalarType arithmetic_type(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight) {
-  return default_loss_dtype(logits, target, weight) == at::kDouble ? at::kDouble : at::kFloat;
+std::array<int64_t, Options::kIntegers> Options::integers() const {
+  const int64_t flags = int64_t{empty_is_zero} | int64_t{inplace} << 1 | int64_t{statistics} << 2 | int64_t{kl} << 3 |
+                        int64_t(form) << 4;
+  return {reduction, ignore_index, loss_dtype ? int64_t(*loss_dtype) : -1, flags};
 }
 
-void check_options(int64_t reduction, double label_smoothing, std::optional<at::ScalarType> loss_dtype) {
-  TORCH_CHECK(reduction >= kNone && reduction <= kSum, "reduction must be 0, 1 or 2. Got: ", reduction);
-  TORCH_CHECK(!loss_dtype || is_logits_type(*loss_dtype),
-              "loss_dtype must be float16, bfloat16, float32 or float64. Got: ", *loss_dtype);
-  TORCH_CHECK(label_smoothing >= 0, "label_smoothing must be between 0.0 and 1.0. Got: ", label_smoothing);
+std::array<double, Options::kNumbers> Options::numbers() const {
+  return {label_smoothing, z_loss, softcap, logit_scale, temperature, alpha};
 }
 
-bool is_supported(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                  int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> loss_dtype) {
+Options Options::of(at::IntArrayRef integers, at::ArrayRef<double> numbers) {
+  TORCH_CHECK(integers.size() == kIntegers && numbers.size() == kNumbers, "cross_entropy_ext: got ", integers.size(),
+              " integers and ", numbers.size(), " numbers for the ", kIntegers, " and ", kNumbers, " of its options");
+  Options options;
+  options.reduction = integers[0];
+  options.ignore_index = integers[1];
+  if (integers[2] >= 0) options.loss_dtype = at::ScalarType(integers[2]);
+  options.empty_is_zero = integers[3] & 1;
+  options.inplace = integers[3] & 2;
+  options.statistics = integers[3] & 4;
+  options.kl = integers[3] & 8;
+  options.form = Form(integers[3] >> 4);
+  options.label_smoothing = numbers[0];
+  options.z_loss = numbers[1];
+  options.softcap = numbers[2];
+  options.logit_scale = numbers[3];
+  options.temperature = numbers[4];
+  options.alpha = numbers[5];
+  return options;
+}
+
+// ---- types ----------------------------------------------------------------------------------------------------------
+
+at::ScalarType loss_type(const Inputs& inputs, const Options& options) {
+  if (options.loss_dtype) return *options.loss_dtype;
+  auto type = inputs.logits.scalar_type();
+  if (!is_dense(inputs.form(options))) return type;
+  type = c10::promoteTypes(type, inputs.target.scalar_type());
+  return has_value(inputs.weight) ? c10::promoteTypes(type, inputs.weight->scalar_type()) : type;
+}
+
+at::ScalarType arithmetic_type(const Inputs& inputs, const Options& options) {
+  auto type = inputs.logits.scalar_type();
+  if (type != at::kDouble && is_dense(inputs.form(options))) {
+    Options native = options;
+    native.loss_dtype = std::nullopt;
+    type = loss_type(inputs, native);
+  }
+  return type == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+int64_t saved_rows(Form form, bool statistics) {
+  if (form == Form::kTeacher) return saved::kTeacherLseLost + 1;
+  if (statistics) return saved::kArgmax + 1;
+  return form == Form::kProbabilities ? saved::kMass + 1 : saved::kLseLost + 1;
+}
+
+// ---- checks ---------------------------------------------------------------------------------------------------------
+
+void check_options(const Options& options) {
+  TORCH_CHECK(options.reduction >= kNone && options.reduction <= kSum, "reduction must be 0, 1 or 2. Got: ",
+              options.reduction);
+  TORCH_CHECK(!options.loss_dtype || is_logits_type(*options.loss_dtype),
+              "loss_dtype must be float16, bfloat16, float32 or float64. Got: ", *options.loss_dtype);
+  TORCH_CHECK(options.label_smoothing >= 0, "label_smoothing must be between 0.0 and 1.0. Got: ",
+              options.label_smoothing);
+  if (options.is_plain()) return;
+  TORCH_CHECK_VALUE(std::isfinite(options.z_loss), "z_loss must be a finite number, but got ", options.z_loss);
+  TORCH_CHECK_VALUE(std::isfinite(options.softcap) && options.softcap >= 0,
+                    "softcap must be None or a finite number above 0, but got ", options.softcap);
+  TORCH_CHECK_VALUE(std::isfinite(options.logit_scale), "logit_scale must be a finite number, but got ",
+                    options.logit_scale);
+  if (options.form == Form::kTeacher) {
+    TORCH_CHECK_VALUE(std::isfinite(options.temperature) && options.temperature > 0,
+                      "temperature must be a finite number above 0, but got ", options.temperature);
+    TORCH_CHECK_VALUE(std::isfinite(options.alpha), "alpha must be a finite number, but got ", options.alpha);
+  }
+}
+
+void check_shapes(const Inputs& inputs, const Options& options) {
+  const auto& [logits, target, weight, companion, sample_weight] = inputs;
+  const auto positions = [&] {
+    c10::SymDimVector shape(logits.sym_sizes());
+    if (!shape.empty()) shape.erase(shape.begin() + class_dim(logits));
+    return shape;
+  };
+  const auto check_type = [](const at::Tensor& tensor, bool is_right, const char* name, const char* accepted) {
+    TORCH_CHECK_VALUE(is_right, name, " must be a tensor of ", accepted, ", but got ", tensor.scalar_type());
+  };
+  if (options.form == Form::kPairs || options.form == Form::kTeacher) {
+    const char* const name = options.form == Form::kPairs ? "input" : "student_logits";
+    TORCH_CHECK_VALUE(logits.dim() >= 1, name, " must have a class dimension, but got a scalar");
+    check_type(logits, logits.is_floating_point(), name, "a floating type");
+  }
+  if (options.form == Form::kPairs) {
+    check_type(target, is_index_type(target.scalar_type()), "indices", "int64, int32, int16, int8 or uint8");
+    TORCH_CHECK_VALUE(is_shape_of_pairs(logits, target), "indices must have the input's shape ", logits.sym_sizes(),
+                      " with k in the place of its classes, but got ", target.sym_sizes());
+    TORCH_CHECK_VALUE(target.sym_size(class_dim(logits)) > 0,
+                      "indices must have at least one class for each position (k > 0), but got the shape ",
+                      target.sym_sizes());
+    TORCH_CHECK_VALUE(has_value(companion), "probs must be a tensor of the shape of indices, but got None");
+    check_type(*companion, companion->is_floating_point(), "probs", "a floating type");
+    TORCH_CHECK_VALUE(has_shape_of_logits(target, *companion), "probs must have the shape of indices, ",
+                      target.sym_sizes(), ", but got ", companion->sym_sizes());
+  }
+  if (options.form == Form::kTeacher) {
+    check_type(target, target.is_floating_point(), "teacher_logits", "a floating type");
+    TORCH_CHECK_VALUE(has_shape_of_logits(logits, target), "teacher_logits must have the shape of student_logits, ",
+                      logits.sym_sizes(), ", but got ", target.sym_sizes());
+    if (has_value(companion)) {
+      check_type(*companion, is_index_type(companion->scalar_type()), "target", "int64, int32, int16, int8 or uint8");
+      TORCH_CHECK_VALUE(is_shape_of_positions(logits, *companion), "target must have a class for each position, ",
+                        positions(), ", but got the shape ", companion->sym_sizes());
+    }
+  }
+  if (has_value(weight) && options.form == Form::kPairs) {
+    TORCH_CHECK_VALUE(weight->dim() == 1 && weight->sym_size(0) == logits.sym_size(class_dim(logits)),
+                      "weight must have one element for each of the ", logits.sym_size(class_dim(logits)),
+                      " classes, but got the shape ", weight->sym_sizes());
+  }
+  if (has_value(sample_weight)) {
+    check_type(*sample_weight, sample_weight->is_floating_point(), "sample_weight", "a floating type");
+    TORCH_CHECK_VALUE(at::SymIntArrayRef(sample_weight->sym_sizes()) == at::SymIntArrayRef(positions()),
+                      "sample_weight must have a factor for each position, ", positions(), ", but got the shape ",
+                      sample_weight->sym_sizes());
+  }
+}
+
+bool is_supported(const Inputs& inputs, const Options& options) {
   constexpr int64_t kMostDims = kMaxDims + 1;
+  const auto& [logits, target, weight, companion, sample_weight] = inputs;
   if (!is_plain(logits, logits) || !is_plain(target, logits) || !has_kernel(logits.device())) return false;
   if (!is_logits_type(logits.scalar_type()) || logits.dim() < 1 || logits.dim() > kMostDims) return false;
-  if (!(label_smoothing >= 0 && label_smoothing <= 1)) return false;
-  const bool soft = is_soft(logits, target);
-  if (soft && (!is_logits_type(target.scalar_type()) || ignore_index >= 0)) return false;
-  if (!soft && (!is_index_type(target.scalar_type()) || !is_shape_of_positions(logits, target))) return false;
+  if (!(options.label_smoothing >= 0 && options.label_smoothing <= 1)) return false;
   const auto classes = logits.sym_size(class_dim(logits));
   if (classes == 0) return false;
+  const auto is_of_positions = [&](const at::Tensor& tensor) {
+    return is_plain(tensor, logits) && is_shape_of_positions(logits, tensor);
+  };
+  const bool grad = c10::GradMode::is_enabled();
+  if (has_value(sample_weight)) {
+    if (!is_of_positions(*sample_weight) || !is_logits_type(sample_weight->scalar_type())) return false;
+    if (grad && sample_weight->requires_grad()) return false;
+  }
+  const Form form = inputs.form(options);
+  switch (form) {
+    case Form::kProbabilities:
+      if (!is_logits_type(target.scalar_type()) || options.ignore_index >= 0) return false;
+      break;
+    case Form::kIndices:
+      if (!is_index_type(target.scalar_type()) || !is_shape_of_positions(logits, target)) return false;
+      break;
+    case Form::kPairs:
+      if (!is_index_type(target.scalar_type()) || !is_shape_of_pairs(logits, target)) return false;
+      if (!has_value(companion) || !is_plain(*companion, logits) || !is_logits_type(companion->scalar_type()) ||
+          !has_shape_of_logits(target, *companion) || target.sym_size(class_dim(logits)) == 0) {
+        return false;
+      }
+      break;
+    default:
+      if (!is_logits_type(target.scalar_type()) || !has_shape_of_logits(logits, target) || has_value(weight)) {
+        return false;
+      }
+      if (has_value(companion) && (!is_of_positions(*companion) || !is_index_type(companion->scalar_type()))) {
+        return false;
+      }
+  }
+  // A target_log_prob is of the probabilities as they are, of which these losses have no sum.
+  if (form == Form::kProbabilities && options.statistics && (has_value(weight) || options.label_smoothing > 0)) {
+    return false;
+  }
   if (!has_value(weight)) return true;
   if (!is_plain(*weight, logits) || weight->dim() != 1 || weight->sym_size(0) != classes) return false;
-  if (soft) return !weight->is_complex();
+  if (form == Form::kProbabilities && options.is_plain() && !has_value(sample_weight)) return !weight->is_complex();
+  if (grad && weight->requires_grad()) return false;
+  if (form != Form::kIndices) return !weight->is_complex();
   // Native asks for the logits' type; where the loss is wanted in float32, weights of that type go with it.
-  const bool type_matches =
-      weight->scalar_type() == logits.scalar_type() ||
-      (weight->scalar_type() == at::kFloat && loss_dtype == at::kFloat && logits.scalar_type() != at::kDouble);
-  return type_matches && !(c10::GradMode::is_enabled() && weight->requires_grad());
+  return weight->scalar_type() == logits.scalar_type() ||
+         (weight->scalar_type() == at::kFloat && options.loss_dtype == at::kFloat && logits.scalar_type() != at::kDouble);
 }
 
 }  // namespace xent

@@ -68,9 +68,9 @@ int64_t count_positions(const at::Tensor& logits) {
   return logits.numel() / std::max<int64_t>(1, logits.size(class_dim(logits)));
 }
 
-void describe(Problem& problem, const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-              at::ScalarType arithmetic, const at::Tensor& lse, int64_t ignore_index, double label_smoothing) {
-  const bool soft = is_soft(logits, target);
+void describe(Problem& problem, const Inputs& inputs, const Options& options, const OptionalTensor& kernel_weight,
+              at::ScalarType arithmetic, const at::Tensor& lse) {
+  const at::Tensor &logits = inputs.logits, &target = inputs.target;
   const int64_t dim = class_dim(logits);
   problem.classes = logits.size(dim);
   problem.positions = 1;
@@ -79,41 +79,86 @@ void describe(Problem& problem, const at::Tensor& logits, const at::Tensor& targ
     problem.size[problem.dims++] = logits.size(d);
     problem.positions *= logits.size(d);
   }
-  problem.kind = soft ? TargetKind::kSoft : label_smoothing > 0 ? TargetKind::kSmoothedIndex : TargetKind::kIndex;
+  problem.form = inputs.form(options);
+  problem.statistics = options.statistics;
+  const bool plain = options.form == Form::kNone && !options.statistics && options.softcap == 0;
+  problem.kind = !(plain && options.logit_scale == 1)     ? TargetKind::kGeneral
+                 : problem.form == Form::kProbabilities   ? TargetKind::kSoft
+                 : options.label_smoothing > 0            ? TargetKind::kSmoothedIndex
+                                                          : TargetKind::kIndex;
   problem.arithmetic_in_double = arithmetic == at::kDouble;
-  problem.label_smoothing = label_smoothing;
-  problem.ignore_index = ignore_index;
+  problem.label_smoothing = problem.form == Form::kTeacher ? 0 : options.label_smoothing;
+  problem.z_loss = options.z_loss;
+  problem.ignore_index = options.ignore_index;
   problem.logits = view_with_classes(logits);
-  problem.target = soft ? view_with_classes(target) : view_of_positions(target);
-  problem.weight = weight ? data_of(*weight) : nullptr;
+  problem.target = problem.form == Form::kIndices ? view_of_positions(target) : view_with_classes(target);
+  problem.weight = kernel_weight ? data_of(*kernel_weight) : nullptr;
+  if (has_value(inputs.sample_weight)) problem.sample_weight = view_of_positions(*inputs.sample_weight);
   problem.lse = data_of(lse);
-  problem.smoothed_total = problem.kind == TargetKind::kSmoothedIndex ? label_smoothing : 0;
+  problem.smoothed_total = is_dense(problem.form) ? 0 : options.label_smoothing;
+  if (problem.kind != TargetKind::kGeneral) return;
+
+  problem.softcap = options.softcap;
+  problem.logit_scale = options.logit_scale;
+  if (problem.form == Form::kPairs) {
+    problem.pairs = target.size(dim);
+    problem.probs = view_with_classes(*inputs.companion);
+  }
+  if (problem.form == Form::kTeacher) {
+    const bool labels = has_value(inputs.companion);
+    if (labels) problem.labels = view_of_positions(*inputs.companion);
+    problem.temperature = options.temperature;
+    problem.logit_scale = 1 / options.temperature;
+    problem.teacher_scale = (labels ? options.alpha : 1) * options.temperature * options.temperature;
+    problem.label_scale = labels ? 1 - options.alpha : 0;
+    problem.kl = options.kl;
+  }
 }
 
-void check_forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                   int64_t ignore_index, double label_smoothing, at::ScalarType loss_dtype) {
-  check_options(reduction, label_smoothing, loss_dtype);
-  TORCH_CHECK(is_supported(logits, target, weight, ignore_index, label_smoothing, loss_dtype),
+void describe_teacher(Problem& teacher, const Problem& problem) {
+  teacher.logits = problem.target;
+  teacher.form = Form::kNone;
+  teacher.target = teacher.labels = teacher.sample_weight = View();
+  teacher.z_loss = teacher.softcap = 0;
+  const int64_t size = problem.arithmetic_in_double ? 8 : 4;
+  teacher.lse = static_cast<char*>(problem.lse) + saved::kTeacherLse * problem.positions * size;
+}
+
+bool count_is_known(const Problem& problem) {
+  if (problem.sample_weight) return false;
+  return problem.form == Form::kProbabilities || (problem.form == Form::kTeacher && !problem.labels);
+}
+
+void check_forward(const Inputs& inputs, const Options& options) {
+  check_options(options);
+  TORCH_CHECK(options.loss_dtype && is_supported(inputs, options),
               "cross_entropy_ext::_forward: arguments that cross_entropy_ext::cross_entropy does not pass on");
 }
 
-void check_backward(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                    const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
-                    double label_smoothing, bool target_wanted) {
-  TORCH_CHECK(is_supported(logits, target, weight, ignore_index, label_smoothing, std::nullopt) ||
-                  is_supported(logits, target, weight, ignore_index, label_smoothing, at::kFloat),
+void check_backward(const Gradients& gradients, const Inputs& inputs, const Options& options, bool target_wanted) {
+  Options with_float = options;
+  with_float.loss_dtype = at::kFloat;
+  TORCH_CHECK(is_supported(inputs, options) || is_supported(inputs, with_float),
               "cross_entropy_ext::_backward: arguments that _forward does not accept");
-  const auto arithmetic = arithmetic_type(logits, target, weight);
-  const bool soft = is_soft(logits, target);
-  TORCH_CHECK(soft || !target_wanted, "cross_entropy_ext::_backward: class indices have no gradient");
-  const int64_t positions = count_positions(logits), rows = soft ? 3 : 2;
-  TORCH_CHECK(lse.is_contiguous() && lse.scalar_type() == arithmetic && lse.numel() == rows * positions,
+  const auto arithmetic = arithmetic_type(inputs, options);
+  const Form form = inputs.form(options);
+  const at::Tensor &lse = gradients.lse, &grad_output = gradients.grad_output;
+  TORCH_CHECK(form != Form::kIndices || !target_wanted, "cross_entropy_ext::_backward: class indices have no gradient");
+  const int64_t positions = count_positions(inputs.logits);
+  TORCH_CHECK(lse.is_contiguous() && lse.scalar_type() == arithmetic &&
+                  lse.numel() == saved_rows(form, options.statistics) * positions,
               "cross_entropy_ext::_backward: lse is not what _forward returned");
-  TORCH_CHECK(reduction == kNone ? grad_output.numel() == positions && grad_output.dim() == logits.dim() - 1
-                                 : grad_output.numel() == 1,
+  TORCH_CHECK(options.reduction == kNone
+                  ? grad_output.numel() == positions && grad_output.dim() == inputs.logits.dim() - 1
+                  : grad_output.numel() == 1,
               "cross_entropy_ext::_backward: grad_output of shape ", grad_output.sizes(), " is not the loss's");
   TORCH_CHECK(grad_output.is_floating_point(), "cross_entropy_ext::_backward: grad_output of type ",
               grad_output.scalar_type());
+  if (!has_value(gradients.grad_statistics)) return;
+  const at::Tensor& of_statistics = *gradients.grad_statistics;
+  TORCH_CHECK(options.statistics && of_statistics.is_contiguous() && of_statistics.scalar_type() == arithmetic &&
+                  of_statistics.numel() == 3 * positions,
+              "cross_entropy_ext::_backward: grad_statistics are not those of _forward's statistics");
 }
 
 }  // namespace xent

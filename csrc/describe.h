@@ -20,20 +20,24 @@ View view_of_positions(const at::Tensor& tensor);
 // Drops dimensions of size one and merges neighbours that all views step through as through one.
 void merge_dimensions(Problem& problem, std::initializer_list<View*> views);
 
-// The weights as the kernels want them: contiguous, in the type of arithmetic.
+// The weights of classes as the kernels want them: contiguous, in the type of arithmetic.
 OptionalTensor weight_for_kernel(const OptionalTensor& weight, at::ScalarType arithmetic);
 
 int64_t count_positions(const at::Tensor& logits);
 
 // Everything but `lanes`, results and, where there are weights, `smoothed_total`.
-void describe(Problem& problem, const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& kernel_weight,
-              at::ScalarType arithmetic, const at::Tensor& lse, int64_t ignore_index, double label_smoothing);
+void describe(Problem& problem, const Inputs& inputs, const Options& options, const OptionalTensor& kernel_weight,
+              at::ScalarType arithmetic, const at::Tensor& lse);
+
+// The softmax of a teacher needs its lse first: the same positions with the teacher in the place of the logits, which
+// leave it where the problem's own kernels read it.
+void describe_teacher(Problem& teacher, const Problem& problem);
+
+// Whether what a mean divides by is known without looking at the targets.
+bool count_is_known(const Problem& problem);
 
 // Raise an error unless the private operators were called with what the public one passes on.
-void check_forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                   int64_t ignore_index, double label_smoothing, at::ScalarType loss_dtype);
-void check_backward(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                    const OptionalTensor& weight, const at::Tensor& lse, int64_t reduction, int64_t ignore_index,
-                    double label_smoothing, bool target_wanted);
+void check_forward(const Inputs& inputs, const Options& options);
+void check_backward(const Gradients& gradients, const Inputs& inputs, const Options& options, bool target_wanted);
 
 }  // namespace xent

@@ -8,6 +8,16 @@
 //   loss    = sum_c a_c (lse - x_c) = sum_c a_c (m - x_c) + A L       every term >= 0: nothing cancels
 //   d/dx_c  = A softmax_c - a_c
 //   d/dq_c  = (1 - e) w_c (lse - x_c)
+//
+// What can be added to it, per position:
+//
+//   z lse^2                        d/dx_c = 2 z lse softmax_c
+//   lse                            d/dx_c = softmax_c
+//   H = -sum_c p_c log p_c         d/dx_c = -p_c (log p_c + H)
+//     = L + sum_c exp(x_c - m) (m - x_c) / s         every term >= 0
+//   log p_y                        d/dx_c = [c = y] - p_c
+//
+// So whatever mixture of them is differentiated, d/dx_c = p_c (P + E log p_c) - D a_c, and less at a label's class.
 
 // a + b and what rounding lost of it (Knuth, TAOCP 4.2.2).
 template <class T>
@@ -60,4 +70,43 @@ XENT_INLINE T target_gradient(T hit, T rest_of_total, T smoothed, T log_softmax)
   T softmax, softmax_minus_one;
   exp_and_expm1(log_softmax, softmax, softmax_minus_one);
   return hit * softmax_minus_one + (rest_of_total * softmax - smoothed);
+}
+
+// ---- logits that are transformed first: x = cap tanh(scale x' / cap) ------------------------------------------------
+
+// With all relative accuracy, through expm1(-2 |x|).
+template <class T>
+XENT_INLINE T tanh_of(T x) {
+  const T zero = T{}, twice = x + x;
+  T unused, minus_one;
+  exp_and_expm1(select(x > zero, zero - twice, twice), unused, minus_one);
+  const T result = minus_one / (minus_one + 2.f);
+  return select(x > zero, zero - result, result);
+}
+
+template <class T>
+XENT_INLINE T softcapped(T x, T cap) {
+  return cap * tanh_of(x / cap);
+}
+
+// dx / dx' from x, but for the scale.
+template <class T>
+XENT_INLINE T slope_of_softcap(T x, T cap) {
+  const T tanh = x / cap;
+  return (T{} + 1.f) - tanh * tanh;
+}
+
+// ---- the gradient of a mixture --------------------------------------------------------------------------------------
+
+// E p log p, which is zero where p is, even at a logit of -inf.
+template <class T>
+XENT_INLINE T entropy_gradient(T factor, T softmax, T log_softmax) {
+  return select(softmax == T{}, T{}, factor * softmax * log_softmax);
+}
+
+// d/dz_c of a teacher's logits z at temperature 1: q_c (t_c - sum_k q_k t_k), where q = softmax(z) and the loss is
+// sum_k q_k t_k: t_c = lse - x_c, less -log q_c for the divergence.
+template <class T>
+XENT_INLINE T teacher_gradient(T q, T term, T loss) {
+  return select(q == T{}, T{}, q * (term - loss));
 }

@@ -23,11 +23,45 @@ struct View {
   XENT_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
+// The kernels that there are for the plain loss, and the one for everything else.
 enum class TargetKind : uint8_t {
   kIndex,          // a = w_y [c = y]
   kSmoothedIndex,  // a = (1 - e) w_y [c = y] + (e / C) w_c
   kSoft,           // a = w_c ((1 - e) q_c + e / C)
+  kGeneral,        // any form of target, transformed logits, statistics
 };
+
+// What a kGeneral target is.
+enum class Form : uint8_t {
+  kNone,           // nothing but lse is asked for
+  kIndices,        // a as of kSmoothedIndex
+  kProbabilities,  // a as of kSoft
+  kPairs,          // k classes i and their probabilities p: a = sum_j (1 - e) w_c p_j [c = i_j] + (e / C) w_c
+  kTeacher,        // a = softmax of the teacher's logits, both at a temperature; and perhaps a label at temperature 1
+};
+
+// What the forward leaves for the backward: rows of `positions` numbers of type T, in `Problem::lse`.
+namespace saved {
+enum Row : int {
+  // The logarithm of the sum of exponentials, as an unevaluated sum: rounded to one number, it would lose what decides
+  // a confident position's gradient.
+  kLse = 0,
+  kLseLost = 1,
+  kMass = 2,  // probabilities: A = sum_c a_c. Teacher: the position's distillation loss, before its factor
+  // Statistics. The class of the largest logit is an integer as wide as T.
+  kEntropy = 3,
+  kTargetLogProb = 4,
+  kArgmax = 5,
+  // Teacher: lse of the logits at temperature 1, and of the teacher's logits.
+  kLabelLse = 3,
+  kLabelLseLost = 4,
+  kTeacherLse = 5,
+  kTeacherLseLost = 6,
+};
+}  // namespace saved
+
+// Rows of the gradients of statistics.
+enum GradStatistic : int { kGradLse = 0, kGradTargetLogProb = 1, kGradEntropy = 2 };
 
 // Which dimension a vector register (or a warp) runs along. Classes where they are contiguous and many; positions where
 // those are contiguous, or classes are few.
@@ -47,15 +81,25 @@ struct Problem {
   bool arithmetic_in_double = false;
   double label_smoothing = 0;  // e
   double smoothed_total = 0;   // e / C times the sum of the class weights
+  double z_loss = 0;           // each position that counts adds z_loss lse^2
   int64_t ignore_index = 0;
 
   View logits;
-  View target;                   // class indices, or a probability for each class
+  View target;                   // class indices, a probability for each class, k classes, or the teacher's logits
+  View sample_weight;            // a factor for each position, or absent for ones
   const void* weight = nullptr;  // T[classes], or null for ones
+  void* lse = nullptr;           // what is saved: two rows, and more of other targets
 
-  // The logarithm of the sum of exponentials, as the unevaluated sum of two T: rounded to one, it would lose what
-  // decides a confident position's gradient. Two arrays of `positions`; for soft targets a third holds A = sum_c a_c.
-  void* lse = nullptr;
+  // ---- kGeneral
+  Form form = Form::kNone;
+  bool statistics = false;                // the forward saves them
+  double logit_scale = 1, softcap = 0;    // x = softcap tanh(logit_scale x / softcap); zero: no cap
+  int64_t pairs = 0;                      // k; the class_stride of `target` and `probs` is from one pair to the next
+  View probs;                             // of the pairs
+  View labels;                            // class indices besides the teacher, or absent
+  double temperature = 1;                 // 1 / logit_scale
+  double teacher_scale = 1, label_scale = 0;  // alpha T^2 and 1 - alpha
+  bool kl = false;                        // less the teacher's entropy
 
   // The first position whose target is neither a class nor ignore_index; stays at its initial value where there is
   // none.
@@ -80,7 +124,8 @@ struct Backward : Problem {
   View grad_output;  // one for each position (reduction 'none'), or a single element with strides of zero
   double scale = 1;  // 1 / denominator
   View grad_logits;  // absent where no gradient is asked for
-  View grad_target;
+  View grad_target;  // of probabilities, of the pairs' probabilities, or of the teacher's logits
+  const void* grad_statistics = nullptr;  // T[3][positions], see GradStatistic; or null
   bool stream = false;    // the gradients are too large for the caches
   bool buffered = false;  // they cannot be stored as they are made: to be streamed, or in the place of the logits
 };
