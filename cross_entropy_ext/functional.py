@@ -68,8 +68,8 @@ def cross_entropy(
 
     What is written around it is part of the same pass: each position's loss is
     :math:`s (\mathrm{ce}(x) + z\,\mathrm{lse}(x)^2)`, where
-    :math:`x = \mathrm{cap} \tanh(\mathrm{scale} \cdot \mathrm{input} / \mathrm{cap})` (softcap: Gemma 2, arXiv 2408.00118;
-    z-loss: PaLM, arXiv 2204.02311, section 5).
+    :math:`x = \mathrm{cap} \tanh(\mathrm{scale} \cdot \mathrm{input} / \mathrm{cap})`
+    (softcap: Gemma 2, arXiv 2408.00118; z-loss: PaLM, arXiv 2204.02311, section 5).
 
     Args:
         input: logits of shape (C), (N, C) or (N, C, d1, ..., dK), in float16, bfloat16, float32 or float64 and with any
@@ -100,7 +100,7 @@ def cross_entropy(
 
     Raises:
         IndexError: a target is neither a class nor ``ignore_index``.
-        ValueError: ``sample_weight`` of another shape; ``z_loss``, ``softcap`` or ``logit_scale`` that is not finite, or
+        ValueError: ``sample_weight`` of another shape; ``z_loss``, ``softcap`` or ``logit_scale`` that is not finite;
             ``softcap`` not above 0.
         RuntimeError, ValueError, TypeError: as PyTorch's own function, with its messages.
     """
@@ -149,6 +149,28 @@ def cross_entropy(
     )
 
 
+class CrossEntropyStats(NamedTuple):
+    """What one pass over logits (N, C, d1, ..., dK) finds out.
+
+    All but ``loss`` and ``z_loss`` have an element for each position, (N, d1, ..., dK): 0 where it is ignored
+    (``argmax``: -1). They are of the logits as the loss sees them, after ``logit_scale`` and ``softcap``, and neither
+    weighted nor smoothed; in float32, or float64 for float64 logits.
+    """
+
+    loss: Tensor
+    """As :func:`cross_entropy` returns it."""
+    lse: Tensor
+    """The logarithm of the sum of exponentials, in nats. Differentiable."""
+    target_log_prob: Tensor
+    """The logarithm of the target's softmax; of probabilities q, the sum of q log softmax. Differentiable."""
+    entropy: Tensor
+    """Of the softmax, in nats: -sum p log p. Differentiable."""
+    z_loss: Tensor
+    """What ``z_loss`` adds to ``loss``, and reduced as that is."""
+    argmax: Tensor
+    """The class of the largest logit, int64; of equals the first."""
+
+
 def cross_entropy_with_stats(
     input: Tensor,
     target: Tensor,
@@ -169,8 +191,8 @@ def cross_entropy_with_stats(
 ) -> CrossEntropyStats:
     r"""Cross entropy and what else the same read of the logits tells: :class:`CrossEntropyStats`.
 
-    Takes the arguments of :func:`cross_entropy`. ``lse``, ``target_log_prob`` and ``entropy`` are differentiable, and one
-    backward pass makes the gradient of whatever mixture of them and the loss is used: a policy loss is
+    Takes the arguments of :func:`cross_entropy`. ``lse``, ``target_log_prob`` and ``entropy`` are differentiable, and
+    one backward pass makes the gradient of whatever mixture of them and the loss is used: a policy loss is
     ``-(advantage * stats.target_log_prob).mean() - beta * stats.entropy.mean()``.
 
     Raises:
@@ -195,28 +217,6 @@ def cross_entropy_with_stats(
     return CrossEntropyStats(*results)
 
 
-class CrossEntropyStats(NamedTuple):
-    """What one pass over logits (N, C, d1, ..., dK) finds out.
-
-    All but ``loss`` and ``z_loss`` have an element for each position, (N, d1, ..., dK): 0 where it is ignored (``argmax``:
-    -1). They are of the logits as the loss sees them, after ``logit_scale`` and ``softcap``, and neither weighted nor
-    smoothed; in float32, or float64 for float64 logits.
-    """
-
-    loss: Tensor
-    """As :func:`cross_entropy` returns it."""
-    lse: Tensor
-    """The logarithm of the sum of exponentials, in nats. Differentiable."""
-    target_log_prob: Tensor
-    """The logarithm of the softmax of the target's class; of probabilities q, the sum of q log softmax. Differentiable."""
-    entropy: Tensor
-    """Of the softmax, in nats: -sum p log p. Differentiable."""
-    z_loss: Tensor
-    """What ``z_loss`` adds to ``loss``, and reduced as that is."""
-    argmax: Tensor
-    """The class of the largest logit, int64; of equals the first."""
-
-
 def sparse_cross_entropy(
     input: Tensor,
     indices: Tensor,
@@ -235,9 +235,10 @@ def sparse_cross_entropy(
 ) -> Tensor:
     r"""Cross entropy against probabilities of which k are not zero: a teacher's top k, or a mixture of labels.
 
-    The coefficients of a position are :math:`a_c = \sum_j (1 - \varepsilon) w_c p_j [c = i_j] + \frac{\varepsilon}{C} w_c`:
-    the loss of :func:`cross_entropy` against the dense target that pairs :math:`(i_j, p_j)` stand for, which is never
-    made. Repeated indices add up; probabilities are neither checked nor normalized.
+    The coefficients of a position are
+    :math:`a_c = \sum_j (1 - \varepsilon) w_c p_j [c = i_j] + \frac{\varepsilon}{C} w_c`: the loss of
+    :func:`cross_entropy` against the dense target that pairs :math:`(i_j, p_j)` stand for, which is never made.
+    Repeated indices add up; probabilities are neither checked nor normalized.
 
     Args:
         input: logits of shape (C), (N, C) or (N, C, d1, ..., dK).
@@ -245,12 +246,12 @@ def sparse_cross_entropy(
             ``ignore_index`` adds nothing; a position of only such is ignored.
         probs: their probabilities, of the same shape and any floating dtype. May require a gradient.
         weight: one factor per class, of shape (C), any floating dtype.
-        reduction: ``'none'``, ``'sum'``, or ``'mean'``, which divides by the number of positions that are not ignored, or
-            the sum of their ``sample_weight``: not by class weights, as for probabilities.
+        reduction: ``'none'``, ``'sum'``, or ``'mean'``, which divides by the number of positions that are not ignored,
+            or the sum of their ``sample_weight``: not by class weights, as for probabilities.
         label_smoothing, sample_weight, z_loss, softcap, logit_scale, loss_dtype, empty: as for :func:`cross_entropy`.
 
     Returns:
-        A scalar, or for ``reduction='none'`` a loss for each position; in the input's dtype unless ``loss_dtype`` is given.
+        A scalar, or for ``reduction='none'`` a loss for each position; in the input's dtype, or ``loss_dtype``.
 
     Raises:
         IndexError: an index is neither a class nor ``ignore_index``.
@@ -350,12 +351,12 @@ def distillation_loss(
     ignore_index: int = -100,
     loss_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""How far a student's softmax is from a teacher's (Hinton et al., arXiv 1503.02531), without either of them in memory.
+    r"""How far a student's softmax is from a teacher's (Hinton et al., arXiv 1503.02531); neither is ever in memory.
 
-    With :math:`p = \mathrm{softmax}(\mathrm{student} / T)` and :math:`q = \mathrm{softmax}(\mathrm{teacher} / T)`, the loss of
-    a position is :math:`T^2 \sum_c q_c (\log q_c - \log p_c)`, or for ``kind='ce'`` :math:`-T^2 \sum_c q_c \log p_c`. With a
-    ``target`` it is :math:`\alpha` times that and :math:`1 - \alpha` times the cross entropy of the student's logits at
-    temperature 1, from the same read of them.
+    With :math:`p = \mathrm{softmax}(\mathrm{student} / T)` and :math:`q = \mathrm{softmax}(\mathrm{teacher} / T)`, the
+    loss of a position is :math:`T^2 \sum_c q_c (\log q_c - \log p_c)`, or for ``kind='ce'``
+    :math:`-T^2 \sum_c q_c \log p_c`. With a ``target`` it is :math:`\alpha` times that and :math:`1 - \alpha` times the
+    cross entropy of the student's logits at temperature 1, from the same read of them.
 
     Args:
         student_logits, teacher_logits: (C), (N, C) or (N, C, d1, ..., dK), in any floating dtypes and strides. Both may
@@ -364,8 +365,8 @@ def distillation_loss(
         temperature: :math:`T > 0`.
         alpha: the share of the distillation, where there is a target.
         kind: ``'kl'`` or ``'ce'``. Their gradients of the student are the same.
-        reduction: ``'none'``, ``'sum'``, or ``'mean'``, over the positions that count: the sum of their ``sample_weight``.
-            :func:`torch.nn.functional.kl_div`'s ``'batchmean'`` for logits (N, C).
+        reduction: ``'none'``, ``'sum'``, or ``'mean'``: over the positions that count, by the sum of their
+            ``sample_weight``; the ``'batchmean'`` of :func:`torch.nn.functional.kl_div` for logits (N, C).
         sample_weight: a factor for each position, of the shape of ``target``.
         ignore_index: positions with this target add nothing to either part.
         loss_dtype: dtype of the result; default: that of student and teacher, promoted.
@@ -439,7 +440,7 @@ def _general(
     ]
     if all(tensor is None or type(tensor) in _PLAIN for tensor in tensors):
         return op(*tensors, integers, numbers)
-    results = _ops.composite.default(*tensors, integers, numbers)
+    results = _ops._composite.default(*tensors, integers, numbers)
     return results if statistics else results[0]
 
 

@@ -387,9 +387,11 @@ BackwardResult backward_autograd(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_O
     const auto of = [&](const at::Tensor& grad) {
       return xent::backward({grad, grad_statistics, lse, denominator}, inputs, options, wanted);
     };
-    const auto [logits_primal, target_primal] = of(primal);
+    auto [for_logits, for_target] = of(primal);
     const auto [logits_tangent, target_tangent] = of(tangent);
-    return {at::_make_dual(logits_primal, logits_tangent, 0), at::_make_dual(target_primal, target_tangent, 0)};
+    if (wanted[0]) for_logits = at::_make_dual(for_logits, logits_tangent, 0);
+    if (wanted[1]) for_target = at::_make_dual(for_target, target_tangent, 0);
+    return {for_logits, for_target};
   }
   auto results = BackwardFunction::apply(grad_output, grad_statistics, logits, target, weight, companion, sample_weight,
                                          lse, denominator, options, wanted);

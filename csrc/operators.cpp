@@ -244,7 +244,7 @@ TORCH_LIBRARY(cross_entropy_ext, m) {
   define("general_cross_entropy" + loss + "Tensor");
   define("cross_entropy_with_stats" + loss +
          "(Tensor loss, Tensor lse, Tensor target_log_prob, Tensor entropy, Tensor z_loss, Tensor argmax)");
-  define("composite" + loss + "Tensor[]");
+  define("_composite" + loss + "Tensor[]");
   define("_forward" + loss + "(Tensor loss, Tensor lse, Tensor denominator)");
   define("_forward_backward" + loss + "(Tensor loss, Tensor lse, Tensor denominator, Tensor grad_logits)");
   define("_backward" + gradients + "Tensor logits, " + inputs + ", " + saved + ", " + options +
@@ -255,7 +255,7 @@ TORCH_LIBRARY(cross_entropy_ext, m) {
          options + ") -> ()");
 }
 
-TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeImplicitAutograd, m) { m.impl("composite", &composite_of); }
+TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeImplicitAutograd, m) { m.impl("_composite", &composite_of); }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) {
   m.impl("cross_entropy", TORCH_FN((from_plain<at::Tensor, loss_without_grad>)));
