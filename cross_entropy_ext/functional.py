@@ -17,6 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from ._extension import load
 
 _call = load().cross_entropy
+_call_with_extras = load().cross_entropy_with_extras
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_torch_function_mode_enabled = torch._C._is_torch_function_mode_enabled
 
@@ -107,18 +108,20 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
     if sample_weight is not None or softcap is not None or z_loss != 0 or logit_scale != 1:
-        return _general(
-            _ops.general_cross_entropy.default,
-            (input, target, weight, None, sample_weight),
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            loss_dtype=loss_dtype,
-            empty=empty,
-            inplace=inplace,
+        return _with_extras(
+            input,
+            target,
+            weight,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            sample_weight,
+            z_loss,
+            softcap,
+            logit_scale,
+            loss_dtype,
+            empty,
+            inplace,
         )
     if not (
         type(input) in _PLAIN
@@ -311,15 +314,16 @@ def mixup_cross_entropy(
             f"target_a must have a class for each position of an input of shape {tuple(input.shape)}, "
             f"but got the shape {tuple(target_a.shape)}"
         )
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     if isinstance(lam, Tensor):
         if lam.dim() > target_a.dim() or lam.shape != target_a.shape[: lam.dim()]:
             raise ValueError(
                 f"lam must be a number or a tensor whose shape begins that of target_a, {tuple(target_a.shape)}, "
                 f"but got the shape {tuple(lam.shape)}"
             )
+        lam = lam.to(torch.promote_types(lam.dtype, dtype))  # before 1 - lam is formed
         share = lam.reshape(lam.shape + (1,) * (target_a.dim() - lam.dim())).expand(target_a.shape)
     else:
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         share = torch.full((), _number("lam", lam), dtype=dtype, device=input.device).expand(target_a.shape)
     return sparse_cross_entropy(
         input,
@@ -398,6 +402,63 @@ _FORMS = {None: 0, "pairs": 3, "teacher": 4}
 _LOSS_DTYPES = {None: -1, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
 
+def _with_extras(
+    input,
+    target,
+    weight,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    sample_weight,
+    z_loss,
+    softcap,
+    logit_scale,
+    loss_dtype,
+    empty,
+    inplace,
+) -> Tensor:
+    """The loss with what native has no argument for; as `cross_entropy`, without the general parser where it can be."""
+    if (
+        type(input) in _PLAIN
+        and type(target) in _PLAIN
+        and (weight is None or type(weight) in _PLAIN)
+        and (sample_weight is None or (type(sample_weight) in _PLAIN and sample_weight.is_floating_point()))
+        and reduction in ("mean", "sum", "none")
+        and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
+        and type(label_smoothing) is type(z_loss) is type(logit_scale) is float
+        and (softcap is None or (type(softcap) is float and softcap > 0))
+        and (loss_dtype is None and empty == "nan" and not inplace)
+        and not _is_dynamo_compiling()
+        and not _is_torch_function_mode_enabled()
+    ):
+        return _call_with_extras(
+            input,
+            target,
+            weight,
+            _REDUCTIONS[reduction],
+            ignore_index,
+            label_smoothing,
+            sample_weight,
+            z_loss,
+            softcap or 0.0,
+            logit_scale,
+        )
+    return _general(
+        _ops.general_cross_entropy.default,
+        (input, target, weight, None, sample_weight),
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        loss_dtype=loss_dtype,
+        empty=empty,
+        inplace=inplace,
+    )
+
+
 def _general(
     op,
     tensors,
@@ -425,7 +486,7 @@ def _general(
     if loss_dtype not in _LOSS_DTYPES:
         raise RuntimeError(f"loss_dtype must be float16, bfloat16, float32 or float64. Got: {loss_dtype}")
     sample_weight = tensors[-1]
-    if isinstance(sample_weight, Tensor) and not sample_weight.is_floating_point():
+    if isinstance(sample_weight, Tensor) and not (sample_weight.is_floating_point() or sample_weight.is_complex()):
         wide = tensors[0].dtype == torch.float64
         tensors = (*tensors[:-1], sample_weight.to(torch.float64 if wide else torch.float32))
     flags = (empty == "zero") | inplace << 1 | statistics << 2 | kl << 3 | _FORMS[form] << 4
