@@ -17,6 +17,15 @@ load()  # before anything else imports torch, so that what is missing is said in
 
 from . import functional
 from .modules import CrossEntropyLoss
+from .patch import patch_torch, unpatch_torch
 from .runtime import build_info, check_errors, empty_cache
 
-__all__ = ["CrossEntropyLoss", "build_info", "check_errors", "empty_cache", "functional"]
+__all__ = [
+    "CrossEntropyLoss",
+    "build_info",
+    "check_errors",
+    "empty_cache",
+    "functional",
+    "patch_torch",
+    "unpatch_torch",
+]

@@ -7,10 +7,12 @@ import warnings
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+
+# Under a name of this module, so that it stays native's while patch_torch() is in effect.
+from torch.nn.functional import cross_entropy as native_cross_entropy
 
 from ._extension import load
 
@@ -132,11 +134,11 @@ def _unusual(input, target, weight, ignore_index, reduction, label_smoothing, lo
         # Raises PyTorch's own TypeError, or for a proxy of torch.fx records the native function.
         if loss_dtype is not None or empty != "nan":
             return _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero")
-        return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        return native_cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     if not all(type(tensor) in _PLAIN for tensor in tensors):
         return _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero")
     # PyTorch's own parser judges the other arguments; what it accepts (numbers of other types) is then converted.
-    F.cross_entropy(
+    native_cross_entropy(
         torch.zeros(1, 1), torch.zeros(1).long(), None, None, ignore_index, None, reduction, label_smoothing
     )
     if reduction == "elementwise_mean":
@@ -166,7 +168,7 @@ def _native(input, target, weight, ignore_index, reduction, label_smoothing, los
     if loss_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise RuntimeError(f"loss_dtype must be float16, bfloat16, float32 or float64. Got: {loss_dtype}")
     if empty_is_zero and reduction == "mean":  # 0 / 0 is to be 0, for the gradient too: divide by one there
-        total = F.cross_entropy(input, target, weight, None, ignore_index, None, "sum", label_smoothing)
+        total = native_cross_entropy(input, target, weight, None, ignore_index, None, "sum", label_smoothing)
         if indices:
             valid = target != ignore_index
             counts = valid.double() if weight is None else weight.double()[torch.where(valid, target, 0)]
@@ -176,5 +178,5 @@ def _native(input, target, weight, ignore_index, reduction, label_smoothing, los
         loss = total / torch.where((denominator == 0) & (total == 0), 1, denominator)
         loss = loss.to(total.dtype)
     else:
-        loss = F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        loss = native_cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     return loss if loss_dtype is None else loss.to(loss_dtype)
