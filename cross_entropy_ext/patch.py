@@ -6,8 +6,6 @@ So instances that exist already, subclasses, and classes kept where no search wo
 functions, and `isinstance`, `type`, pickles and checkpoints notice nothing.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from threading import RLock
@@ -24,6 +22,9 @@ from . import functional
 
 __all__ = ["patch_torch", "unpatch_torch"]
 
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_torch_function_mode_enabled = torch._C._is_torch_function_mode_enabled
+
 
 def cross_entropy(
     input: Tensor,
@@ -39,7 +40,7 @@ def cross_entropy(
         return native_cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
-    if _patched and has_torch_function_variadic(input, target, weight):
+    if _patched and _is_intercepted(input, target, weight):
         return handle_torch_function(
             _public(cross_entropy, native_cross_entropy, input, target, weight),
             (input, target, weight),
@@ -67,7 +68,7 @@ def nll_loss(
 ) -> Tensor:
     if torch.jit.is_scripting():
         return native_nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
-    if _patched and has_torch_function_variadic(input, target, weight):
+    if _patched and _is_intercepted(input, target, weight):
         return handle_torch_function(
             _public(nll_loss, native_nll_loss, input, target, weight),
             (input, target, weight),
@@ -87,6 +88,19 @@ cross_entropy.__doc__ = native_cross_entropy.__doc__
 nll_loss.__doc__ = native_nll_loss.__doc__
 
 _REPLACEMENTS = {native_cross_entropy: cross_entropy, native_nll_loss: nll_loss}
+
+
+class _Level:
+    """One call of `patch_torch()`, which the end of a `with` undoes, unless that has been done already."""
+
+    def __enter__(self) -> "_Level":
+        if self not in _levels:
+            raise RuntimeError("this patch has been undone: call patch_torch() again")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _undo(self)
+
 
 _lock = RLock()
 _levels: list[_Level] = []  # the calls in effect, oldest first
@@ -141,18 +155,6 @@ def unpatch_torch() -> None:
             _undo(_levels[-1])
 
 
-class _Level:
-    """One call of `patch_torch()`, which the end of a `with` undoes, unless that has been done already."""
-
-    def __enter__(self) -> _Level:
-        if self not in _levels:
-            raise RuntimeError("this patch has been undone: call patch_torch() again")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        _undo(self)
-
-
 def _undo(level: _Level) -> None:
     global _patched
     with _lock:
@@ -174,6 +176,16 @@ def _rename(functions: dict[Callable[..., Tensor], Callable[..., Tensor]]) -> No
         for name, value in names.copy().items():
             if id(value) in other and names.get(name) is value:
                 names[name] = other[id(value)]
+
+
+def _is_intercepted(*arguments: Any) -> bool:
+    """Whether a `__torch_function__` is to decide.
+
+    Dynamo answers for subclasses alone, and asks them itself when it comes to the operator.
+    """
+    if _is_dynamo_compiling():
+        return _is_torch_function_mode_enabled()
+    return has_torch_function_variadic(*arguments)
 
 
 def _public(
