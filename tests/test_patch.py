@@ -467,7 +467,7 @@ def test_fx_records_a_name(calls: list[str]) -> None:
 # -- torch.compile -------------------------------------------------------------------------------------------
 
 
-class Operators:
+class Graphs:
     """A backend that keeps what AOTAutograd makes of the graphs: the operators that run in the end."""
 
     def __init__(self) -> None:
@@ -503,7 +503,7 @@ COMPILED = {
 @pytest.mark.parametrize("name", ["function", "module", "subclass"])
 def test_compiled(name: str, first: str) -> None:
     """In one graph; compiled anew when the patch begins or ends, and only then; both are kept."""
-    backend = Operators()
+    backend = Graphs()
     function = torch.compile(COMPILED[name], backend=backend, fullgraph=True)
     expected = COMPILED[name](*problem())
     for turn, patched in enumerate([first == "patched", first == "native"] * 2):
@@ -537,7 +537,7 @@ def test_compiled_nll_loss() -> None:
 def test_a_compiled_function_that_constructs_the_loss() -> None:
     """torch.compile has a rule of its own for the class, which does not look at the function again: what is compiled
     stays, and is right, until it is told to forget."""
-    backend = Operators()
+    backend = Graphs()
     function = torch.compile(constructs, backend=backend, fullgraph=True)
     expected = constructs(*problem())
     for patched in (False, True, False):
