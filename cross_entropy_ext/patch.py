@@ -117,8 +117,8 @@ def patch_torch() -> _Level:
 
     The patch is for the whole process and all its threads, and lasts until :func:`unpatch_torch`, or to the end of a
     ``with`` statement. Calls may be nested, and undone in any order and by any thread: PyTorch is itself again after
-    the last. Then names that were patched are native's again, unless somebody else has changed them in between; and
-    whoever kept the replacement elsewhere gets native's results from it.
+    the last. Then names that were patched are native's again, and whoever kept the replacement elsewhere gets native's
+    results from it. What somebody else has put in the place of a function, before or in between, is left.
 
     Under ``torch.compile`` a function that was compiled before is compiled anew, and finds its first compilation again
     afterwards. The exception is a function that constructs ``nn.CrossEntropyLoss`` itself: torch.compile then does not
@@ -169,7 +169,7 @@ def _rename(functions: dict[Callable[..., Tensor], Callable[..., Tensor]]) -> No
     """Let every name that a module outside this package has for one of these functions stand for the other."""
     other = {id(function): replacement for function, replacement in functions.items()}
     for module_name, module in sys.modules.copy().items():
-        if not isinstance(module, ModuleType) or module_name.partition(".")[0] == __package__:
+        if not isinstance(module, ModuleType) or f"{module_name}.".startswith(f"{__package__}."):
             continue
         # Past the __getattribute__ of modules that are loaded when they are first asked for something.
         names = ModuleType.__getattribute__(module, "__dict__")

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from cross_entropy_ext import patch_torch, unpatch_torch
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+pytestmark = pytest.mark.slow
 REASON = "the clients' extra is not installed"
 transformers = pytest.importorskip("transformers", reason=REASON)
 
