@@ -37,6 +37,9 @@ class Client(Training):
     """A model that is given labels and returns its loss."""
 
     def __init__(self, workload: Workload, size: Size, device: str, loss: str, mode: str) -> None:
+        import transformers
+
+        transformers.logging.set_verbosity_error()
         if loss == PATCHED:
             cross_entropy_ext.patch_torch()
         super().__init__(workload, size, device, NATIVE, mode)
@@ -176,7 +179,7 @@ WORKLOADS = [
         150,
         segformer,
         crops,
-        {"cpu": Size(2, 256, 16, B0), "cuda": Size(16, 384, 50, B0)},
+        {"cpu": Size(2, 256, 10, B0), "cuda": Size(16, 384, 50, B0)},
         training=Client,
         variants=VARIANTS,
     ),
