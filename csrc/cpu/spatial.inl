@@ -240,7 +240,8 @@ struct TileTargets {
   double sum_of_weights = 0;
   bool any_valid = false;
 
-  TileTargets(const Problem& problem, const Cursor& cursor, int64_t first, int64_t count) {
+  // `weighed`: whether the sum of their weights is asked for.
+  TileTargets(const Problem& problem, const Cursor& cursor, int64_t first, int64_t count, bool weighed) {
     const int64_t lanes = whole_groups<T>(count);
     const T* weight = static_cast<const T*>(problem.weight);
     const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.classes));
@@ -248,7 +249,7 @@ struct TileTargets {
     for (int64_t i = count; i < lanes; ++i) sample_weight[i] = 0;
     if (problem.kind == TargetKind::kSoft) {
       any_valid = count > 0;
-      sum_of_weights = sum_of(sample_weight, count);
+      if (weighed) sum_of_weights = sum_of(sample_weight, count);
       for (int64_t i = 0; i < lanes; ++i) {
         y[i] = -1;
         valid[i] = -Int<T>(i < count);
@@ -413,7 +414,7 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
   constexpr bool soft = kind == TargetKind::kSoft, smoothed = kind == TargetKind::kSmoothedIndex;
   Tile<T> x(problem);
   std::conditional_t<soft, Tile<T>, NoTile> q(problem);
-  const TileTargets<T> targets(problem, cursor, first, count);
+  const TileTargets<T> targets(problem, cursor, first, count, !one_pass);
   TileSums<T> tile;
   const int64_t of_block = classes_of_block<T>(problem), lanes = whole_groups<T>(count);
   for (int64_t c = 0; c < problem.classes && targets.any_valid; c += of_block) {
@@ -697,7 +698,7 @@ static void backward_tile(const Backward& problem, Cursor cursor, int64_t first,
   constexpr int W = kLanes<T>;
   Tile<T> x(problem);
   std::conditional_t<soft, Tile<T>, NoTile> q(problem);
-  const TileTargets<T> targets(problem, cursor, first, count);
+  const TileTargets<T> targets(problem, cursor, first, count, false);
   const TileTerms<T> terms(problem, targets, cursor, first, count);
   if constexpr (!soft) {
     const Prefetch next(x, cursor, problem.logits, 0);
