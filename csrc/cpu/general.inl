@@ -584,24 +584,49 @@ struct GeneralTile {
   }
 };
 
+// The j-th pairs of a tile's positions, or their labels: no class, and a probability of zero, where they are ignored.
+template <class T>
+struct PairOfTile {
+  alignas(64) int64_t y[kTile];
+  alignas(64) T probability[kTile];
+
+  PairOfTile(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t count, int64_t j) {
+    const bool pairs = problem.form == Form::kPairs;
+    if (pairs) {
+      read_positions(y, cursor, count, problem.target, j);
+      read_positions(probability, cursor, count, problem.probs, j);
+    }
+    for (int64_t i = 0; i < tile.lanes; ++i) {
+      const bool counts = tile.y[i] >= 0 && !(pairs && y[i] == problem.ignore_index);
+      y[i] = !counts ? -1 : pairs ? y[i] : tile.y[i];
+      probability[i] = !counts ? T(0) : pairs ? probability[i] : T(1);
+    }
+  }
+};
+
+XENT_INLINE int64_t count_of_own(const Problem& problem) {
+  return problem.form == Form::kPairs ? problem.pairs : problem.form == Form::kIndices || problem.labels ? 1 : 0;
+}
+
 // Own, of each position. `max`: of its logits, or null where gaps are not asked for.
 template <class T>
 struct OwnOfTile {
   alignas(64) T weighted_gap[kTile], weight[kTile], gap[kTile], mass[kTile];
 
-  OwnOfTile(const Problem& problem, const GeneralTile<T>& tile, Cursor cursor, int64_t count, const T* max) {
-    for (int64_t i = 0; i < tile.lanes; ++i) {
-      Own<T> own;
-      if (i < count && tile.y[i] >= 0) {
-        for_own<T>(problem, cursor, tile.y[i], [&](int64_t c, T probability, int64_t) {
-          own.add(weight_of_class<T>(problem, c), probability, max ? max[i] - tile.x.row(c)[i] : T(0));
-        });
+  OwnOfTile(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t count, const T* max) {
+    for (T* sums : {weighted_gap, weight, gap, mass}) std::fill_n(sums, tile.lanes, T(0));
+    for (int64_t j = 0; j < count_of_own(problem); ++j) {
+      const PairOfTile<T> pair(problem, tile, cursor, count, j);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t c = pair.y[i];
+        if (c < 0) continue;
+        Own<T> own{weighted_gap[i], weight[i], gap[i], mass[i]};
+        own.add(weight_of_class<T>(problem, c), pair.probability[i], max ? max[i] - tile.x.row(c)[i] : T(0));
+        weighted_gap[i] = own.weighted_gap;
+        weight[i] = own.weight;
+        gap[i] = own.gap;
+        mass[i] = own.mass;
       }
-      weighted_gap[i] = own.weighted_gap;
-      weight[i] = own.weight;
-      gap[i] = own.gap;
-      mass[i] = own.mass;
-      if (i + 1 < count) cursor.advance(1);
     }
   }
 
@@ -703,38 +728,35 @@ static void write_positions(const T* in, Cursor cursor, int64_t count, const Vie
 
 // The gradients of the j-th pairs of a tile: of their logits, into `out`, and of their probabilities.
 template <class T>
-static void backward_pairs(const Backward& problem, const GeneralTile<T>& tile, Tile<T>& out, Cursor cursor,
+static void backward_pairs(const Backward& problem, const GeneralTile<T>& tile, Tile<T>& out, const Cursor& cursor,
                            int64_t count, int64_t j, const GeneralTerms<T>* terms) {
-  alignas(64) T logit[kTile] = {}, weight[kTile] = {}, probability[kTile] = {}, of_probability[kTile];
-  Int<T> y[kTile];
-  const Cursor begin = cursor;
-  for (int64_t i = 0; i < tile.lanes; ++i) {
-    y[i] = -1;
-    if (i >= count) continue;
-    if (tile.y[i] >= 0) {
-      for_own<T>(problem, cursor, tile.y[i], [&](int64_t c, T, int64_t which) {
-        if (which != j) return;
-        y[i] = Int<T>(c);
-        logit[i] = tile.x.row(c)[i];
-        weight[i] = weight_of_class<T>(problem, c);
-        probability[i] = probability_of_class<T>(problem, cursor, c);
-      });
+  PairOfTile<T> pair(problem, tile, cursor, count, j);
+  for (int64_t other = 0; other < problem.pairs; ++other) {  // of the same class, which may come more than once
+    if (other == j) continue;
+    const PairOfTile<T> same(problem, tile, cursor, count, other);
+    for (int64_t i = 0; i < tile.lanes; ++i) {
+      pair.probability[i] += same.y[i] == pair.y[i] ? same.probability[i] : T(0);
     }
-    if (i + 1 < count) cursor.advance(1);
+  }
+  alignas(64) T logit[kTile], weight[kTile], of_probability[kTile];
+  for (int64_t i = 0; i < tile.lanes; ++i) {
+    const int64_t c = std::max<int64_t>(0, pair.y[i]);
+    logit[i] = tile.x.row(c)[i];
+    weight[i] = weight_of_class<T>(problem, c);
   }
   for (int64_t v = 0; v < tile.lanes; v += kLanes<T>) {
     const GeneralTerms<T>& of = terms[v / kLanes<T>];
-    const Vector<T> x = load(logit + v), w = load(weight + v);
-    const Vector<T> smoothing = problem.label_smoothing == 0 ? Vector<T>{} : w;
-    const Vector<T> own = of.own_gradient(problem, x, of.hit_of(problem, w, load(probability + v)), smoothing);
-    for (int k = 0; k < kLanes<T>; ++k) {
-      if (y[v + k] >= 0) out.row(y[v + k])[v + k] = own[k];
+    const Vector<T> x = load(logit + v), w = load(weight + v), zero{};
+    const Vector<T> hit = of.hit_of(problem, w, load(pair.probability + v));
+    const Vector<T> own = of.own_gradient(problem, x, hit, problem.label_smoothing == 0 ? zero : w);
+    for (int64_t i = v; i < v + kLanes<T>; ++i) {
+      if (pair.y[i] >= 0) out.row(pair.y[i])[i] = own[i - v];
     }
-    const Vector<T> of_one = of.hit_of(problem, w, broadcast(T(1))) * of.log_softmax(x);
-    store(of_probability + v, select(load_ints<T>(y + v) >= Ints<T>{}, -of_one, Vector<T>{}));
+    const Vector<T> of_one = of.hit_of(problem, w, zero + T(1)) * of.log_softmax(x);
+    store(of_probability + v, select(load_classes<T>(pair.y + v) >= 0, -of_one, zero));
   }
   if (problem.grad_target) {
-    write_positions(of_probability, begin, count, problem.grad_target, j * problem.grad_target.class_stride);
+    write_positions(of_probability, cursor, count, problem.grad_target, j * problem.grad_target.class_stride);
   }
 }
 
