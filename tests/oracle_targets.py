@@ -9,11 +9,11 @@ every class (of smoothing, probabilities, a teacher), all of the transformed log
     statistics    lse, H = sum_c p_c t_c and log p_y = -t_y, whose gradients are added to that
     d/dinput_c    d/dx_c logit_scale sech^2(logit_scale input_c / softcap)
 
-Besides its value every result has a *scale*: the magnitude of the terms that it is the sum of, in which an error of a few
-roundings of the arithmetic is allowed (`oracle.assert_as_exact`). A term is as inexact as what it is made of: exp(x - m)
-by as many roundings as x - m is long (`Softmax.lengths`); and where logits are transformed, x is itself rounded
-(`Softmax.noise`). What can be had exactly has no such excuse: p_y - 1 is as small as the sum of the other probabilities,
-and a position's coefficients that are zero add nothing to its scale.
+Besides its value every result has a *scale*: the magnitude of the terms that it is the sum of, at which an error of a
+few roundings of the arithmetic is allowed (`oracle.assert_as_exact`). A term is as inexact as what it is made of:
+exp(x - m) by as many roundings as x - m is long (`Softmax.lengths`); and where logits are transformed, x is itself
+rounded (`Softmax.noise`). What can be had exactly has no such excuse: p_y - 1 is as small as the sum of the other
+probabilities, and coefficients that are zero add nothing to a scale.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ class Sum:
         if self.reduction == "none":
             return Exact(value, scale)
         value, scale = value.sum(), scale.sum()
-        self.nothing = self.reduction == "mean" and self.empty == "zero" and bool((self.denominator == 0) & (value == 0))
+        self.nothing = (
+            self.reduction == "mean" and self.empty == "zero" and bool((self.denominator == 0) & (value == 0))
+        )
         if self.nothing:
             return Exact(torch.zeros_like(value), torch.zeros_like(value))
         return Exact(value / self.denominator, finite(scale / self.denominator.abs()))
@@ -336,9 +338,7 @@ def sparse_cross_entropy(
     hits = times(factor, classes_last(probs.detach().double()))
     spread = (e / classes * w).expand_as(f.x)
     losses = Coefficients(index, hits, spread, spread.abs(), z_loss).loss(f)
-    total = Sum(
-        counts, sample_weight, torch.ones(counts.shape, dtype=torch.double), reduction, empty, upstream.loss
-    )
+    total = Sum(counts, sample_weight, torch.ones(counts.shape, dtype=torch.double), reduction, empty, upstream.loss)
     loss, s = total(losses.value, losses.scale), total.shares.unsqueeze(-1)
     scaled = Coefficients(index, times(s, hits), times(s, spread), times(s, spread).abs())
     further = times(total.shares, 2 * z_loss * f.lse)
@@ -489,7 +489,9 @@ class Call:
 
     def arithmetic(self) -> torch.dtype:
         """float64 where the logits are, or what says something of each of them."""
-        tensors = [self.arguments[name] for name in ("input", "student_logits", "teacher_logits") if name in self.arguments]
+        tensors = [
+            self.arguments[name] for name in ("input", "student_logits", "teacher_logits") if name in self.arguments
+        ]
         target = self.arguments.get("target")
         if "input" in self.arguments and target is not None and target.shape == tensors[0].shape:
             tensors += [target, *([weight] if (weight := self.arguments.get("weight")) is not None else [])]
@@ -506,7 +508,7 @@ def check_call(
     strictly: bool = False,
     **options: object,
 ) -> dict[str, Tensor]:
-    """Outputs and gradients pass the rule and have the right dtypes, gradients lie in memory as what they are of, and no
+    """Outputs and gradients pass the rule and have the right dtypes, gradients lie in memory as what they are of, no
     argument was written to. Returns them. `strictly`: that PyTorch's own operations lose an element excuses nothing."""
     call = Call.of(function, arguments, options)
     tensors = call.tensors()

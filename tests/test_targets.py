@@ -581,7 +581,7 @@ def test_core_statistics_at_confidence(dtype: torch.dtype, layout: str) -> None:
 def test_core_distillation_at_confidence(dtype: torch.dtype) -> None:
     """Student and teacher as sure as can be: of the same class, or of another."""
     for classes in (2, 10, 300):
-        logits, target = confident(dtype, classes)
+        logits, _ = confident(dtype, classes)
         other = logits.roll(1, 1)
         for teacher in (logits, logits / 2, other, torch.zeros_like(logits)):
             for kind in ("kl", "ce"):
@@ -691,7 +691,10 @@ def test_masked_classes_of_every_target(dtype: torch.dtype, shape: tuple[int, ..
         bad.select(1, 1).fill_(forbidden[0])
         zeros = probs.clone()
         zeros.select(1, 1).fill_(0)
-        ones = {"upstream": Upstream(torch.ones(()), *[torch.ones(draw.positions)] * 3), "reason": f"{mask.sum()} masked"}
+        ones = {
+            "upstream": Upstream(torch.ones(()), *[torch.ones(draw.positions)] * 3),
+            "reason": f"{mask.sum()} masked",
+        }
         for reduction in ("mean", "none"):
             options = {"reduction": reduction, "reason": f"{int(mask.sum())} masked"}
             check_call(ext.cross_entropy, logits, labels, z_loss=0.1, logit_scale=0.7, **options)
@@ -747,7 +750,11 @@ def test_core_ignored_positions_of_every_target_are_not_read(form: str) -> None:
                 found = [
                     check_call(ext.cross_entropy, x, labels, sample_weight=s, **EVERYTHING, **options),
                     check_call(
-                        ext.cross_entropy_with_stats, x, labels, upstream=draw.upstream(reduction, *STATISTICS), **options
+                        ext.cross_entropy_with_stats,
+                        x,
+                        labels,
+                        upstream=draw.upstream(reduction, *STATISTICS),
+                        **options,
                     ),
                     check_call(ext.distillation_loss, x, draw.teacher(), labels, alpha=0.5, **options),
                 ]
@@ -817,7 +824,7 @@ def same_to_rounding(actual: Tensor, expected: Tensor, roundings: float = 4.0) -
 
 @every_reduction
 def test_nothing_that_counts(reduction: str) -> None:
-    """All ignored, or no positions: 0, but for a mean, which is 0 / 0; or 0 where that is asked for. Gradients are 0."""
+    """All ignored, or no positions: 0, but for a mean, which is 0 / 0, or 0 where that is asked for; gradients of 0."""
     for shape in [(3, 7), (2, 7, 4), (0, 7), (2, 7, 0), (7,)]:
         logits = logits_of(shape, torch.float32)
         draw = Draw(logits)
@@ -1017,7 +1024,7 @@ def test_weights_of_one_and_options_that_change_nothing() -> None:
 
 
 def test_inplace_with_every_option() -> None:
-    """The gradient takes the logits' storage in the backward, and not before; or has memory of its own, but is right."""
+    """The gradient takes the logits' storage in the backward, not before; or has memory of its own, but is right."""
     for shape in [(9, 33), (2, 7, 5, 6)]:
         for dtype in DTYPES:
             source = logits_of(shape, dtype).requires_grad_()
@@ -1072,16 +1079,25 @@ def test_targets_do_not_depend_on_the_threads(target: Target) -> None:
     """1, 2 and 3 threads, and one run after the other: not one bit of any output or gradient differs."""
     threads = torch.get_num_threads()
     try:
-        for shape, dtype in [((1031, 101), torch.float32), ((3, 40001), torch.float32), ((5, 19, 43, 35), torch.bfloat16)]:
+        for shape, dtype in [
+            ((1031, 101), torch.float32),
+            ((3, 40001), torch.float32),
+            ((5, 19, 43, 35), torch.bfloat16),
+        ]:
             logits = logits_of(shape, dtype)
             draw = Draw(logits, target.id)
             arguments, options = target.build(draw)
-            for upstream in (Upstream(torch.ones(())), draw.upstream(options.get("reduction", "mean"), *target.statistics)):
+            for upstream in (
+                Upstream(torch.ones(())),
+                draw.upstream(options.get("reduction", "mean"), *target.statistics),
+            ):
                 results = []
                 for n in (1, 2, 3, 2):
                     torch.set_num_threads(n)
                     call = Call.of(target.function, (logits, *arguments), options)
-                    wanted = tuple(name for name in LEAVES if name in (t := call.tensors()) and t[name].is_floating_point())
+                    wanted = tuple(
+                        name for name in LEAVES if name in (t := call.tensors()) and t[name].is_floating_point()
+                    )
                     results.append(call.run(target.function, upstream, wanted))
                 for other in results[1:]:
                     for name, tensor in other.items():
