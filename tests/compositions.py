@@ -165,7 +165,7 @@ def pairs_of_mixup(
     input: Tensor, target_a: Tensor, target_b: Tensor, lam: float | Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     axis = 1 if input.dim() > 1 else 0
-    share = torch.as_tensor(lam).to(dtype or input.dtype)
+    share = torch.as_tensor(lam, dtype=dtype or input.dtype)
     if share.dim() == 1:  # one for each sample
         share = share.view(-1, *[1] * (target_a.dim() - 1))
     share = share.expand(target_a.shape)
