@@ -592,6 +592,21 @@ def test_core_distillation_at_confidence(dtype: torch.dtype) -> None:
                     check_call(ext.distillation_loss, logits, teacher, strictly=True, **options)
 
 
+@pytest.mark.parametrize("temperature", [3.0, 0.7])
+@every_dtype
+def test_core_labels_and_distillation_at_any_temperature(dtype: torch.dtype, temperature: float) -> None:
+    """A temperature that is no power of two rounds the logits: all of them alike, so that what is equal stays equal. The
+    label's part, at temperature 1, knows nothing of it."""
+    for classes in (1, 2, 10, 300):
+        logits, target = confident(dtype, classes)
+        rule = {"temperature": temperature, "roundings": 16 + classes / 16}
+        for alpha in (0.0, 0.5, 1.0):
+            for reduction in ("mean", "none"):
+                rule |= {"alpha": alpha, "reduction": reduction}
+                check_call(ext.distillation_loss, logits, logits, target, strictly=alpha == 0, **rule)
+                check_call(ext.distillation_loss, logits, logits.roll(1, 1), target, **rule)
+
+
 @pytest.mark.parametrize("shape", [(5, 33), (5, 1000), (2, 9, 40)], ids=str)
 @every_dtype
 def test_a_student_that_has_learnt_it_all(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
