@@ -423,8 +423,6 @@ def test_modes_without_a_graph(problem: Problem) -> None:
 @every_problem
 def test_deterministic_algorithms(problem: Problem) -> None:
     call, tensors = problem.of(ext, problem.arguments())
-    if "sample_weight" in problem.wanted or "weight" in problem.wanted:
-        pytest.skip("made of PyTorch's operations")
     plain = results(call, tensors)
     torch.use_deterministic_algorithms(True)
     try:
