@@ -338,7 +338,8 @@ XENT_INLINE bool is_transformed(const Problem& problem) { return problem.softcap
 
 template <class T>
 XENT_INLINE Vector<T> transformed(const Problem& problem, Vector<T> x) {
-  x = x * T(problem.logit_scale);
+  // What a temperature divides is rounded once, as elsewhere, and is not part of a fused multiply-add where it is used.
+  x = problem.temperature != 1 ? x / T(problem.temperature) : x * T(problem.logit_scale);
   return problem.softcap != 0 ? softcapped(x, broadcast(T(problem.softcap))) : x;
 }
 
