@@ -730,13 +730,13 @@ static void write_positions(const T* in, Cursor cursor, int64_t count, const Vie
 template <class T>
 static void backward_pairs(const Backward& problem, const GeneralTile<T>& tile, Tile<T>& out, const Cursor& cursor,
                            int64_t count, int64_t j, const GeneralTerms<T>* terms) {
-  PairOfTile<T> pair(problem, tile, cursor, count, j);
-  for (int64_t other = 0; other < problem.pairs; ++other) {  // of the same class, which may come more than once
-    if (other == j) continue;
+  const PairOfTile<T> pair(problem, tile, cursor, count, j);
+  // A class may come more than once. In the order in which OwnOfTile adds up, so that no rounding is left of a class
+  // that has all there is.
+  alignas(64) T probability[kTile] = {};
+  for (int64_t other = 0; other < problem.pairs; ++other) {
     const PairOfTile<T> same(problem, tile, cursor, count, other);
-    for (int64_t i = 0; i < tile.lanes; ++i) {
-      pair.probability[i] += same.y[i] == pair.y[i] ? same.probability[i] : T(0);
-    }
+    for (int64_t i = 0; i < tile.lanes; ++i) probability[i] += same.y[i] == pair.y[i] ? same.probability[i] : T(0);
   }
   alignas(64) T logit[kTile], weight[kTile], of_probability[kTile];
   for (int64_t i = 0; i < tile.lanes; ++i) {
@@ -747,7 +747,7 @@ static void backward_pairs(const Backward& problem, const GeneralTile<T>& tile, 
   for (int64_t v = 0; v < tile.lanes; v += kLanes<T>) {
     const GeneralTerms<T>& of = terms[v / kLanes<T>];
     const Vector<T> x = load(logit + v), w = load(weight + v), zero{};
-    const Vector<T> hit = of.hit_of(problem, w, load(pair.probability + v));
+    const Vector<T> hit = of.hit_of(problem, w, load(probability + v));
     const Vector<T> own = of.own_gradient(problem, x, hit, problem.label_smoothing == 0 ? zero : w);
     for (int64_t i = v; i < v + kLanes<T>; ++i) {
       if (pair.y[i] >= 0) out.row(pair.y[i])[i] = own[i - v];
