@@ -33,8 +33,9 @@ struct Task : Problem {
 
   // ---- gradients
   View grad_logits;
-  View grad_target;  // absent where none is asked for
+  View grad_target;  // of probabilities, the pairs' or the teacher's logits; absent where none is asked for
   View grad_output;  // one for each position (reduction 'none'), or a single element with strides of zero
+  const void* grad_statistics = nullptr;  // T[3][positions], see GradStatistic; or null
 
   // What a mean divides by. In the backward the forward's result. For a gradient made in the forward it comes first, as
   // the blocks' sums of the targets' weights (count_targets), or is known.
@@ -72,7 +73,7 @@ struct Totals {
   const Sums* counted = nullptr;  // as in Task
   int32_t counted_blocks = 0;
   bool mean = false;
-  bool count_is_known = false;  // soft targets: a mean divides by the number of positions
+  bool count_is_known = false;  // a mean divides by `known_count`
   bool empty_is_zero = false;
   double known_count = 1;
   View loss;

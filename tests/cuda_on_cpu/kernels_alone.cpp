@@ -121,6 +121,7 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
   task.size[0] = shape.outer;
   task.size[1] = shape.inner;
   task.kind = kind;
+  task.form = kind == TargetKind::kSoft ? Form::kProbabilities : Form::kIndices;
   task.label_smoothing = smoothing;
   task.ignore_index = -100;
   task.logits = view(logits, ElementType::kFloat32, shape);
