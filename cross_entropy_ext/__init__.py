@@ -16,7 +16,16 @@ from ._extension import load
 load()  # before anything else imports torch, so that what is missing is said in one sentence
 
 from . import functional
-from .modules import CrossEntropyLoss
+from .functional import CrossEntropyStats
+from .modules import CrossEntropyLoss, DistillationLoss
 from .runtime import build_info, check_errors, empty_cache
 
-__all__ = ["CrossEntropyLoss", "build_info", "check_errors", "empty_cache", "functional"]
+__all__ = [
+    "CrossEntropyLoss",
+    "CrossEntropyStats",
+    "DistillationLoss",
+    "build_info",
+    "check_errors",
+    "empty_cache",
+    "functional",
+]

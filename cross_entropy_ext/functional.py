@@ -1,10 +1,12 @@
-"""The loss as functions: torch.nn.functional's signatures and values, computed by the fused kernels."""
+"""The losses as functions: torch.nn.functional's signatures and values and what is written around them, computed by the
+fused kernels in the same pass."""
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +20,18 @@ _call = load().cross_entropy
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_torch_function_mode_enabled = torch._C._is_torch_function_mode_enabled
 
-__all__ = ["cross_entropy"]
+__all__ = [
+    "CrossEntropyStats",
+    "cross_entropy",
+    "cross_entropy_with_stats",
+    "distillation_loss",
+    "mixup_cross_entropy",
+    "sparse_cross_entropy",
+]
 
-_cross_entropy = torch.ops.cross_entropy_ext.cross_entropy.default
+_ops = torch.ops.cross_entropy_ext
+_cross_entropy = _ops.cross_entropy.default
+_native_cross_entropy = F.cross_entropy
 
 # What the operators understand: plain tensors and those that compilers trace with. Any other subclass means something
 # of its own by an operation, and gets the native one to express it in.
@@ -39,6 +50,10 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     *,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
     loss_dtype: torch.dtype | None = None,
     empty: Literal["nan", "zero"] = "nan",
     inplace: bool = False,
@@ -51,6 +66,11 @@ def cross_entropy(
     :math:`a_c = w_c ((1 - \varepsilon) q_c + \frac{\varepsilon}{C})`. The reduction ``'mean'`` divides by the sum of
     :math:`w_y` over the positions that are not ignored, or for probabilities by the number of positions.
 
+    What is written around it is part of the same pass: each position's loss is
+    :math:`s (\mathrm{ce}(x) + z\,\mathrm{lse}(x)^2)`, where
+    :math:`x = \mathrm{cap} \tanh(\mathrm{scale} \cdot \mathrm{input} / \mathrm{cap})` (softcap: Gemma 2, arXiv 2408.00118;
+    z-loss: PaLM, arXiv 2204.02311, section 5).
+
     Args:
         input: logits of shape (C), (N, C) or (N, C, d1, ..., dK), in float16, bfloat16, float32 or float64 and with any
             strides, which are read as they are. The gradient has the input's memory format.
@@ -62,6 +82,12 @@ def cross_entropy(
             gradient of zero; their logits are not used, so they may be NaN. Class indices only.
         reduction: ``'none'``, ``'mean'`` or ``'sum'``.
         label_smoothing: :math:`\varepsilon` in [0, 1], the share of the target that is spread evenly over the classes.
+        sample_weight: :math:`s`, a factor for each position, of the shape of class indices; floating, bool or integer.
+            ``'mean'`` then divides by the sum of :math:`w_y s` over the positions that count, for probabilities of
+            :math:`s`. Where it requires a gradient, the loss is made by PyTorch's own operations.
+        z_loss: :math:`z`, what the squared logarithm of the sum of exponentials is multiplied by; not by class weights.
+        softcap: a positive bound that logits approach smoothly, or None.
+        logit_scale: what logits are multiplied by first, an inverse temperature.
         loss_dtype: dtype of the result. Default: the input's, promoted with probabilities and their weights; float32
             for half logits under autocast. Sums are formed in float32 or better whatever it is.
         empty: what a mean over nothing (0 / 0) is: ``'nan'``, as in PyTorch, or ``'zero'``.
@@ -74,10 +100,26 @@ def cross_entropy(
 
     Raises:
         IndexError: a target is neither a class nor ``ignore_index``.
+        ValueError: ``sample_weight`` of another shape; ``z_loss``, ``softcap`` or ``logit_scale`` that is not finite, or
+            ``softcap`` not above 0.
         RuntimeError, ValueError, TypeError: as PyTorch's own function, with its messages.
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
+    if sample_weight is not None or softcap is not None or z_loss != 0 or logit_scale != 1:
+        return _general(
+            _ops.general_cross_entropy.default,
+            (input, target, weight, None, sample_weight),
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            loss_dtype=loss_dtype,
+            empty=empty,
+            inplace=inplace,
+        )
     if not (
         type(input) in _PLAIN
         and type(target) in _PLAIN
@@ -107,6 +149,306 @@ def cross_entropy(
     )
 
 
+def cross_entropy_with_stats(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_dtype: torch.dtype | None = None,
+    empty: Literal["nan", "zero"] = "nan",
+    inplace: bool = False,
+) -> CrossEntropyStats:
+    r"""Cross entropy and what else the same read of the logits tells: :class:`CrossEntropyStats`.
+
+    Takes the arguments of :func:`cross_entropy`. ``lse``, ``target_log_prob`` and ``entropy`` are differentiable, and one
+    backward pass makes the gradient of whatever mixture of them and the loss is used: a policy loss is
+    ``-(advantage * stats.target_log_prob).mean() - beta * stats.entropy.mean()``.
+
+    Raises:
+        As :func:`cross_entropy`.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _legacy_reduction(size_average, reduce)
+    results = _general(
+        _ops.cross_entropy_with_stats.default,
+        (input, target, weight, None, sample_weight),
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        loss_dtype=loss_dtype,
+        empty=empty,
+        inplace=inplace,
+        statistics=True,
+    )
+    return CrossEntropyStats(*results)
+
+
+class CrossEntropyStats(NamedTuple):
+    """What one pass over logits (N, C, d1, ..., dK) finds out.
+
+    All but ``loss`` and ``z_loss`` have an element for each position, (N, d1, ..., dK): 0 where it is ignored (``argmax``:
+    -1). They are of the logits as the loss sees them, after ``logit_scale`` and ``softcap``, and neither weighted nor
+    smoothed; in float32, or float64 for float64 logits.
+    """
+
+    loss: Tensor
+    """As :func:`cross_entropy` returns it."""
+    lse: Tensor
+    """The logarithm of the sum of exponentials, in nats. Differentiable."""
+    target_log_prob: Tensor
+    """The logarithm of the softmax of the target's class; of probabilities q, the sum of q log softmax. Differentiable."""
+    entropy: Tensor
+    """Of the softmax, in nats: -sum p log p. Differentiable."""
+    z_loss: Tensor
+    """What ``z_loss`` adds to ``loss``, and reduced as that is."""
+    argmax: Tensor
+    """The class of the largest logit, int64; of equals the first."""
+
+
+def sparse_cross_entropy(
+    input: Tensor,
+    indices: Tensor,
+    probs: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_dtype: torch.dtype | None = None,
+    empty: Literal["nan", "zero"] = "nan",
+) -> Tensor:
+    r"""Cross entropy against probabilities of which k are not zero: a teacher's top k, or a mixture of labels.
+
+    The coefficients of a position are :math:`a_c = \sum_j (1 - \varepsilon) w_c p_j [c = i_j] + \frac{\varepsilon}{C} w_c`:
+    the loss of :func:`cross_entropy` against the dense target that pairs :math:`(i_j, p_j)` stand for, which is never
+    made. Repeated indices add up; probabilities are neither checked nor normalized.
+
+    Args:
+        input: logits of shape (C), (N, C) or (N, C, d1, ..., dK).
+        indices: k classes for each position, (k), (N, k) or (N, k, d1, ..., dK), of any integer dtype. One that is
+            ``ignore_index`` adds nothing; a position of only such is ignored.
+        probs: their probabilities, of the same shape and any floating dtype. May require a gradient.
+        weight: one factor per class, of shape (C), any floating dtype.
+        reduction: ``'none'``, ``'sum'``, or ``'mean'``, which divides by the number of positions that are not ignored, or
+            the sum of their ``sample_weight``: not by class weights, as for probabilities.
+        label_smoothing, sample_weight, z_loss, softcap, logit_scale, loss_dtype, empty: as for :func:`cross_entropy`.
+
+    Returns:
+        A scalar, or for ``reduction='none'`` a loss for each position; in the input's dtype unless ``loss_dtype`` is given.
+
+    Raises:
+        IndexError: an index is neither a class nor ``ignore_index``.
+        ValueError: shapes that disagree, no pairs (k = 0), or as :func:`cross_entropy`.
+    """
+    return _general(
+        _ops.general_cross_entropy.default,
+        (input, indices, weight, probs, sample_weight),
+        form="pairs",
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        loss_dtype=loss_dtype,
+        empty=empty,
+    )
+
+
+def mixup_cross_entropy(
+    input: Tensor,
+    target_a: Tensor,
+    target_b: Tensor,
+    lam: float | Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_dtype: torch.dtype | None = None,
+    empty: Literal["nan", "zero"] = "nan",
+) -> Tensor:
+    r"""The loss of MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899): :math:`\lambda\,\mathrm{ce}(x, a) + (1 -
+    \lambda)\,\mathrm{ce}(x, b)`, in one pass over the logits.
+
+    Args:
+        input: logits of shape (C), (N, C) or (N, C, d1, ..., dK).
+        target_a, target_b: class indices of shape (), (N) or (N, d1, ..., dK).
+        lam: the share of ``target_a``: a number, or a tensor of shape (), (N) or (N, d1, ..., dK).
+        weight, ...: as for :func:`sparse_cross_entropy`, of two pairs for each position.
+
+    Returns, Raises:
+        As :func:`sparse_cross_entropy`.
+    """
+    if target_a.shape != target_b.shape:
+        raise ValueError(
+            f"target_b must have the shape of target_a, {tuple(target_a.shape)}, but got {tuple(target_b.shape)}"
+        )
+    axis = 1 if input.dim() > 1 else 0
+    if target_a.shape != input.shape[:axis] + input.shape[axis + 1 :]:
+        raise ValueError(
+            f"target_a must have a class for each position of an input of shape {tuple(input.shape)}, "
+            f"but got the shape {tuple(target_a.shape)}"
+        )
+    if isinstance(lam, Tensor):
+        if lam.dim() > target_a.dim() or lam.shape != target_a.shape[: lam.dim()]:
+            raise ValueError(
+                f"lam must be a number or a tensor whose shape begins that of target_a, {tuple(target_a.shape)}, "
+                f"but got the shape {tuple(lam.shape)}"
+            )
+        share = lam.reshape(lam.shape + (1,) * (target_a.dim() - lam.dim())).expand(target_a.shape)
+    else:
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        share = torch.full((), _number("lam", lam), dtype=dtype, device=input.device).expand(target_a.shape)
+    return sparse_cross_entropy(
+        input,
+        torch.stack([target_a, target_b], axis),
+        torch.stack([share, 1 - share], axis),
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        sample_weight=sample_weight,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        loss_dtype=loss_dtype,
+        empty=empty,
+    )
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    alpha: float = 1.0,
+    kind: Literal["kl", "ce"] = "kl",
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    r"""How far a student's softmax is from a teacher's (Hinton et al., arXiv 1503.02531), without either of them in memory.
+
+    With :math:`p = \mathrm{softmax}(\mathrm{student} / T)` and :math:`q = \mathrm{softmax}(\mathrm{teacher} / T)`, the loss of
+    a position is :math:`T^2 \sum_c q_c (\log q_c - \log p_c)`, or for ``kind='ce'`` :math:`-T^2 \sum_c q_c \log p_c`. With a
+    ``target`` it is :math:`\alpha` times that and :math:`1 - \alpha` times the cross entropy of the student's logits at
+    temperature 1, from the same read of them.
+
+    Args:
+        student_logits, teacher_logits: (C), (N, C) or (N, C, d1, ..., dK), in any floating dtypes and strides. Both may
+            require a gradient.
+        target: class indices of shape (), (N) or (N, d1, ..., dK), or None.
+        temperature: :math:`T > 0`.
+        alpha: the share of the distillation, where there is a target.
+        kind: ``'kl'`` or ``'ce'``. Their gradients of the student are the same.
+        reduction: ``'none'``, ``'sum'``, or ``'mean'``, over the positions that count: the sum of their ``sample_weight``.
+            :func:`torch.nn.functional.kl_div`'s ``'batchmean'`` for logits (N, C).
+        sample_weight: a factor for each position, of the shape of ``target``.
+        ignore_index: positions with this target add nothing to either part.
+        loss_dtype: dtype of the result; default: that of student and teacher, promoted.
+
+    Returns:
+        A scalar, or for ``reduction='none'`` a loss for each position.
+
+    Raises:
+        IndexError: a target is neither a class nor ``ignore_index``.
+        ValueError: shapes that disagree, an unknown ``kind``, or a ``temperature`` or ``alpha`` out of range.
+    """
+    if kind not in ("kl", "ce"):
+        raise ValueError(f"kind must be 'kl' or 'ce', but got {kind!r}")
+    return _general(
+        _ops.general_cross_entropy.default,
+        (student_logits, teacher_logits, None, target, sample_weight),
+        form="teacher",
+        reduction=reduction,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        alpha=alpha,
+        kl=kind == "kl",
+        loss_dtype=loss_dtype,
+    )
+
+
+# csrc/cross_entropy.h: Form, and at::ScalarType's numbers of what a loss may be.
+_FORMS = {None: 0, "pairs": 3, "teacher": 4}
+_LOSS_DTYPES = {None: -1, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
+
+
+def _general(
+    op,
+    tensors,
+    *,
+    reduction,
+    ignore_index,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    softcap=None,
+    logit_scale=1.0,
+    temperature=1.0,
+    alpha=1.0,
+    loss_dtype=None,
+    empty="nan",
+    inplace=False,
+    statistics=False,
+    form=None,
+    kl=False,
+):
+    """Calls an operator of everything that native does not have: tensors, and its options as two lists of numbers."""
+    if empty not in _EMPTY:
+        raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
+    if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:
+        raise ValueError(f"softcap must be None or a finite number above 0, but got {softcap}")
+    if loss_dtype not in _LOSS_DTYPES:
+        raise RuntimeError(f"loss_dtype must be float16, bfloat16, float32 or float64. Got: {loss_dtype}")
+    sample_weight = tensors[-1]
+    if isinstance(sample_weight, Tensor) and not sample_weight.is_floating_point():
+        wide = tensors[0].dtype == torch.float64
+        tensors = (*tensors[:-1], sample_weight.to(torch.float64 if wide else torch.float32))
+    flags = (empty == "zero") | inplace << 1 | statistics << 2 | kl << 3 | _FORMS[form] << 4
+    integers = [F._Reduction.get_enum(reduction), operator.index(ignore_index), _LOSS_DTYPES[loss_dtype], flags]
+    numbers = [
+        _number("label_smoothing", label_smoothing),
+        _number("z_loss", z_loss),
+        0.0 if softcap is None else _number("softcap", softcap),
+        _number("logit_scale", logit_scale),
+        _number("temperature", temperature),
+        _number("alpha", alpha),
+    ]
+    if all(tensor is None or type(tensor) in _PLAIN for tensor in tensors):
+        return op(*tensors, integers, numbers)
+    results = _ops.composite.default(*tensors, integers, numbers)
+    return results if statistics else results[0]
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        return value + 0.0
+    raise TypeError(f"{name} must be a number, but got {value!r}")
+
+
 def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
     """What the deprecated arguments, of which one is not None, mean."""
     reduction = "mean"
@@ -132,11 +474,11 @@ def _unusual(input, target, weight, ignore_index, reduction, label_smoothing, lo
         # Raises PyTorch's own TypeError, or for a proxy of torch.fx records the native function.
         if loss_dtype is not None or empty != "nan":
             return _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero")
-        return F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        return _native_cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     if not all(type(tensor) in _PLAIN for tensor in tensors):
         return _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero")
     # PyTorch's own parser judges the other arguments; what it accepts (numbers of other types) is then converted.
-    F.cross_entropy(
+    _native_cross_entropy(
         torch.zeros(1, 1), torch.zeros(1).long(), None, None, ignore_index, None, reduction, label_smoothing
     )
     if reduction == "elementwise_mean":
@@ -166,7 +508,7 @@ def _native(input, target, weight, ignore_index, reduction, label_smoothing, los
     if loss_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise RuntimeError(f"loss_dtype must be float16, bfloat16, float32 or float64. Got: {loss_dtype}")
     if empty_is_zero and reduction == "mean":  # 0 / 0 is to be 0, for the gradient too: divide by one there
-        total = F.cross_entropy(input, target, weight, None, ignore_index, None, "sum", label_smoothing)
+        total = _native_cross_entropy(input, target, weight, None, ignore_index, None, "sum", label_smoothing)
         if indices:
             valid = target != ignore_index
             counts = valid.double() if weight is None else weight.double()[torch.where(valid, target, 0)]
@@ -176,5 +518,5 @@ def _native(input, target, weight, ignore_index, reduction, label_smoothing, los
         loss = total / torch.where((denominator == 0) & (total == 0), 1, denominator)
         loss = loss.to(total.dtype)
     else:
-        loss = F.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+        loss = _native_cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     return loss if loss_dtype is None else loss.to(loss_dtype)

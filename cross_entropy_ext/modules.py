@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import functional
 
-__all__ = ["CrossEntropyLoss"]
+__all__ = ["CrossEntropyLoss", "DistillationLoss"]
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -25,6 +25,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     """
 
     # For modules that were pickled as the class they derive from.
+    z_loss = 0.0
+    softcap = None
+    logit_scale = 1.0
     loss_dtype = None
     empty = "nan"
     inplace = False
@@ -38,19 +41,29 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         *,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
         loss_dtype: torch.dtype | None = None,
         empty: Literal["nan", "zero"] = "nan",
         inplace: bool = False,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.logit_scale = logit_scale
         self.loss_dtype = loss_dtype
         self.empty = empty
         self.inplace = inplace
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """The loss of logits (C), (N, C) or (N, C, d1, ..., dK) against indices or probabilities."""
+    def forward(self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
+        """The loss of logits (C), (N, C) or (N, C, d1, ..., dK) against indices or probabilities.
+
+        ``sample_weight``: a factor for each position, (), (N) or (N, d1, ..., dK).
+        """
         if torch.jit.is_scripting():
             assert self.empty == "nan" and self.loss_dtype is None, "TorchScript has the native loss and its arguments"
+            assert self.z_loss == 0 and self.softcap is None and self.logit_scale == 1 and sample_weight is None
             return nn.functional.cross_entropy(
                 input,
                 target,
@@ -66,7 +79,64 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+            sample_weight=sample_weight,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
             loss_dtype=self.loss_dtype,
             empty=self.empty,
             inplace=self.inplace,
         )
+
+
+class DistillationLoss(nn.Module):
+    """:func:`cross_entropy_ext.functional.distillation_loss` as a module, which says what shapes, dtypes and errors there are.
+
+    Example:
+        >>> criterion = DistillationLoss(temperature=4.0, alpha=0.7)
+        >>> student, teacher = torch.randn(8, 10, requires_grad=True), torch.randn(8, 10)
+        >>> criterion(student, teacher, torch.randint(10, (8,))).backward()
+    """
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        alpha: float = 1.0,
+        kind: Literal["kl", "ce"] = "kl",
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        *,
+        loss_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.alpha = alpha
+        self.kind = kind
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.loss_dtype = loss_dtype
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor,
+        target: Tensor | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of logits (C), (N, C) or (N, C, d1, ..., dK) of both, and of class indices where there are some."""
+        return functional.distillation_loss(
+            student_logits,
+            teacher_logits,
+            target,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            kind=self.kind,
+            reduction=self.reduction,
+            sample_weight=sample_weight,
+            ignore_index=self.ignore_index,
+            loss_dtype=self.loss_dtype,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={self.temperature}, alpha={self.alpha}, kind={self.kind!r}, reduction={self.reduction!r}"

@@ -65,9 +65,15 @@ Form Inputs::form(const Options& options) const {
   return has_shape_of_logits(logits, target) ? Form::kProbabilities : Form::kIndices;
 }
 
+const OptionalTensor Inputs::kNothing;
+
+const at::Tensor& Inputs::probabilities(const Options& options) const {
+  return options.form == Form::kPairs ? *companion : target;
+}
+
 std::array<int64_t, Options::kIntegers> Options::integers() const {
-  const int64_t flags = int64_t{empty_is_zero} | int64_t{inplace} << 1 | int64_t{statistics} << 2 | int64_t{kl} << 3 |
-                        int64_t(form) << 4;
+  const int64_t flags =
+      int64_t{empty_is_zero} | int64_t{inplace} << 1 | int64_t{statistics} << 2 | int64_t{kl} << 3 | int64_t(form) << 4;
   return {reduction, ignore_index, loss_dtype ? int64_t(*loss_dtype) : -1, flags};
 }
 
@@ -116,6 +122,18 @@ at::ScalarType arithmetic_type(const Inputs& inputs, const Options& options) {
   return type == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+Options with_loss_type(const Inputs& inputs, const Options& options) {
+  Options typed = options;
+  typed.loss_dtype = loss_type(inputs, options);
+  return typed;
+}
+
+c10::SymDimVector shape_of_positions(const at::Tensor& logits) {
+  c10::SymDimVector shape(logits.sym_sizes());
+  if (!shape.empty()) shape.erase(shape.begin() + class_dim(logits));
+  return shape;
+}
+
 int64_t saved_rows(Form form, bool statistics) {
   if (form == Form::kTeacher) return saved::kTeacherLseLost + 1;
   if (statistics) return saved::kArgmax + 1;
@@ -125,13 +143,15 @@ int64_t saved_rows(Form form, bool statistics) {
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
 void check_options(const Options& options) {
-  TORCH_CHECK(options.reduction >= kNone && options.reduction <= kSum, "reduction must be 0, 1 or 2. Got: ",
-              options.reduction);
+  TORCH_CHECK(options.reduction >= kNone && options.reduction <= kSum,
+              "reduction must be 0, 1 or 2. Got: ", options.reduction);
   TORCH_CHECK(!options.loss_dtype || is_logits_type(*options.loss_dtype),
               "loss_dtype must be float16, bfloat16, float32 or float64. Got: ", *options.loss_dtype);
-  TORCH_CHECK(options.label_smoothing >= 0, "label_smoothing must be between 0.0 and 1.0. Got: ",
-              options.label_smoothing);
+  TORCH_CHECK(options.label_smoothing >= 0,
+              "label_smoothing must be between 0.0 and 1.0. Got: ", options.label_smoothing);
   if (options.is_plain()) return;
+  TORCH_CHECK(options.label_smoothing <= 1,
+              "label_smoothing must be between 0.0 and 1.0. Got: ", options.label_smoothing);
   TORCH_CHECK_VALUE(std::isfinite(options.z_loss), "z_loss must be a finite number, but got ", options.z_loss);
   TORCH_CHECK_VALUE(std::isfinite(options.softcap) && options.softcap >= 0,
                     "softcap must be None or a finite number above 0, but got ", options.softcap);
@@ -144,13 +164,12 @@ void check_options(const Options& options) {
   }
 }
 
-void check_shapes(const Inputs& inputs, const Options& options) {
-  const auto& [logits, target, weight, companion, sample_weight] = inputs;
-  const auto positions = [&] {
-    c10::SymDimVector shape(logits.sym_sizes());
-    if (!shape.empty()) shape.erase(shape.begin() + class_dim(logits));
-    return shape;
-  };
+void check(const Inputs& inputs, const Options& options) {
+  check_options(options);
+  if (options.form == Form::kNone && !has_value(inputs.sample_weight)) return;
+  const at::Tensor &logits = inputs.logits, &target = inputs.target;
+  const OptionalTensor &weight = inputs.weight, &companion = inputs.companion, &sample_weight = inputs.sample_weight;
+  const auto positions = [&] { return c10::str(c10::SymIntArrayRef(shape_of_positions(logits))); };
   const auto check_type = [](const at::Tensor& tensor, bool is_right, const char* name, const char* accepted) {
     TORCH_CHECK_VALUE(is_right, name, " must be a tensor of ", accepted, ", but got ", tensor.scalar_type());
   };
@@ -188,7 +207,7 @@ void check_shapes(const Inputs& inputs, const Options& options) {
   }
   if (has_value(sample_weight)) {
     check_type(*sample_weight, sample_weight->is_floating_point(), "sample_weight", "a floating type");
-    TORCH_CHECK_VALUE(at::SymIntArrayRef(sample_weight->sym_sizes()) == at::SymIntArrayRef(positions()),
+    TORCH_CHECK_VALUE(is_shape_of_positions(logits, *sample_weight),
                       "sample_weight must have a factor for each position, ", positions(), ", but got the shape ",
                       sample_weight->sym_sizes());
   }
@@ -196,7 +215,8 @@ void check_shapes(const Inputs& inputs, const Options& options) {
 
 bool is_supported(const Inputs& inputs, const Options& options) {
   constexpr int64_t kMostDims = kMaxDims + 1;
-  const auto& [logits, target, weight, companion, sample_weight] = inputs;
+  const at::Tensor &logits = inputs.logits, &target = inputs.target;
+  const OptionalTensor &weight = inputs.weight, &companion = inputs.companion, &sample_weight = inputs.sample_weight;
   if (!is_plain(logits, logits) || !is_plain(target, logits) || !has_kernel(logits.device())) return false;
   if (!is_logits_type(logits.scalar_type()) || logits.dim() < 1 || logits.dim() > kMostDims) return false;
   if (!(options.label_smoothing >= 0 && options.label_smoothing <= 1)) return false;
@@ -244,7 +264,8 @@ bool is_supported(const Inputs& inputs, const Options& options) {
   if (form != Form::kIndices) return !weight->is_complex();
   // Native asks for the logits' type; where the loss is wanted in float32, weights of that type go with it.
   return weight->scalar_type() == logits.scalar_type() ||
-         (weight->scalar_type() == at::kFloat && options.loss_dtype == at::kFloat && logits.scalar_type() != at::kDouble);
+         (weight->scalar_type() == at::kFloat && options.loss_dtype == at::kFloat &&
+          logits.scalar_type() != at::kDouble);
 }
 
 }  // namespace xent

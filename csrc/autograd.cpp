@@ -1,17 +1,20 @@
 // Derivatives. The only file that knows autograd.
 //
 // The loss saves its inputs and lse, never probabilities; the backward recomputes them from the logits. The backward is
-// an operator with derivatives of its own, written in ATen and so differentiable any number of times.
+// an operator with derivatives of its own: those of the composite, taken twice.
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/FunctionalTensorWrapper.h>
 #include <ATen/SavedTensorHooks.h>
+#include <ATen/ops/_make_dual.h>
+#include <ATen/ops/_unpack_dual.h>
 #include <ATen/ops/log_softmax.h>
-#include <ATen/ops/ones_like.h>
-#include <ATen/ops/softmax.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -29,170 +32,148 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-// ---- options, through saved_data ------------------------------------------------------------------------------------
-
-struct Options {
-  int64_t reduction, ignore_index;
-  double label_smoothing;
-  int64_t loss_dtype = int64_t(at::kFloat);
-  bool empty_is_zero = false, inplace = false;
-
-  // In one entry of three, for which a tuple has room: more would cost allocations and lookups.
-  void save(AutogradContext* ctx) const {
-    const int64_t packed = reduction | int64_t{empty_is_zero} << 8 | int64_t{inplace} << 9 | loss_dtype << 16;
-    ctx->saved_data["options"] = std::make_tuple(packed, ignore_index, label_smoothing);
-  }
-
-  static Options saved_in(AutogradContext* ctx) {
-    const auto [packed, ignore_index, label_smoothing] =
-        ctx->saved_data["options"].to<std::tuple<int64_t, int64_t, double>>();
-    return {packed & 0xff, ignore_index, label_smoothing, packed >> 16, (packed & 0x100) != 0, (packed & 0x200) != 0};
-  }
-};
-
 OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
-// ---- the same mathematics in ATen, for second derivatives and for the gradient of class weights ---------------------
+// ---- what a backward needs, through the context ---------------------------------------------------------------------
 
-// Everything broadcasts against the logits; the class dimension is kept. Ignored positions have logits and a scale of
-// zero, so nothing of theirs, not even a NaN, gets into a product.
-struct Composite {
-  int64_t dim;
-  bool soft;
-  double keep, share;         // 1 - e, e / C
-  at::Tensor logits, weight;  // in the type of arithmetic; weight is 1 where there is none
-  at::Tensor probabilities;   // q' = (1 - e) q + e / C, for soft targets
-  at::Tensor coefficients;    // a
-  at::Tensor total;           // A
-  at::Tensor scale;           // grad_output / denominator
-  at::Tensor valid;           // for index targets
+// In one entry of three, for which a tuple has room: more would cost allocations and lookups. What native has no
+// argument for comes in a second one, if there is anything.
+void save_options(AutogradContext* ctx, const Options& options) {
+  const auto [reduction, ignore_index, loss_dtype, flags] = options.integers();
+  ctx->saved_data["options"] =
+      std::make_tuple(reduction | (loss_dtype + 1) << 8 | flags << 16, ignore_index, options.label_smoothing);
+  if (options.is_plain()) return;
+  const auto numbers = options.numbers();
+  ctx->saved_data["numbers"] = std::vector<double>(numbers.begin(), numbers.end());
+}
 
-  Composite(const at::Tensor& grad_output, const at::Tensor& raw_logits, const at::Tensor& target,
-            const at::Tensor& raw_weight, const at::Tensor& denominator, const Options& options)
-      : dim(class_dim(raw_logits)), soft(is_soft(raw_logits, target)) {
-    const auto type = arithmetic_type(raw_logits, target, optional(raw_weight));
-    keep = 1 - options.label_smoothing;
-    logits = raw_logits.to(type);
-    scale = grad_output.to(type) / denominator.to(type);
-    if (options.reduction == kNone) scale = scale.unsqueeze(dim);
-    std::vector<int64_t> weight_shape(size_t(logits.dim()), 1);
-    weight_shape[size_t(dim)] = -1;
-    weight = raw_weight.defined() ? raw_weight.to(type).view(weight_shape)
-                                  : at::ones_like(logits.select(dim, 0).unsqueeze(dim));
-    share = options.label_smoothing / double(logits.size(dim));
-    if (soft) {
-      probabilities = target.to(type) * keep + share;
-      coefficients = weight * probabilities;
-    } else {
-      const at::Tensor index = target.to(at::kLong).unsqueeze(dim);
-      valid = index.ne(options.ignore_index);
-      logits = at::where(valid, logits, at::zeros_like(logits));
-      scale = at::where(valid, scale, at::zeros_like(scale));
-      const at::Tensor one_hot = at::zeros_like(logits).scatter(dim, at::where(valid, index, at::zeros_like(index)), 1);
-      coefficients = weight * (one_hot * keep + share);
-    }
-    total = coefficients.sum(dim, true);
-  }
+Options saved_options(AutogradContext* ctx) {
+  const auto [packed, ignore_index, label_smoothing] =
+      ctx->saved_data["options"].to<std::tuple<int64_t, int64_t, double>>();
+  const std::array<int64_t, Options::kIntegers> integers{packed & 0xff, ignore_index, (packed >> 8 & 0xff) - 1,
+                                                         packed >> 16};
+  const auto numbers = ctx->saved_data.find("numbers");
+  if (numbers != ctx->saved_data.end()) return Options::of(integers, numbers->second.toDoubleVector());
+  Options plain;
+  plain.label_smoothing = label_smoothing;
+  return Options::of(integers, plain.numbers());
+}
 
-  BackwardResult gradients(std::array<bool, 2> wanted) const {
-    const auto empty = [&] { return at::zeros_like(logits.flatten().slice(0, 0, 0)); };
-    return {wanted[0] ? scale * (total * softmax() - coefficients) : empty(),
-            wanted[1] ? scale * keep * weight * minus_log_softmax() : empty()};
-  }
+// The tensors that a Function was given, after it has unpacked what it saved.
+struct SavedInputs {
+  at::Tensor logits, target;
+  OptionalTensor weight, companion, sample_weight;
 
-  at::Tensor softmax() const { return at::softmax(logits, dim); }
-  at::Tensor minus_log_softmax() const { return -at::log_softmax(logits, dim); }
-  at::Tensor sum_over_classes(const at::Tensor& tensor) const { return tensor.sum(dim, true); }
+  explicit SavedInputs(const variable_list& saved)
+      : logits(saved[0]),
+        target(saved[1]),
+        weight(optional(saved[2])),
+        companion(optional(saved[3])),
+        sample_weight(optional(saved[4])) {}
 
-  // Sums what has the logits' shape down to the weights'.
-  at::Tensor sum_over_positions(const at::Tensor& tensor, const at::Tensor& like) const {
-    std::vector<int64_t> positions;
-    for (int64_t d = 0; d < tensor.dim(); ++d) {
-      if (d != dim) positions.push_back(d);
-    }
-    return (positions.empty() ? tensor : tensor.sum(positions)).to(like.scalar_type());
-  }
+  Inputs inputs() const { return {logits, target, weight, companion, sample_weight}; }
 };
 
-// d loss / d w_c = sum over positions of q'_c (lse - x_c); a probability of zero adds nothing, even at -inf.
-at::Tensor weight_gradient(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                           const at::Tensor& weight, const at::Tensor& denominator, const Options& options) {
-  const Composite c(grad_output, logits, target, weight, denominator, options);
-  const at::Tensor q = c.probabilities;
-  const at::Tensor terms = at::where(q.eq(0), at::zeros_like(c.logits), q * c.minus_log_softmax());
-  return c.sum_over_positions(c.scale * terms, weight);
+variable_list to_save(const Inputs& in, at::Tensor fifth, at::Tensor sixth, at::Tensor seventh = {}) {
+  return {in.logits,
+          in.target,
+          in.weight.value_or(at::Tensor()),
+          in.companion.value_or(at::Tensor()),
+          in.sample_weight.value_or(at::Tensor()),
+          std::move(fifth),
+          std::move(sixth),
+          std::move(seventh)};
+}
+
+// d loss / d w_c = sum over positions of q'_c (lse - x_c), for probabilities; one of zero adds nothing, even at -inf.
+at::Tensor weight_gradient(const at::Tensor& grad_output, const Inputs& in, const at::Tensor& denominator,
+                           const Options& options) {
+  const auto type = arithmetic_type(in, options);
+  const int64_t dim = class_dim(in.logits);
+  at::Tensor scale = grad_output.to(type) / denominator.to(type);
+  if (options.reduction == kNone) scale = scale.unsqueeze(dim);
+  const at::Tensor q =
+      in.target.to(type) * (1 - options.label_smoothing) + options.label_smoothing / double(in.logits.size(dim));
+  const at::Tensor log_p = at::log_softmax(in.logits.to(type), dim);
+  const at::Tensor terms = scale * at::where(q.eq(0), at::zeros_like(log_p), -q * log_p);
+  std::vector<int64_t> positions;
+  for (int64_t d = 0; d < terms.dim(); ++d) {
+    if (d != dim) positions.push_back(d);
+  }
+  return (positions.empty() ? terms : terms.sum(positions)).to(in.weight->scalar_type());
 }
 
 // ---- the backward and its derivatives -------------------------------------------------------------------------------
 
-// With v and u the gradients of the results dx and dq, p = softmax(x) and g = grad_output / denominator:
-//   f    = sum_c v_c g (A p_c - a_c) + sum_c u_c g (1 - e) w_c (lse - x_c)
-//   df/dg   = f / g
-//   df/dx_c = g A p_c (v_c - v.p) + g (p_c sum_k u_k (1 - e) w_k - u_c (1 - e) w_c)
-//   df/da_c = g (v.p - v_c)
 struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Variable& grad_output, const Variable& logits,
-                               const Variable& target, const OptionalTensor& weight, const Variable& lse,
-                               const Variable& denominator, int64_t reduction, int64_t ignore_index,
-                               double label_smoothing, std::array<bool, 2> wanted) {
+  static variable_list forward(AutogradContext* ctx, const Variable& grad_output, const OptionalTensor& grad_statistics,
+                               const Variable& logits, const Variable& target, const OptionalTensor& weight,
+                               const OptionalTensor& companion, const OptionalTensor& sample_weight,
+                               const Variable& lse, const Variable& denominator, const Options& options,
+                               std::array<bool, 2> wanted) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [grad_logits, grad_target] = xent::backward(grad_output, logits, target, weight, lse, denominator, reduction,
-                                                     ignore_index, label_smoothing, wanted);
-    ctx->save_for_backward({grad_output, logits, target, weight.value_or(at::Tensor()), denominator});
-    Options{reduction, ignore_index, label_smoothing}.save(ctx);
+    const Inputs inputs{logits, target, weight, companion, sample_weight};
+    auto [grad_logits, grad_target] =
+        xent::backward({grad_output, grad_statistics, lse, denominator}, inputs, options, wanted);
+    ctx->save_for_backward(to_save(inputs, grad_output, grad_statistics.value_or(at::Tensor())));
+    save_options(ctx, options);
+    ctx->saved_data["wanted"] = std::make_tuple(wanted[0], wanted[1]);
     return {grad_logits, grad_target};
   }
 
+  // Differentiates the composite as this function did, and the result once more.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto &grad_output = saved[0], &logits = saved[1], &target = saved[2], &weight = saved[3];
-    const auto& denominator = saved[4];
-    const auto options = Options::saved_in(ctx);
-    const Composite c(grad_output, logits, target, weight, denominator, options);
-    const at::Tensor p = c.softmax();
-    const auto same_shape = [&](const at::Tensor& grad) {
-      return grad.defined() && grad.sym_sizes() == logits.sym_sizes();
+    const Options options = saved_options(ctx);
+    const bool again = c10::GradMode::is_enabled();
+    const at::AutoGradMode with_graph(true);
+    // Of each, a node of its own: whatever else leads from one to another is not this function's.
+    variable_list given;
+    for (const at::Tensor& tensor : saved) {
+      const bool differentiable = tensor.defined() && tensor.is_floating_point();
+      given.push_back(!differentiable          ? tensor
+                      : tensor.requires_grad() ? tensor.view_as(tensor)
+                                               : tensor.detach().requires_grad_());
+    }
+    const SavedInputs in(given);
+    const at::Tensor &grad_output = given[5], &grad_statistics = given[6];
+    Options asked = options;
+    asked.statistics = grad_statistics.defined();
+    if (!asked.loss_dtype) asked.loss_dtype = grad_output.scalar_type();
+    const Outputs outputs = composite(in.inputs(), asked);
+    variable_list results{outputs[0]}, of_results{grad_output};
+    for (const int64_t row : {kGradLse, kGradTargetLogProb, kGradEntropy}) {
+      if (!asked.statistics) break;
+      results.push_back(outputs[size_t(1 + row)]);
+      of_results.push_back(grad_statistics[row].view_symint(results.back().sym_sizes()));
+    }
+    const at::Tensor& probabilities = in.inputs().probabilities(options);
+    const auto [logits_wanted, target_wanted] = ctx->saved_data["wanted"].to<std::tuple<bool, bool>>();
+    variable_list firsts, of_firsts;
+    const auto differentiate = [&](const at::Tensor& input, const at::Tensor& grad) {
+      if (!grad.defined() || grad.sym_sizes() != input.sym_sizes()) return;
+      firsts.push_back(
+          torch::autograd::grad(results, {input}, of_results, /*retain_graph=*/true, /*create_graph=*/true)[0]);
+      of_firsts.push_back(grad);
     };
+    if (logits_wanted) differentiate(in.logits, grads[0]);
+    if (target_wanted) differentiate(probabilities, grads[1]);
 
-    at::Tensor for_scale = at::zeros_like(c.total), for_logits = at::zeros_like(c.logits), for_target, for_weight;
-    if (same_shape(grads[0])) {
-      at::Tensor v = grads[0].to(c.logits.scalar_type());
-      if (!c.soft) v = at::where(c.valid, v, at::zeros_like(v));
-      const at::Tensor v_dot_p = c.sum_over_classes(v * p);
-      for_scale = for_scale + c.sum_over_classes(v * (c.total * p - c.coefficients));
-      for_logits = for_logits + c.scale * c.total * p * (v - v_dot_p);
-      if (c.soft) {
-        const at::Tensor for_coefficients = c.scale * (v_dot_p - v);
-        for_target = for_coefficients * c.weight * c.keep;
-        for_weight = for_coefficients * c.probabilities;
-      }
+    // One result for each argument of forward; what is no tensor, and what was made of others, has none.
+    variable_list result(11), inputs;
+    std::vector<size_t> places;
+    const size_t order[] = {2, 3, 4, 5, 6, 0, 1};  // of what was saved, among the arguments
+    for (size_t i = 0; i < std::size(order) && !firsts.empty(); ++i) {
+      if (!given[i].defined() || !given[i].requires_grad()) continue;
+      inputs.push_back(given[i]);
+      places.push_back(order[i]);
     }
-    if (c.soft && same_shape(grads[1])) {
-      const at::Tensor u = grads[1].to(c.logits.scalar_type()) * c.keep;
-      const at::Tensor weighted = u * c.weight, minus_log_p = c.minus_log_softmax();
-      for_scale = for_scale + c.sum_over_classes(weighted * minus_log_p);
-      for_logits = for_logits + c.scale * (p * c.sum_over_classes(weighted) - weighted);
-      const at::Tensor own = c.scale * u * minus_log_p;
-      for_weight = for_weight.defined() ? for_weight + own : own;
-    }
-
-    at::Tensor for_grad_output;
-    if (options.reduction == kNone) {
-      if (!c.soft) for_scale = at::where(c.valid, for_scale, at::zeros_like(for_scale));
-      for_grad_output = (for_scale / denominator).squeeze(c.dim);
-    } else {
-      if (!c.soft) for_scale = at::where(c.valid, for_scale, at::zeros_like(for_scale));
-      for_grad_output = for_scale.sum() / denominator;
-    }
-    variable_list result(10);
-    result[0] = for_grad_output.to(grad_output.scalar_type());
-    result[1] = for_logits.to(logits.scalar_type());
-    if (for_target.defined()) result[2] = for_target.to(target.scalar_type());
-    if (for_weight.defined() && weight.defined() && weight.is_floating_point()) {
-      result[3] = c.sum_over_positions(for_weight, weight);
-    }
+    if (inputs.empty()) return result;
+    const auto seconds = torch::autograd::grad(firsts, inputs, of_firsts, /*retain_graph=*/again,
+                                               /*create_graph=*/again, /*allow_unused=*/true);
+    for (size_t i = 0; i < seconds.size(); ++i) result[places[i]] = seconds[i];
     return result;
   }
 };
@@ -225,11 +206,14 @@ bool has_distinct_addresses(const at::Tensor& tensor) {
 // Not while a graph of the backward is being built, which needs the logits again, nor under tracing, where the compiler
 // plans memory; not for logits that are a view with arithmetic of its own, or that share addresses, among themselves or
 // with what else is read.
-bool can_overwrite(const at::Tensor& logits, const at::Tensor& grad_output, const at::Tensor& target,
-                   const at::Tensor& weight) {
-  for (const at::Tensor& read : {grad_output, target, weight}) {
-    if (read.defined() && read.is_alias_of(logits)) return false;
+// Nor for pairs, whose logits are looked up when the gradient is there already.
+bool can_overwrite(const Inputs& in, const at::Tensor& grad_output, const Options& options) {
+  const at::Tensor& logits = in.logits;
+  for (const OptionalTensor& read :
+       {OptionalTensor(grad_output), OptionalTensor(in.target), in.weight, in.companion, in.sample_weight}) {
+    if (has_value(read) && read->is_alias_of(logits)) return false;
   }
+  if (options.form == Form::kPairs) return false;
   return !c10::GradMode::is_enabled() && is_concrete(logits) && !logits.is_neg() && !logits.is_inference() &&
          has_distinct_addresses(logits);
 }
@@ -237,10 +221,12 @@ bool can_overwrite(const at::Tensor& logits, const at::Tensor& grad_output, cons
 // Whether to make the gradient in the forward: for logits that need one and nothing else does, and that are to be kept
 // as they are, by plain evaluation. float16 comes with a loss scale, for which it could not be used (see can_scale).
 // Hooks on saved tensors mean to save memory, which it would take.
-bool wants_one_pass(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight, int64_t reduction,
-                    bool inplace) {
-  return !inplace && logits.requires_grad() && !target.requires_grad() && !(weight && weight->requires_grad()) &&
-         logits.scalar_type() != at::kHalf && is_concrete(logits) && one_pass_pays(logits, reduction) &&
+// Nor where statistics may have gradients, too.
+bool wants_one_pass(const Inputs& in, const Options& options) {
+  const at::Tensor& logits = in.logits;
+  return !options.inplace && !options.statistics && logits.requires_grad() && !in.target.requires_grad() &&
+         !(in.weight && in.weight->requires_grad()) && !(in.companion && in.companion->requires_grad()) &&
+         logits.scalar_type() != at::kHalf && is_concrete(logits) && one_pass_pays(logits, options.reduction) &&
          !at::SavedTensorDefaultHooks::get_hooks();
 }
 
@@ -258,81 +244,100 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* ctx, const Variable& logits, const Variable& target,
-                               const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                               double label_smoothing, int64_t loss_dtype, bool empty_is_zero, bool inplace,
-                               bool one_pass) {
+                               const OptionalTensor& weight, const OptionalTensor& companion,
+                               const OptionalTensor& sample_weight, const Options& options, bool one_pass) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    const Inputs inputs{logits, target, weight, companion, sample_weight};
     at::Tensor loss, lse, denominator, grad_logits;
     if (one_pass) {
-      std::tie(loss, lse, denominator, grad_logits) =
-          forward_backward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero);
+      std::tie(loss, lse, denominator, grad_logits) = forward_backward(inputs, options);
       ctx->saved_data["grad_logits"] = grad_logits;
     } else {
-      std::tie(loss, lse, denominator) =
-          xent::forward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero);
+      std::tie(loss, lse, denominator) = xent::forward(inputs, options);
     }
-    ctx->save_for_backward({logits, target, weight.value_or(at::Tensor()), lse, denominator});
-    Options{reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace}.save(ctx);
-    return {loss};
+    ctx->save_for_backward(to_save(inputs, lse, denominator));
+    save_options(ctx, options);
+    if (!options.statistics) return {loss};
+    ctx->set_materialize_grads(false);
+    const Outputs outputs = outputs_of(loss, lse, denominator, inputs, options);
+    ctx->mark_non_differentiable({outputs[4], outputs[5]});
+    return {outputs.begin(), outputs.end()};
   }
 
   // The gradient for a grad_output of one, as the forward made it. Given away once, since whoever gets it may write to
   // it; a second backward has it made again, in the same way, so that it gets the same bits.
-  static at::Tensor gradient_from_forward(AutogradContext* ctx, const at::Tensor& logits, const at::Tensor& target,
-                                          const at::Tensor& weight, const Options& options) {
+  static at::Tensor gradient_from_forward(AutogradContext* ctx, const Inputs& inputs, const Options& options) {
     const at::AutoDispatchBelowADInplaceOrView below;
     at::IValue& made = ctx->saved_data["grad_logits"];
     if (!made.isNone()) return std::exchange(made, at::IValue()).toTensor();
-    return std::get<3>(forward_backward(logits, target, optional(weight), options.reduction, options.ignore_index,
-                                        options.label_smoothing, options.loss_dtype, options.empty_is_zero));
+    return std::get<3>(forward_backward(inputs, options));
+  }
+
+  // Of lse, target_log_prob and entropy, in the order of GradStatistic.
+  static OptionalTensor gradients_of_statistics(const variable_list& grads, const at::Tensor& lse) {
+    variable_list rows;
+    bool any = false;
+    for (size_t i = 1; i <= 3 && i < grads.size(); ++i) {
+      any |= grads[i].defined();
+      rows.push_back(grads[i].defined() ? grads[i].reshape({-1}).to(lse.scalar_type())
+                                        : at::zeros_like(lse.select(0, 0)));
+    }
+    return any ? OptionalTensor(at::stack(rows)) : std::nullopt;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    auto logits = saved[0];
-    const auto &target = saved[1], &weight = saved[2], &lse = saved[3], &denominator = saved[4];
-    const auto options = Options::saved_in(ctx);
+    SavedInputs in(saved);
+    const Inputs inputs = in.inputs();
+    const at::Tensor &lse = saved[5], &denominator = saved[6];
+    const Options options = saved_options(ctx);
+    const bool pairs = options.form == Form::kPairs;
     // One edge for each tensor that forward was given.
-    const bool wanted[] = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                           weight.defined() && ctx->needs_input_grad(2)};
-    const at::Tensor& grad = grads[0];
+    const bool has_weight = has_value(in.weight), wanted_weight = has_weight && ctx->needs_input_grad(2);
+    const bool wanted_target = ctx->needs_input_grad(pairs ? 2 + has_weight : 1);
+    const bool wanted_logits = ctx->needs_input_grad(0);
 
-    variable_list result(10);
-    const bool was_made = ctx->saved_data.count("grad_logits") && wanted[0] && !c10::GradMode::is_enabled();
-    if (was_made && adapts_gradient(logits)) {
+    variable_list result(7);
+    at::Tensor& grad_target = result[pairs ? 3 : 1];
+    at::Tensor grad = grads[0];
+    const OptionalTensor of_statistics = gradients_of_statistics(grads, lse);
+    if (!grad.defined()) {  // of the statistics alone
+      if (!of_statistics) return result;
+      const auto shape = options.reduction == kNone ? shape_of_positions(in.logits) : c10::SymDimVector();
+      grad = at::zeros_symint(shape, in.logits.options().dtype(*options.loss_dtype));
+    }
+    const Gradients gradients{grad, of_statistics, lse, denominator};
+
+    const bool was_made = ctx->saved_data.count("grad_logits") && wanted_logits && !c10::GradMode::is_enabled();
+    if (was_made && adapts_gradient(in.logits)) {
       const at::AutoDispatchBelowADInplaceOrView below;
       const at::IValue made = std::exchange(ctx->saved_data["grad_logits"], at::IValue());
       if (!made.isNone() && is_concrete(grad)) {
         result[0] = made.toTensor();
-        adapt_gradient_(grad, result[0], logits, target, optional(weight), lse, denominator, options.reduction,
-                        options.ignore_index, options.label_smoothing);
+        adapt_gradient_(gradients, result[0], inputs, options);
         return result;
       }
     } else if (was_made && is_concrete(grad)) {
       const bool is_float = grad.is_cpu() && grad.scalar_type() == at::kFloat;  // read without the dispatcher's help
       const double scale = is_float ? double(*grad.const_data_ptr<float>()) : grad.item<double>();
-      if (can_scale(logits.scalar_type(), scale)) {
-        result[0] = gradient_from_forward(ctx, logits, target, weight, options);
+      if (can_scale(in.logits.scalar_type(), scale)) {
+        result[0] = gradient_from_forward(ctx, inputs, options);
         if (scale != 1) result[0].mul_(scale);
         return result;
       }
     }
     if (ctx->saved_data.count("grad_logits")) ctx->saved_data["grad_logits"] = at::IValue();  // of no use: free it
-    if (wanted[2]) result[2] = weight_gradient(grad, logits, target, weight, denominator, options);
-    if (wanted[0] && options.inplace && can_overwrite(logits, grad, target, weight)) {
+    if (wanted_weight) result[2] = weight_gradient(grad, inputs, denominator, options);
+    if (wanted_logits && options.inplace && can_overwrite(inputs, grad, options)) {
       const at::AutoDispatchBelowADInplaceOrView below;
-      logits.unsafeGetTensorImpl()->bump_version();  // whoever else saved the logits learns that they are gone
-      const at::Tensor grad_target =
-          backward_(grad, logits, target, optional(weight), lse, denominator, options.reduction, options.ignore_index,
-                    options.label_smoothing, wanted[1]);
-      result[0] = logits.detach();
-      if (wanted[1]) result[1] = grad_target;
-    } else if (wanted[0] || wanted[1]) {
-      auto [grad_logits, grad_target] =
-          xent::backward(grad, logits, target, optional(weight), lse, denominator, options.reduction,
-                         options.ignore_index, options.label_smoothing, {wanted[0], wanted[1]});
-      if (wanted[0]) result[0] = grad_logits;
-      if (wanted[1]) result[1] = grad_target;
+      in.logits.unsafeGetTensorImpl()->bump_version();  // whoever else saved the logits learns that they are gone
+      const at::Tensor made = backward_(gradients, inputs, options, wanted_target);
+      result[0] = in.logits.detach();
+      if (wanted_target) grad_target = made;
+    } else if (wanted_logits || wanted_target) {
+      auto [for_logits, for_target] = xent::backward(gradients, inputs, options, {wanted_logits, wanted_target});
+      if (wanted_logits) result[0] = for_logits;
+      if (wanted_target) grad_target = for_target;
     }
     return result;
   }
@@ -341,46 +346,62 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
 // ---- registration ---------------------------------------------------------------------------------------------------
 
 bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
+bool has_tangent(const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); }
+bool needs_graph(const at::Tensor& tensor) { return tensor.requires_grad(); }
+bool needs_graph(const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); }
 
-at::Tensor cross_entropy_autograd(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                                  int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                  std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace) {
-  check_options(reduction, label_smoothing, loss_dtype);
-  const bool forward_mode = has_tangent(logits) || has_tangent(target) || (weight && has_tangent(*weight));
-  if (forward_mode || !is_supported(logits, target, weight, ignore_index, label_smoothing, loss_dtype)) {
-    return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
-                                empty_is_zero);
-  }
-  const auto type = int64_t(loss_dtype.value_or(default_loss_dtype(logits, target, weight)));
-  const bool needs_graph = logits.requires_grad() || target.requires_grad() || (weight && weight->requires_grad());
-  if (!needs_graph || !c10::GradMode::is_enabled()) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return std::get<0>(forward(logits, target, weight, reduction, ignore_index, label_smoothing, type, empty_is_zero));
-  }
-  return CrossEntropyFunction::apply(logits, target, weight, reduction, ignore_index, label_smoothing, type,
-                                     empty_is_zero, inplace,
-                                     wants_one_pass(logits, target, weight, reduction, inplace))[0];
+template <class Is>
+bool any_of(const Inputs& in, const Is& is) {
+  return is(in.logits) || is(in.target) || is(in.weight) || is(in.companion) || is(in.sample_weight);
 }
 
-BackwardResult backward_autograd(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                                 const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
-                                 int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                 std::array<bool, 2> wanted) {
-  if (has_tangent(grad_output)) {  // Function has no forward mode
-    const Composite composite(grad_output, logits, target, weight.value_or(at::Tensor()), denominator,
-                              {reduction, ignore_index, label_smoothing});
-    auto [grad_logits, grad_target] = composite.gradients(wanted);
-    return {grad_logits.to(logits.scalar_type()), wanted[1] ? grad_target.to(target.scalar_type()) : grad_target};
+Outputs outputs_autograd(const Inputs& inputs, const Options& given) {
+  check(inputs, given);
+  const bool forward_mode = any_of(inputs, [](const auto& tensor) { return has_tangent(tensor); });
+  if (forward_mode || !is_supported(inputs, given)) return fallback(inputs, given);
+  const Options options = with_loss_type(inputs, given);
+  const bool graph = any_of(inputs, [](const auto& tensor) { return needs_graph(tensor); });
+  if (!graph || !c10::GradMode::is_enabled()) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [loss, lse, denominator] = forward(inputs, options);
+    return options.statistics ? outputs_of(loss, lse, denominator, inputs, options) : Outputs{loss};
   }
-  auto results = BackwardFunction::apply(grad_output, logits, target, weight, lse, denominator, reduction, ignore_index,
-                                         label_smoothing, wanted);
+  const auto results = CrossEntropyFunction::apply(inputs.logits, inputs.target, inputs.weight, inputs.companion,
+                                                   inputs.sample_weight, options, wants_one_pass(inputs, options));
+  Outputs outputs;
+  std::copy(results.begin(), results.end(), outputs.begin());
+  return outputs;
+}
+
+at::Tensor loss_autograd(const Inputs& inputs, const Options& options) { return outputs_autograd(inputs, options)[0]; }
+
+Results results_autograd(const Inputs& inputs, const Options& options) {
+  return as_tuple(outputs_autograd(inputs, options));
+}
+
+BackwardResult backward_autograd(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
+  const Options options = Options::of(integers, numbers);
+  if (has_tangent(grad_output)) {  // Function has no forward mode; but the gradients are linear in grad_output
+    const auto [primal, tangent] = at::_unpack_dual(grad_output, 0);
+    const Inputs inputs{logits, target, weight, companion, sample_weight};
+    const auto of = [&](const at::Tensor& grad) {
+      return xent::backward({grad, grad_statistics, lse, denominator}, inputs, options, wanted);
+    };
+    const auto [logits_primal, target_primal] = of(primal);
+    const auto [logits_tangent, target_tangent] = of(tangent);
+    return {at::_make_dual(logits_primal, logits_tangent, 0), at::_make_dual(target_primal, target_tangent, 0)};
+  }
+  auto results = BackwardFunction::apply(grad_output, grad_statistics, logits, target, weight, companion, sample_weight,
+                                         lse, denominator, options, wanted);
   return {results[0], results[1]};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, Autograd, m) {
-  m.impl("cross_entropy", &cross_entropy_autograd);
+  m.impl("cross_entropy", TORCH_FN((from_plain<at::Tensor, loss_autograd>)));
+  m.impl("general_cross_entropy", TORCH_FN((from_lists<at::Tensor, loss_autograd>)));
+  m.impl("cross_entropy_with_stats", TORCH_FN((from_lists<Results, results_autograd>)));
   m.impl("_backward", &backward_autograd);
 }
 

@@ -20,12 +20,18 @@ using OptionalTensor = std::optional<at::Tensor>;
 // Everything a loss is made of that is a tensor. What the arguments mean is said in cross_entropy_ext/functional.py.
 struct Inputs {
   const at::Tensor& logits;
-  const at::Tensor& target;         // indices, probabilities, the classes of pairs, or the teacher's logits
-  const OptionalTensor& weight;     // of classes
-  const OptionalTensor& companion;  // the probabilities of pairs, or the labels that go with a teacher
-  const OptionalTensor& sample_weight;
+  const at::Tensor& target;                    // indices, probabilities, the classes of pairs, or the teacher's logits
+  const OptionalTensor& weight;                // of classes
+  const OptionalTensor& companion = kNothing;  // the probabilities of pairs, or the labels that go with a teacher
+  const OptionalTensor& sample_weight = kNothing;
 
   Form form(const struct Options& options) const;
+
+  // What a gradient of the target is one of: probabilities, or the teacher's logits.
+  const at::Tensor& probabilities(const struct Options& options) const;
+
+ private:
+  static const OptionalTensor kNothing;
 };
 
 // And what is none. Operators pass it on as two lists of numbers.
@@ -93,23 +99,56 @@ at::Tensor backward_(const Gradients& gradients, const Inputs& inputs, const Opt
 void adapt_gradient_(const Gradients& gradients, at::Tensor& grad_logits, const Inputs& inputs, const Options& options);
 bool adapts_gradient(const at::Tensor& logits);
 
-// The same operators as the dispatcher has them, for the files that register their kernels.
+// cross_entropy_ext::cross_entropy, with its defaults; general_cross_entropy; cross_entropy_with_stats.
+at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
+                         int64_t reduction, int64_t ignore_index, double label_smoothing,
+                         std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace);
+at::Tensor general_cross_entropy(const Inputs& inputs, const Options& options);
+
+// loss, lse, target_log_prob, entropy, z_loss, argmax.
+using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+Results cross_entropy_with_stats(const Inputs& inputs, const Options& options);
+
+// ---- the same operators as the dispatcher has them, for the files that register kernels -----------------------------
+
+#define XENT_PLAIN                                                                                                \
+  const at::Tensor &logits, const at::Tensor &target, const OptionalTensor &weight, int64_t reduction,            \
+      int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, \
+      bool inplace
+#define XENT_OTHER_INPUTS                                                                   \
+  [[maybe_unused]] const at::Tensor &target, [[maybe_unused]] const OptionalTensor &weight, \
+      [[maybe_unused]] const OptionalTensor &companion, [[maybe_unused]] const OptionalTensor &sample_weight
+#define XENT_INPUTS [[maybe_unused]] const at::Tensor &logits, XENT_OTHER_INPUTS
+#define XENT_OPTIONS [[maybe_unused]] at::IntArrayRef integers, [[maybe_unused]] at::ArrayRef<double> numbers
+#define XENT_GRADIENTS \
+  [[maybe_unused]] const at::Tensor &grad_output, [[maybe_unused]] const OptionalTensor &grad_statistics
+#define XENT_SAVED [[maybe_unused]] const at::Tensor &lse, [[maybe_unused]] const at::Tensor &denominator
+
 namespace schema {
-#define XENT_INPUTS                                                                             \
-  const at::Tensor &logits, const at::Tensor &target, const OptionalTensor &weight,             \
-      const OptionalTensor &companion, const OptionalTensor &sample_weight
-#define XENT_OPTIONS at::IntArrayRef integers, at::ArrayRef<double> numbers
-#define XENT_GRADIENTS const at::Tensor &grad_output, const OptionalTensor &grad_statistics
-#define XENT_SAVED const at::Tensor &lse, const at::Tensor &denominator
+using CrossEntropy = at::Tensor(XENT_PLAIN);
+using General = at::Tensor(XENT_INPUTS, XENT_OPTIONS);
+using WithStats = Results(XENT_INPUTS, XENT_OPTIONS);
 using Forward = ForwardResult(XENT_INPUTS, XENT_OPTIONS);
 using ForwardBackward = ForwardBackwardResult(XENT_INPUTS, XENT_OPTIONS);
 using Backward = BackwardResult(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted);
-using BackwardInplace = at::Tensor(const at::Tensor& grad_output, const OptionalTensor& grad_statistics,
-                                   at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                                   const OptionalTensor& companion, const OptionalTensor& sample_weight, XENT_SAVED,
-                                   XENT_OPTIONS, bool target_wanted);
-using AdaptGradient = void(at::Tensor& grad_logits, XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS);
+using BackwardInplace = at::Tensor(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
+                                   bool target_wanted);
+using AdaptGradient = void(XENT_GRADIENTS, at::Tensor& grad_logits, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS);
 }  // namespace schema
+
+// Kernels that are written with Inputs and Options, as the dispatcher calls them.
+template <class Result, Result (*function)(const Inputs&, const Options&)>
+Result from_plain(XENT_PLAIN) {
+  return function({logits, target, weight},
+                  {reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace});
+}
+
+template <class Result, Result (*function)(const Inputs&, const Options&)>
+Result from_lists(XENT_INPUTS, XENT_OPTIONS) {
+  return function({logits, target, weight, companion, sample_weight}, Options::of(integers, numbers));
+}
+
+// ---- decisions ------------------------------------------------------------------------------------------------------
 
 bool has_value(const OptionalTensor& tensor);
 bool is_logits_type(at::ScalarType type);  // of logits, probabilities and losses
@@ -128,27 +167,40 @@ at::ScalarType arithmetic_type(const Inputs& inputs, const Options& options);
 
 // The type of the loss: the one asked for, or native's.
 at::ScalarType loss_type(const Inputs& inputs, const Options& options);
+Options with_loss_type(const Inputs& inputs, const Options& options);
+
+// (N, d1..dK) of logits (N, C, d1..dK), or () of (C).
+c10::SymDimVector shape_of_positions(const at::Tensor& logits);
 
 // How many rows of numbers the backward needs.
 int64_t saved_rows(Form form, bool statistics);
 
-// Raise an error for numbers that mean nothing. Native takes a negative or NaN label_smoothing for zero; here it is an
-// error, as one above 1 is natively. So is a loss_dtype that is not one of a loss.
+// Raise an error for numbers that mean nothing: a negative or NaN label_smoothing, which native takes for zero; a
+// loss_dtype that is not one of a loss.
 void check_options(const Options& options);
 
-// Raises one for what native does not know: pairs, teachers, weights of samples.
-void check_shapes(const Inputs& inputs, const Options& options);
+// The same, and for tensors of which native knows nothing: pairs, teachers, weights of samples.
+void check(const Inputs& inputs, const Options& options);
 
-// Whether the fused kernels take these arguments. Where they do not, `composite` does, or native_cross_entropy for what
-// native has, or raises its own error: there is one source of truth for messages and for corners not worth a kernel.
+// Whether the fused kernels take these arguments. Where they do not, `fallback` does, or raises native's error: there
+// is one source of truth for messages and for corners not worth a kernel.
 bool is_supported(const Inputs& inputs, const Options& options);
 
-at::Tensor native_cross_entropy(const Inputs& inputs, const Options& options);
+// ---- what the results are where there is no kernel, in operations that are differentiable any number of times -------
 
-// The loss and its statistics: loss, lse, target_log_prob, entropy, z_loss, argmax.
+// The loss and its statistics, in the order of Results. Statistics are undefined unless they are asked for.
 using Outputs = std::array<at::Tensor, 6>;
 
-// In operations that are differentiable any number of times. Statistics are made where they are asked for.
+inline Results as_tuple(const Outputs& outputs) { return std::tuple_cat(outputs); }
+
+at::Tensor native_cross_entropy(const Inputs& inputs, const Options& options);
 Outputs composite(const Inputs& inputs, const Options& options);
+
+// native_cross_entropy where native has such a loss, else `composite`.
+Outputs fallback(const Inputs& inputs, const Options& options);
+
+// The same from what the kernels have found out.
+Outputs outputs_of(const at::Tensor& loss, const at::Tensor& lse, const at::Tensor& denominator, const Inputs& inputs,
+                   const Options& options);
 
 }  // namespace xent

@@ -1,66 +1,30 @@
-// The operators of torch.ops.cross_entropy_ext: their schemas, what they accept, and the kernels that belong to no
-// device (Meta, autocast, transforms).
-#include <ATen/TensorOperators.h>
+// The operators of torch.ops.cross_entropy_ext: their schemas, and the kernels that belong to no device (Meta,
+// autocast, transforms).
+//
+// The public ones are cross_entropy, for what PyTorch has, and for everything else general_cross_entropy, whose options
+// come as two lists of numbers (Options::of), and cross_entropy_with_stats, its variant with more results.
 #include <ATen/autocast_mode.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/ne.h>
-#include <ATen/ops/ones_like.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include "cross_entropy.h"
-#include "problem.h"
 
 namespace xent {
 namespace {
 
-const auto& forward_operator() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("cross_entropy_ext::_forward", "").typed<decltype(forward)>();
-  return op;
-}
-
-const auto& forward_backward_operator() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("cross_entropy_ext::_forward_backward", "")
-                             .typed<decltype(forward_backward)>();
-  return op;
-}
-
-const auto& backward_operator() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("cross_entropy_ext::_backward", "").typed<decltype(backward)>();
-  return op;
-}
-
-const auto& backward_inplace_operator() {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("cross_entropy_ext::_backward_", "").typed<decltype(backward_)>();
-  return op;
+template <class Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
 const auto& adapt_gradient_operator() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("cross_entropy_ext::_adapt_gradient_", "")
-                             .typed<decltype(adapt_gradient_)>();
-  return op;
-}
-
-const auto& cross_entropy_operator() {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("cross_entropy_ext::cross_entropy", "")
-                             .typed<decltype(cross_entropy)>();
+  static const auto op = find<schema::AdaptGradient>("cross_entropy_ext::_adapt_gradient_");
   return op;
 }
 
 }  // namespace
-
-// ---- which way
-// --------------------------------------------------------------------------------------------------------
 
 bool one_pass_pays(const at::Tensor& logits, int64_t reduction) {
   if (reduction == kNone) return false;
@@ -69,77 +33,58 @@ bool one_pass_pays(const at::Tensor& logits, int64_t reduction) {
   return logits.is_cpu() && logits.numel() * logits.element_size() <= kBytes;
 }
 
-at::Tensor native_cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                                int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                std::optional<at::ScalarType> loss_dtype, bool empty_is_zero) {
-  const bool widen = is_index_type(target.scalar_type()) && !is_soft(logits, target);
-  const at::Tensor native_target = widen ? target.to(at::kLong) : target;
-  const auto native = [&](int64_t reduction) {
-    return at::cross_entropy_loss(logits, native_target, weight, reduction, ignore_index, label_smoothing);
-  };
-  if (!empty_is_zero || reduction != kMean) {
-    const at::Tensor loss = native(reduction);
-    return loss_dtype ? loss.to(*loss_dtype) : loss;
-  }
-  // 0 / 0 is to be 0, for the gradient too: divide by one there.
-  at::Tensor denominator;
-  if (is_soft(logits, target)) {
-    denominator = at::empty({}, logits.options().dtype(at::kDouble))
-                      .fill_(target.sym_numel() / logits.sym_size(class_dim(logits)));
-  } else {
-    const at::Tensor valid = native_target.ne(ignore_index);
-    const at::Tensor index = at::where(valid, native_target, at::zeros_like(native_target));
-    const at::Tensor counts = has_value(weight) ? weight->to(at::kDouble).take(index) : valid.to(at::kDouble);
-    denominator = at::where(valid, counts, at::zeros_like(counts)).sum();
-  }
-  const at::Tensor sum = native(kSum);
-  const at::Tensor nothing = denominator.eq(0).logical_and(sum.eq(0));
-  const at::Tensor loss = sum / at::where(nothing, at::ones_like(denominator), denominator).to(sum.scalar_type());
-  return loss_dtype ? loss.to(*loss_dtype) : loss;
-}
-
 // ---- the operators, for callers in C++ ------------------------------------------------------------------------------
 
 at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                          int64_t reduction, int64_t ignore_index, double label_smoothing,
                          std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace) {
-  return cross_entropy_operator().call(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
-                                       empty_is_zero, inplace);
+  static const auto op = find<schema::CrossEntropy>("cross_entropy_ext::cross_entropy");
+  return op.call(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace);
 }
 
-ForwardResult forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                      int64_t reduction, int64_t ignore_index, double label_smoothing, int64_t loss_dtype,
-                      bool empty_is_zero) {
-  return forward_operator().call(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
-                                 empty_is_zero);
+at::Tensor general_cross_entropy(const Inputs& in, const Options& options) {
+  static const auto op = find<schema::General>("cross_entropy_ext::general_cross_entropy");
+  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, options.integers(),
+                 options.numbers());
 }
 
-ForwardBackwardResult forward_backward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                                       int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                       int64_t loss_dtype, bool empty_is_zero) {
-  return forward_backward_operator().call(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
-                                          empty_is_zero);
+Results cross_entropy_with_stats(const Inputs& in, const Options& options) {
+  static const auto op = find<schema::WithStats>("cross_entropy_ext::cross_entropy_with_stats");
+  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, options.integers(),
+                 options.numbers());
 }
 
-BackwardResult backward(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                        const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
-                        int64_t reduction, int64_t ignore_index, double label_smoothing, std::array<bool, 2> wanted) {
-  return backward_operator().call(grad_output, logits, target, weight, lse, denominator, reduction, ignore_index,
-                                  label_smoothing, wanted);
+ForwardResult forward(const Inputs& in, const Options& options) {
+  static const auto op = find<schema::Forward>("cross_entropy_ext::_forward");
+  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, options.integers(),
+                 options.numbers());
 }
 
-at::Tensor backward_(const at::Tensor& grad_output, at::Tensor& logits, const at::Tensor& target,
-                     const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
-                     int64_t reduction, int64_t ignore_index, double label_smoothing, bool target_wanted) {
-  return backward_inplace_operator().call(grad_output, logits, target, weight, lse, denominator, reduction,
-                                          ignore_index, label_smoothing, target_wanted);
+ForwardBackwardResult forward_backward(const Inputs& in, const Options& options) {
+  static const auto op = find<schema::ForwardBackward>("cross_entropy_ext::_forward_backward");
+  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, options.integers(),
+                 options.numbers());
 }
 
-void adapt_gradient_(const at::Tensor& grad_output, at::Tensor& grad_logits, const at::Tensor& logits,
-                     const at::Tensor& target, const OptionalTensor& weight, const at::Tensor& lse,
-                     const at::Tensor& denominator, int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  adapt_gradient_operator().call(grad_output, grad_logits, logits, target, weight, lse, denominator, reduction,
-                                 ignore_index, label_smoothing);
+BackwardResult backward(const Gradients& gradients, const Inputs& in, const Options& options,
+                        std::array<bool, 2> wanted) {
+  static const auto op = find<schema::Backward>("cross_entropy_ext::_backward");
+  return op.call(gradients.grad_output, gradients.grad_statistics, in.logits, in.target, in.weight, in.companion,
+                 in.sample_weight, gradients.lse, gradients.denominator, options.integers(), options.numbers(), wanted);
+}
+
+at::Tensor backward_(const Gradients& gradients, const Inputs& in, const Options& options, bool target_wanted) {
+  static const auto op = find<schema::BackwardInplace>("cross_entropy_ext::_backward_");
+  at::Tensor logits = in.logits;
+  return op.call(gradients.grad_output, gradients.grad_statistics, logits, in.target, in.weight, in.companion,
+                 in.sample_weight, gradients.lse, gradients.denominator, options.integers(), options.numbers(),
+                 target_wanted);
+}
+
+void adapt_gradient_(const Gradients& gradients, at::Tensor& grad_logits, const Inputs& in, const Options& options) {
+  adapt_gradient_operator().call(gradients.grad_output, gradients.grad_statistics, grad_logits, in.logits, in.target,
+                                 in.weight, in.companion, in.sample_weight, gradients.lse, gradients.denominator,
+                                 options.integers(), options.numbers());
 }
 
 bool adapts_gradient(const at::Tensor& logits) {
@@ -151,34 +96,32 @@ namespace {
 
 // ---- without autograd -----------------------------------------------------------------------------------------------
 
-at::Tensor cross_entropy_without_grad(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                                      int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                      std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool) {
-  check_options(reduction, label_smoothing, loss_dtype);
-  if (!is_supported(logits, target, weight, ignore_index, label_smoothing, loss_dtype)) {
-    return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
-                                empty_is_zero);
-  }
-  return std::get<0>(forward(logits, target, weight, reduction, ignore_index, label_smoothing,
-                             int64_t(loss_dtype.value_or(default_loss_dtype(logits, target, weight))), empty_is_zero));
+at::Tensor loss_without_grad(const Inputs& inputs, const Options& options) {
+  check(inputs, options);
+  if (!is_supported(inputs, options)) return fallback(inputs, options)[0];
+  return std::get<0>(forward(inputs, with_loss_type(inputs, options)));
+}
+
+Results results_without_grad(const Inputs& inputs, const Options& options) {
+  check(inputs, options);
+  if (!is_supported(inputs, options)) return as_tuple(fallback(inputs, options));
+  const Options typed = with_loss_type(inputs, options);
+  const auto [loss, lse, denominator] = forward(inputs, typed);
+  return as_tuple(outputs_of(loss, lse, denominator, inputs, typed));
 }
 
 // ---- Meta: shapes, types and strides --------------------------------------------------------------------------------
 
-ForwardResult forward_meta(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                           int64_t reduction, int64_t, double, int64_t loss_dtype, bool) {
-  const int64_t dim = class_dim(logits);
-  c10::SymDimVector shape;
+ForwardResult forward_meta(XENT_INPUTS, XENT_OPTIONS) {
+  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Options options = Options::of(integers, numbers);
+  c10::SymDimVector shape = shape_of_positions(logits);
   c10::SymInt positions = 1;
-  for (int64_t d = 0; d < logits.dim(); ++d) {
-    if (d == dim) continue;
-    shape.push_back(logits.sym_size(d));
-    positions = positions * logits.sym_size(d);
-  }
-  if (reduction != kNone) shape.clear();
-  const auto arithmetic = arithmetic_type(logits, target, weight);
-  return {at::empty_symint(shape, logits.options().dtype(at::ScalarType(loss_dtype))),
-          at::empty_symint({is_soft(logits, target) ? 3 : 2, positions}, logits.options().dtype(arithmetic)),
+  for (const c10::SymInt& size : shape) positions = positions * size;
+  if (options.reduction != kNone) shape.clear();
+  return {at::empty_symint(shape, logits.options().dtype(loss_type(inputs, options))),
+          at::empty_symint({saved_rows(inputs.form(options), options.statistics), positions},
+                           logits.options().dtype(arithmetic_type(inputs, options))),
           at::empty({}, logits.options().dtype(at::kDouble))};
 }
 
@@ -186,99 +129,138 @@ at::Tensor gradient_meta(const at::Tensor& tensor, bool wanted) {
   return wanted ? at::empty_like(tensor) : at::empty({0}, tensor.options());
 }
 
-ForwardBackwardResult forward_backward_meta(const at::Tensor& logits, const at::Tensor& target,
-                                            const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                            double label_smoothing, int64_t loss_dtype, bool empty_is_zero) {
-  auto [loss, lse, denominator] =
-      forward_meta(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero);
+ForwardBackwardResult forward_backward_meta(XENT_INPUTS, XENT_OPTIONS) {
+  auto [loss, lse, denominator] = forward_meta(logits, target, weight, companion, sample_weight, integers, numbers);
   return {loss, lse, denominator, at::empty_like(logits)};
 }
 
-BackwardResult backward_meta(const at::Tensor&, const at::Tensor& logits, const at::Tensor& target,
-                             const OptionalTensor&, const at::Tensor&, const at::Tensor&, int64_t, int64_t, double,
-                             std::array<bool, 2> wanted) {
-  return {gradient_meta(logits, wanted[0]), gradient_meta(target, wanted[1])};
+BackwardResult backward_meta(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
+  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  return {gradient_meta(logits, wanted[0]),
+          gradient_meta(inputs.probabilities(Options::of(integers, numbers)), wanted[1])};
 }
 
-at::Tensor backward_meta_(const at::Tensor&, at::Tensor&, const at::Tensor& target, const OptionalTensor&,
-                          const at::Tensor&, const at::Tensor&, int64_t, int64_t, double, bool target_wanted) {
-  return gradient_meta(target, target_wanted);
+at::Tensor backward_meta_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
+                          bool target_wanted) {
+  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  return gradient_meta(inputs.probabilities(Options::of(integers, numbers)), target_wanted);
 }
 
-void adapt_gradient_meta_(const at::Tensor&, at::Tensor&, const at::Tensor&, const at::Tensor&, const OptionalTensor&,
-                          const at::Tensor&, const at::Tensor&, int64_t, int64_t, double) {}
+void adapt_gradient_meta_(XENT_GRADIENTS, at::Tensor&, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS) {}
 
 // ---- autocast: half logits are read as they are, the loss is float32 ------------------------------------------------
 
-template <c10::DeviceType device, c10::DispatchKey key>
-at::Tensor cross_entropy_autocast(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                                  int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                  std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace) {
-  check_options(reduction, label_smoothing, loss_dtype);
-  const auto asked = loss_dtype;
-  const auto widened = [](at::ScalarType type) {
-    return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
-  };
-  OptionalTensor wide_weight = weight;
-  if (logits.device().type() == device) {
-    if (has_value(weight)) wide_weight = weight->to(widened(weight->scalar_type()));
-    if (!loss_dtype) {
-      auto type = widened(logits.scalar_type());
-      if (is_soft(logits, target) && is_logits_type(type) && is_logits_type(target.scalar_type())) {
-        type = c10::promoteTypes(type, widened(target.scalar_type()));
-        if (has_value(weight)) type = c10::promoteTypes(type, wide_weight->scalar_type());
-      }
-      loss_dtype = type;
+at::ScalarType widened(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type; }
+
+// Calls function(inputs, options) with what autocast makes of them.
+template <class Function>
+auto with_autocast(const Inputs& inputs, Options options, c10::DeviceType device, const Function& function) {
+  check(inputs, options);
+  if (inputs.logits.device().type() != device) return function(inputs, options);
+  OptionalTensor weight = inputs.weight;
+  if (has_value(weight)) weight = weight->to(widened(weight->scalar_type()));
+  if (!options.loss_dtype) {
+    auto type = widened(inputs.logits.scalar_type());
+    if (is_dense(inputs.form(options)) && is_logits_type(type) && is_logits_type(inputs.target.scalar_type())) {
+      type = c10::promoteTypes(type, widened(inputs.target.scalar_type()));
+      if (has_value(weight)) type = c10::promoteTypes(type, weight->scalar_type());
     }
-    if (!is_supported(logits, target, wide_weight, ignore_index, label_smoothing, loss_dtype)) {
-      return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, asked,
-                                  empty_is_zero);
-    }
+    options.loss_dtype = type;
   }
-  const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
-  return cross_entropy(logits, target, wide_weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero,
-                       inplace);
+  return function({inputs.logits, inputs.target, weight, inputs.companion, inputs.sample_weight}, options);
+}
+
+template <c10::DeviceType device, c10::DispatchKey key>
+at::Tensor cross_entropy_autocast(XENT_PLAIN) {
+  const Options given{reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace};
+  return with_autocast({logits, target, weight}, given, device, [&](const Inputs& in, const Options& options) {
+    if (!is_supported(in, options)) return native_cross_entropy({logits, target, weight}, given);
+    const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
+    return cross_entropy(in.logits, in.target, in.weight, reduction, ignore_index, label_smoothing, options.loss_dtype,
+                         empty_is_zero, inplace);
+  });
+}
+
+template <c10::DeviceType device, c10::DispatchKey key>
+at::Tensor general_autocast(XENT_INPUTS, XENT_OPTIONS) {
+  return with_autocast({logits, target, weight, companion, sample_weight}, Options::of(integers, numbers), device,
+                       [](const Inputs& inputs, const Options& options) {
+                         const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
+                         return general_cross_entropy(inputs, options);
+                       });
+}
+
+template <c10::DeviceType device, c10::DispatchKey key>
+Results stats_autocast(XENT_INPUTS, XENT_OPTIONS) {
+  return with_autocast({logits, target, weight, companion, sample_weight}, Options::of(integers, numbers), device,
+                       [](const Inputs& inputs, const Options& options) {
+                         const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
+                         return cross_entropy_with_stats(inputs, options);
+                       });
+}
+
+template <c10::DeviceType device, c10::DispatchKey key>
+void register_autocast(torch::Library& m) {
+  m.impl("cross_entropy", &cross_entropy_autocast<device, key>);
+  m.impl("general_cross_entropy", &general_autocast<device, key>);
+  m.impl("cross_entropy_with_stats", &stats_autocast<device, key>);
 }
 
 // ---- torch.func: vmap, grad, jvp and their compositions -------------------------------------------------------------
 
-at::Tensor cross_entropy_functorch(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                                   int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                   std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool) {
-  check_options(reduction, label_smoothing, loss_dtype);
-  return native_cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype,
-                              empty_is_zero);
+at::Tensor loss_functorch(const Inputs& inputs, const Options& options) {
+  check(inputs, options);
+  return fallback(inputs, options)[0];
+}
+
+Results results_functorch(const Inputs& inputs, const Options& options) {
+  check(inputs, options);
+  return as_tuple(fallback(inputs, options));
+}
+
+// The same for tensors of another kind, for which each operation means something of its own: it is none to them, but
+// what it is made of.
+std::vector<at::Tensor> composite_of(XENT_INPUTS, XENT_OPTIONS) {
+  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Options options = Options::of(integers, numbers);
+  check(inputs, options);
+  Outputs outputs = composite(inputs, options);
+  if (!options.statistics) return {outputs[0]};
+  return {outputs.begin(), outputs.end()};
 }
 
 }  // namespace
 
 TORCH_LIBRARY(cross_entropy_ext, m) {
-  m.def(
+  const std::string inputs = "Tensor target, Tensor? weight, Tensor? companion, Tensor? sample_weight";
+  const std::string saved = "Tensor lse, Tensor denominator", options = "int[] integers, float[] numbers";
+  const std::string loss = "(Tensor logits, " + inputs + ", " + options + ") -> ";
+  const std::string gradients = "(Tensor grad_output, Tensor? grad_statistics, ";
+  const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
+  define(
       "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
       "float label_smoothing=0.0, *, ScalarType? loss_dtype=None, bool empty_is_zero=False, bool inplace=False) "
       "-> Tensor");
-  m.def(
-      "_forward(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, float label_smoothing, "
-      "int loss_dtype, bool empty_is_zero) -> (Tensor loss, Tensor lse, Tensor denominator)");
-  m.def(
-      "_forward_backward(Tensor logits, Tensor target, Tensor? weight, int reduction, int ignore_index, "
-      "float label_smoothing, int loss_dtype, bool empty_is_zero) "
-      "-> (Tensor loss, Tensor lse, Tensor denominator, Tensor grad_logits)");
-  m.def(
-      "_backward(Tensor grad_output, Tensor logits, Tensor target, Tensor? weight, Tensor lse, Tensor denominator, "
-      "int reduction, int ignore_index, float label_smoothing, bool[2] wanted) "
-      "-> (Tensor grad_logits, Tensor grad_target)");
-  m.def(
-      "_backward_(Tensor grad_output, Tensor(a!) logits, Tensor target, Tensor? weight, Tensor lse, "
-      "Tensor denominator, int reduction, int ignore_index, float label_smoothing, bool target_wanted) "
-      "-> Tensor grad_target");
-  m.def(
-      "_adapt_gradient_(Tensor grad_output, Tensor(a!) grad_logits, Tensor logits, Tensor target, Tensor? weight, "
-      "Tensor lse, Tensor denominator, int reduction, int ignore_index, float label_smoothing) -> ()");
+  define("general_cross_entropy" + loss + "Tensor");
+  define("cross_entropy_with_stats" + loss +
+         "(Tensor loss, Tensor lse, Tensor target_log_prob, Tensor entropy, Tensor z_loss, Tensor argmax)");
+  define("composite" + loss + "Tensor[]");
+  define("_forward" + loss + "(Tensor loss, Tensor lse, Tensor denominator)");
+  define("_forward_backward" + loss + "(Tensor loss, Tensor lse, Tensor denominator, Tensor grad_logits)");
+  define("_backward" + gradients + "Tensor logits, " + inputs + ", " + saved + ", " + options +
+         ", bool[2] wanted) -> (Tensor grad_logits, Tensor grad_target)");
+  define("_backward_" + gradients + "Tensor(a!) logits, " + inputs + ", " + saved + ", " + options +
+         ", bool target_wanted) -> Tensor grad_target");
+  define("_adapt_gradient_" + gradients + "Tensor(a!) grad_logits, Tensor logits, " + inputs + ", " + saved + ", " +
+         options + ") -> ()");
 }
 
+TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeImplicitAutograd, m) { m.impl("composite", &composite_of); }
+
 TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) {
-  m.impl("cross_entropy", &cross_entropy_without_grad);
+  m.impl("cross_entropy", TORCH_FN((from_plain<at::Tensor, loss_without_grad>)));
+  m.impl("general_cross_entropy", TORCH_FN((from_lists<at::Tensor, loss_without_grad>)));
+  m.impl("cross_entropy_with_stats", TORCH_FN((from_lists<Results, results_without_grad>)));
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, Meta, m) {
@@ -290,15 +272,17 @@ TORCH_LIBRARY_IMPL(cross_entropy_ext, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, AutocastCPU, m) {
-  m.impl("cross_entropy", &cross_entropy_autocast<c10::kCPU, c10::DispatchKey::AutocastCPU>);
+  register_autocast<c10::kCPU, c10::DispatchKey::AutocastCPU>(m);
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, AutocastCUDA, m) {
-  m.impl("cross_entropy", &cross_entropy_autocast<c10::kCUDA, c10::DispatchKey::AutocastCUDA>);
+  register_autocast<c10::kCUDA, c10::DispatchKey::AutocastCUDA>(m);
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, FuncTorchDynamicLayerFrontMode, m) {
-  m.impl("cross_entropy", &cross_entropy_functorch);
+  m.impl("cross_entropy", TORCH_FN((from_plain<at::Tensor, loss_functorch>)));
+  m.impl("general_cross_entropy", TORCH_FN((from_lists<at::Tensor, loss_functorch>)));
+  m.impl("cross_entropy_with_stats", TORCH_FN((from_lists<Results, results_functorch>)));
 }
 
 }  // namespace xent

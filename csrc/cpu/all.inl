@@ -4,6 +4,29 @@
 #include "stage.inl"
 #include "rows.inl"
 #include "spatial.inl"
+#include "general.inl"
+
+template <class T>
+static void forward_rows(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
+  switch (problem.kind) {
+    case TargetKind::kIndex:
+      return problem.grad_logits ? forward_backward_rows<T>(problem, begin, end, sums)
+                                 : forward_rows_of<T, TargetKind::kIndex>(problem, begin, end, sums);
+    case TargetKind::kSmoothedIndex: return forward_rows_of<T, TargetKind::kSmoothedIndex>(problem, begin, end, sums);
+    case TargetKind::kSoft: return forward_rows_of<T, TargetKind::kSoft>(problem, begin, end, sums);
+    case TargetKind::kGeneral: return forward_general_rows<T>(problem, begin, end, sums);
+  }
+}
+
+template <class T>
+static void backward_rows(const Backward& problem, int64_t begin, int64_t end) {
+  switch (problem.kind) {
+    case TargetKind::kIndex: return backward_rows_of<T, TargetKind::kIndex>(problem, begin, end);
+    case TargetKind::kSmoothedIndex: return backward_rows_of<T, TargetKind::kSmoothedIndex>(problem, begin, end);
+    case TargetKind::kSoft: return backward_rows_of<T, TargetKind::kSoft>(problem, begin, end);
+    case TargetKind::kGeneral: return backward_general_rows<T>(problem, begin, end);
+  }
+}
 
 template <class T>
 static void forward_positions(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
@@ -21,14 +44,15 @@ static void backward_positions(const Backward& problem, int64_t begin, int64_t e
 // The sum of the weights of the targets that count: what a mean divides by.
 template <class T>
 static void sum_target_weights(const Problem& problem, int64_t begin, int64_t end, Sums& sums) {
-  const T* weight = static_cast<const T*>(problem.weight);
+  const T* weight = problem.form == Form::kIndices ? static_cast<const T*>(problem.weight) : nullptr;
   Cursor cursor(problem, begin);
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t count = std::min(kTile, end - first);
     int64_t y[kTile];
-    read_positions(y, cursor, count, problem.target);
-    check_targets(y, problem, first, count);
-    sums.weight += sum_of_target_weights(weight, y, count);
+    T sample_weights[kTile];
+    read_labels(y, problem, cursor, first, count);
+    read_sample_weights(sample_weights, problem, cursor, count);
+    sums.weight += sum_of_target_weights(weight, problem.sample_weight ? sample_weights : nullptr, y, count);
     cursor.skip(count);
   }
 }

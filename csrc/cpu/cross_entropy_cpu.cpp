@@ -28,6 +28,7 @@ const Kernels& kernels() {
 constexpr int64_t kFewClasses = 32, kShortRow = 96, kManyPositions = 64;
 
 Lanes choose_lanes(const Problem& problem) {
+  if (problem.kind == TargetKind::kGeneral) return Lanes::kClasses;
   if (problem.classes < kFewClasses) return Lanes::kPositions;
   if (problem.logits.class_stride == 1) {
     return problem.classes <= kShortRow && problem.positions >= kManyPositions ? Lanes::kPositions : Lanes::kClasses;
@@ -47,13 +48,10 @@ double smoothed_total_of(const Problem& problem, const at::Tensor& weight) {
   return problem.label_smoothing / double(problem.classes) * sum;
 }
 
-void describe_with_weights(Problem& problem, const at::Tensor& logits, const at::Tensor& target,
-                           const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse,
-                           int64_t ignore_index, double label_smoothing) {
-  describe(problem, logits, target, kernel_weight, arithmetic, lse, ignore_index, label_smoothing);
-  if (kernel_weight && problem.kind == TargetKind::kSmoothedIndex) {
-    problem.smoothed_total = smoothed_total_of(problem, *kernel_weight);
-  }
+void describe_with_weights(Problem& problem, const Inputs& inputs, const Options& options,
+                           const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse) {
+  describe(problem, inputs, options, kernel_weight, arithmetic, lse);
+  if (kernel_weight && problem.smoothed_total != 0) problem.smoothed_total = smoothed_total_of(problem, *kernel_weight);
 }
 
 // ---- threads --------------------------------------------------------------------------------------------------------
@@ -99,15 +97,19 @@ void for_each_piece(const Problem& problem, int64_t work, const Function& functi
 
 constexpr int64_t kNoPosition = std::numeric_limits<int64_t>::max();
 
-void raise_bad_target(const at::Tensor& target, int64_t position) {
+// Of class indices, of a position's pairs, or of labels.
+void raise_bad_target(const Inputs& in, const Options& options, int64_t position) {
   if (position == kNoPosition) return;
-  int64_t offset = 0;
-  for (int64_t d = target.dim() - 1; d >= 0; --d) {
-    offset += position % target.size(d) * target.stride(d);
-    position /= target.size(d);
+  const Form form = in.form(options);
+  at::Tensor target = form == Form::kTeacher ? *in.companion : in.target;
+  target = form == Form::kPairs
+               ? target.movedim(class_dim(in.logits), -1).reshape({-1, target.size(class_dim(in.logits))})[position]
+               : target.reshape(-1)[position].reshape(-1);
+  for (int64_t i = 0; i < target.numel(); ++i) {
+    const auto value = target[i].item<int64_t>();
+    if (value == options.ignore_index || (value >= 0 && value < in.logits.size(class_dim(in.logits)))) continue;
+    TORCH_CHECK_INDEX(false, "Target ", value, " is out of bounds.");
   }
-  const auto value = target.as_strided({}, {}, target.storage_offset() + offset).item<int64_t>();
-  TORCH_CHECK_INDEX(false, "Target ", value, " is out of bounds.");
 }
 
 // ---- what forward and backward share --------------------------------------------------------------------------------
@@ -140,20 +142,19 @@ bool is_larger_than_caches(const at::Tensor& tensor) {
 
 // Everything of the backward but what is done position by position. Either gradient may be undefined.
 Backward backward_problem(const at::Tensor& grad_logits, const at::Tensor& grad_target, const View& grad_output,
-                          double scale, const at::Tensor& logits, const at::Tensor& target,
-                          const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse,
-                          int64_t ignore_index, double label_smoothing) {
+                          double scale, const Inputs& inputs, const Options& options,
+                          const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse) {
   Backward problem;
-  describe_with_weights(problem, logits, target, kernel_weight, arithmetic, lse, ignore_index, label_smoothing);
+  describe_with_weights(problem, inputs, options, kernel_weight, arithmetic, lse);
   problem.grad_output = grad_output;
   problem.scale = scale;
   if (grad_logits.defined()) problem.grad_logits = view_with_classes(grad_logits);
   if (grad_target.defined()) problem.grad_target = view_with_classes(grad_target);
-  merge_dimensions(
-      problem, {&problem.logits, &problem.target, &problem.grad_output, &problem.grad_logits, &problem.grad_target});
+  merge_dimensions(problem, {&problem.logits, &problem.target, &problem.sample_weight, &problem.probs, &problem.labels,
+                             &problem.grad_output, &problem.grad_logits, &problem.grad_target});
   problem.lanes = choose_lanes(problem);
-  const bool inplace = grad_logits.defined() && grad_logits.is_alias_of(logits);
-  problem.stream = !inplace && is_larger_than_caches(logits);
+  const bool inplace = grad_logits.defined() && grad_logits.is_alias_of(inputs.logits);
+  problem.stream = !inplace && is_larger_than_caches(inputs.logits);
   problem.buffered = inplace || problem.stream;
   return problem;
 }
@@ -164,7 +165,7 @@ Backward backward_problem(const at::Tensor& grad_logits, const at::Tensor& grad_
 // block, and in tiles of one.
 bool kernel_makes_gradient(const Problem& problem) {
   const int64_t size = problem.arithmetic_in_double ? 8 : 4;
-  if (problem.kind == TargetKind::kSoft) return false;
+  if (problem.kind == TargetKind::kSoft || problem.kind == TargetKind::kGeneral) return false;
   if (problem.lanes == Lanes::kPositions) return problem.classes <= most_classes_of_tile(size);
   return problem.kind == TargetKind::kIndex && problem.classes >= kernels().vector_bytes / size &&
          problem.logits.class_stride == 1 && problem.classes <= kBlockVectors * kernels().vector_bytes / size;
@@ -192,55 +193,59 @@ Sums sum_pieces(const SumsOfPieces& pieces) {
 }
 
 // Over the targets that are not ignored. Raises the error for a target that is no class.
-double sum_target_weights(Problem& problem, const at::Tensor& target) {
+double sum_target_weights(Problem& problem, const Inputs& inputs, const Options& options) {
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
   SumsOfPieces pieces(size_t(count_of_pieces(problem, 1)));
   for_each_piece(problem, 1, [&](int64_t piece, int64_t begin, int64_t end) {
     kernels().sum_weights(problem, begin, end, pieces[size_t(piece)]);
   });
-  raise_bad_target(target, bad_position);
+  raise_bad_target(inputs, options, bad_position);
   return sum_pieces(pieces).weight;
 }
 
-void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const at::Tensor& grad_output,
-                   const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                   const at::Tensor& lse, const at::Tensor& denominator, int64_t reduction, int64_t ignore_index,
-                   double label_smoothing);
+void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const Gradients& gradients,
+                   const Inputs& inputs, const Options& options);
 
-ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                                  int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                  at::ScalarType loss_dtype, bool empty_is_zero, bool gradient_wanted) {
-  check_forward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype);
-  const bool soft = is_soft(logits, target);
-  const auto arithmetic = arithmetic_type(logits, target, weight);
-  const auto weights = weight_for_kernel(weight, arithmetic);
-  const at::Tensor lse = new_tensor({soft ? 3 : 2, count_positions(logits)}, arithmetic);
+ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, bool gradient_wanted) {
+  check_forward(inputs, options);
+  const at::Tensor& logits = inputs.logits;
+  const bool mean = options.reduction == kMean;
+  const auto arithmetic = arithmetic_type(inputs, options), loss_dtype = *options.loss_dtype;
+  const auto weights = weight_for_kernel(inputs.weight, arithmetic);
+  const int64_t rows = saved_rows(inputs.form(options), options.statistics);
+  const at::Tensor lse = new_tensor({rows, count_positions(logits)}, arithmetic);
   const at::Tensor denominator = new_tensor({}, at::kDouble);
   at::Tensor grad_logits;
   if (gradient_wanted) grad_logits = empty_gradient(logits);
 
   Forward problem;
-  describe_with_weights(problem, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
+  describe_with_weights(problem, inputs, options, weights, arithmetic, lse);
   if (grad_logits.defined()) problem.grad_logits = view_with_classes(grad_logits);
   problem.stream = is_larger_than_caches(logits);
-  merge_dimensions(problem, {&problem.logits, &problem.target, &problem.grad_logits});
+  merge_dimensions(problem, {&problem.logits, &problem.target, &problem.sample_weight, &problem.probs, &problem.labels,
+                             &problem.grad_logits});
   problem.lanes = choose_lanes(problem);
   const bool in_kernel = grad_logits.defined() && kernel_makes_gradient(problem);
   if (!in_kernel) problem.grad_logits = {};
 
   at::Tensor loss;
-  if (reduction == kNone) {
+  if (options.reduction == kNone) {
     at::DimVector shape(logits.sizes());
     shape.erase(shape.begin() + class_dim(logits));
     loss = new_tensor(shape, loss_dtype);
     problem.loss = View{data_of(loss), element_type(loss_dtype)};
   }
+  Forward teacher = problem;
+  if (problem.form == Form::kTeacher) {
+    describe_teacher(teacher, problem);
+    teacher.loss = {};
+  }
 
-  double count = double(problem.positions);           // what a mean divides by
-  if (grad_logits.defined() && reduction == kMean) {  // the gradient needs it first
-    if (!soft) count = sum_target_weights(problem, target);
-    problem.scale = count == 0 && empty_is_zero ? 1 : 1 / count;
+  double count = double(problem.positions);  // what a mean divides by
+  if (grad_logits.defined() && mean) {       // the gradient needs it first
+    if (!count_is_known(problem)) count = sum_target_weights(problem, inputs, options);
+    problem.scale = count == 0 && options.empty_is_zero ? 1 : 1 / count;
   }
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
@@ -248,101 +253,98 @@ ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& ta
   Backward gradient;
   if (grad_logits.defined() && !in_kernel) {
     gradient = backward_problem(grad_logits, {}, View{const_cast<double*>(&one), ElementType::kFloat64}, problem.scale,
-                                logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
+                                inputs, options, weights, arithmetic, lse);
     gradient.first_bad_position = &bad_position;
   }
   SumsOfPieces pieces(size_t(count_of_pieces(problem, problem.classes)));
   for_each_piece(problem, problem.classes, [&](int64_t piece, int64_t begin, int64_t end) {
+    Sums of_teacher;
+    if (problem.form == Form::kTeacher) kernels().forward(teacher, begin, end, of_teacher);
     kernels().forward(problem, begin, end, pieces[size_t(piece)]);
     if (gradient.grad_logits) kernels().backward(gradient, begin, end);
   });
-  raise_bad_target(target, bad_position);
+  raise_bad_target(inputs, options, bad_position);
 
   double divide_by = 1;
-  if (reduction != kNone) {
+  if (options.reduction != kNone) {
     const Sums sums = sum_pieces(pieces);
-    if (!grad_logits.defined() && !soft) count = sums.weight;
-    if (reduction == kMean) divide_by = count;
-    if (empty_is_zero && divide_by == 0 && sums.loss == 0) divide_by = 1;
+    if (!grad_logits.defined() && !count_is_known(problem)) count = sums.weight;
+    if (mean) divide_by = count;
+    if (options.empty_is_zero && divide_by == 0 && sums.loss == 0) divide_by = 1;
     loss = new_tensor({}, loss_dtype);
     store_scalar(loss, sums.loss / divide_by);
   }
   *denominator.mutable_data_ptr<double>() = divide_by;
   // Targets that weigh nothing have a loss by label smoothing: then this was no mean over nothing.
-  if (grad_logits.defined() && empty_is_zero && divide_by == 0) {
-    backward_into(grad_logits, {}, at::ones({}, denominator.options()), logits, target, weight, lse, denominator,
-                  reduction, ignore_index, label_smoothing);
+  if (grad_logits.defined() && options.empty_is_zero && divide_by == 0) {
+    backward_into(grad_logits, {}, {at::ones({}, denominator.options()), std::nullopt, lse, denominator}, inputs,
+                  options);
   }
   return {loss, lse, denominator, grad_logits};
 }
 
-ForwardResult forward_cpu(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                          int64_t reduction, int64_t ignore_index, double label_smoothing, int64_t loss_dtype,
-                          bool empty_is_zero) {
+ForwardResult forward_cpu(XENT_INPUTS, XENT_OPTIONS) {
   auto [loss, lse, denominator, grad_logits] =
-      run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, at::ScalarType(loss_dtype),
-                  empty_is_zero, false);
+      run_forward({logits, target, weight, companion, sample_weight}, Options::of(integers, numbers), false);
   return {loss, lse, denominator};
 }
 
-ForwardBackwardResult forward_backward_cpu(const at::Tensor& logits, const at::Tensor& target,
-                                           const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                           double label_smoothing, int64_t loss_dtype, bool empty_is_zero) {
-  TORCH_CHECK(reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
-  return run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, at::ScalarType(loss_dtype),
-                     empty_is_zero, true);
+ForwardBackwardResult forward_backward_cpu(XENT_INPUTS, XENT_OPTIONS) {
+  const Options options = Options::of(integers, numbers);
+  TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
+  return run_forward({logits, target, weight, companion, sample_weight}, options, true);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
 // Writes whichever gradient is defined.
-void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const at::Tensor& grad_output,
-                   const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                   const at::Tensor& lse, const at::Tensor& denominator, int64_t reduction, int64_t ignore_index,
-                   double label_smoothing) {
-  check_backward(grad_output, logits, target, weight, lse, reduction, ignore_index, label_smoothing,
-                 grad_target.defined());
+void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const Gradients& gradients,
+                   const Inputs& inputs, const Options& options) {
+  check_backward(gradients, inputs, options, grad_target.defined());
   if (grad_logits.defined()) grad_logits.mutable_data_ptr();  // no lazy copy shares it from here on
-  const bool soft = is_soft(logits, target);
-  const auto arithmetic = arithmetic_type(logits, target, weight);
-  const auto weights = weight_for_kernel(weight, arithmetic);
+  const auto arithmetic = arithmetic_type(inputs, options);
+  const auto weights = weight_for_kernel(inputs.weight, arithmetic);
 
-  const View grad_view = reduction == kNone ? view_of_positions(grad_output)
-                                            : View{data_of(grad_output), element_type(grad_output.scalar_type())};
-  Backward problem = backward_problem(grad_logits, grad_target, grad_view, 1 / denominator.item<double>(), logits,
-                                      target, weights, arithmetic, lse, ignore_index, label_smoothing);
-  if (!soft && grad_logits.defined() && grad_logits.is_alias_of(logits)) {
-    sum_target_weights(problem, target);  // for its error, before anything is overwritten
+  const at::Tensor& grad_output = gradients.grad_output;
+  const View grad_view = options.reduction == kNone
+                             ? view_of_positions(grad_output)
+                             : View{data_of(grad_output), element_type(grad_output.scalar_type())};
+  Backward problem = backward_problem(grad_logits, grad_target, grad_view, 1 / gradients.denominator.item<double>(),
+                                      inputs, options, weights, arithmetic, gradients.lse);
+  if (has_value(gradients.grad_statistics)) problem.grad_statistics = data_of(*gradients.grad_statistics);
+  if (problem.form != Form::kProbabilities && grad_logits.defined() && grad_logits.is_alias_of(inputs.logits)) {
+    sum_target_weights(problem, inputs, options);  // for its error, before anything is overwritten
   }
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
   // The forward has left the last logits that it read in the caches: each thread begins with them.
   for_each_piece<true>(problem, problem.classes,
                        [&](int64_t, int64_t begin, int64_t end) { kernels().backward(problem, begin, end); });
-  raise_bad_target(target, bad_position);
+  raise_bad_target(inputs, options, bad_position);
 }
 
-BackwardResult backward_cpu(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                            const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
-                            int64_t reduction, int64_t ignore_index, double label_smoothing,
-                            std::array<bool, 2> wanted) {
+at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
+  return gradient.defined() ? gradient : at::empty({0}, like.options());
+}
+
+BackwardResult backward_cpu(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
+  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Options options = Options::of(integers, numbers);
+  const at::Tensor& probabilities = inputs.probabilities(options);
   const at::Tensor grad_logits = wanted[0] ? empty_gradient(logits) : at::Tensor();
-  const at::Tensor grad_target = wanted[1] ? empty_gradient(target) : at::Tensor();
-  backward_into(grad_logits, grad_target, grad_output, logits, target, weight, lse, denominator, reduction,
-                ignore_index, label_smoothing);
-  const auto or_empty = [](const at::Tensor& gradient, const at::Tensor& like) {
-    return gradient.defined() ? gradient : at::empty({0}, like.options());
-  };
-  return {or_empty(grad_logits, logits), or_empty(grad_target, target)};
+  const at::Tensor grad_target = wanted[1] ? empty_gradient(probabilities) : at::Tensor();
+  backward_into(grad_logits, grad_target, {grad_output, grad_statistics, lse, denominator}, inputs, options);
+  return {or_empty(grad_logits, logits), or_empty(grad_target, probabilities)};
 }
 
-at::Tensor backward_cpu_(const at::Tensor& grad_output, at::Tensor& logits, const at::Tensor& target,
-                         const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
-                         int64_t reduction, int64_t ignore_index, double label_smoothing, bool target_wanted) {
-  const at::Tensor grad_target = target_wanted ? empty_gradient(target) : at::Tensor();
-  backward_into(logits, grad_target, grad_output, logits, target, weight, lse, denominator, reduction, ignore_index,
-                label_smoothing);
-  return grad_target.defined() ? grad_target : at::empty({0}, target.options());
+at::Tensor backward_cpu_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
+                         bool target_wanted) {
+  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Options options = Options::of(integers, numbers);
+  const at::Tensor& probabilities = inputs.probabilities(options);
+  const at::Tensor grad_target = target_wanted ? empty_gradient(probabilities) : at::Tensor();
+  backward_into(logits, grad_target, {grad_output, grad_statistics, lse, denominator}, inputs, options);
+  return or_empty(grad_target, probabilities);
 }
 
 }  // namespace

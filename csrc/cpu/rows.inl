@@ -158,7 +158,7 @@ template <class T>
 XENT_INLINE const T* dense_coefficients(T* buffer, const Problem& problem, int64_t target_offset, int64_t c,
                                         int64_t n) {
   const T* weight = static_cast<const T*>(problem.weight);
-  if (problem.kind == TargetKind::kSoft) {
+  if (problem.form == Form::kProbabilities) {
     const int64_t stride = problem.target.class_stride;
     const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.classes));
     const T* q = read_or_point(buffer, problem.target, target_offset + c * stride, stride, n);
@@ -189,19 +189,23 @@ static void zero_gradient(const Problem& problem, const View& view, int64_t offs
   }
 }
 
-// Where a position's logits, target and gradient begin, and its class: -1 where it is ignored.
+// Where a position's logits, target and gradient begin, its class (-1 where it is ignored), and its weight.
 struct Row {
   int64_t position, logits, target, gradient, y;
+  double sample_weight;
 };
 
 XENT_INLINE Row row_at(const Forward& problem, const Cursor& cursor, int64_t position) {
   const int64_t target = cursor.offset(problem.target);
   int64_t y = 0;
-  if (problem.kind != TargetKind::kSoft) {
+  if (problem.kind == TargetKind::kGeneral) {
+    read_labels(&y, problem, cursor, position, 1);
+  } else if (problem.kind != TargetKind::kSoft) {
     read_into(&y, problem.target, target, 1, 1);
     check_targets(&y, problem, position, 1);
   }
-  return {position, cursor.offset(problem.logits), target, cursor.offset(problem.grad_logits), y};
+  return {position, cursor.offset(problem.logits),    target, cursor.offset(problem.grad_logits),
+          y,        sample_weight_at(problem, cursor)};
 }
 
 // The blocks of rows, each valid until the next but one is read.
@@ -214,30 +218,41 @@ struct BlockReader {
   XENT_INLINE_MEMBER explicit BlockReader(const Forward& problem) : problem(problem) {}
 
   XENT_INLINE_MEMBER Block<T> read(const Row& row, int64_t c) {
-    const int64_t n = std::min(kBlock<T>, problem.classes - c), stride = problem.logits.class_stride;
-    const T* x = read_or_point(buffers[which ^= 1], problem.logits, row.logits + c * stride, stride, n);
+    const int64_t n = std::min(kBlock<T>, problem.classes - c);
+    const T* x = read_logits(buffers[which ^= 1], problem, row.logits + c * problem.logits.class_stride, n);
     return {x, n, block_maximum(x, n)};
+  }
+};
+
+template <class T>
+XENT_INLINE T* saved_row(const Problem& problem, int row) {
+  return static_cast<T*>(problem.lse) + row * problem.positions;
+}
+
+// A logarithm of a sum, as two numbers.
+template <class T>
+struct Lse {
+  T rounded = 0, lost = 0;
+
+  static XENT_INLINE_MEMBER Lse of(double max, double log_sum) {
+    double sum, sum_lost;
+    two_sum(max, log_sum, sum, sum_lost);
+    const T rounded = T(sum);
+    return {rounded, T(sizeof(T) == sizeof(double) ? sum_lost : (max - double(rounded)) + log_sum)};
   }
 };
 
 // What a position leaves behind: its lse, and its loss. An ignored one leaves zeros.
 template <class T>
 struct PositionResult {
-  T lse_rounded = 0, lse_lost = 0, mass = 0;
+  Lse<T> lse;
+  T mass = 0;
   double loss = 0;
 
-  XENT_INLINE_MEMBER void set_lse(double max, double log_sum) {
-    double sum, lost;
-    two_sum(max, log_sum, sum, lost);
-    lse_rounded = T(sum);
-    lse_lost = T(sizeof(T) == sizeof(double) ? lost : (max - double(lse_rounded)) + log_sum);
-  }
-
   XENT_INLINE_MEMBER void write(const Forward& problem, int64_t p, Sums& sums) const {
-    T* const lse = static_cast<T*>(problem.lse);
-    lse[p] = lse_rounded;
-    lse[problem.positions + p] = lse_lost;
-    if (problem.kind == TargetKind::kSoft) lse[2 * problem.positions + p] = mass;
+    saved_row<T>(problem, saved::kLse)[p] = lse.rounded;
+    saved_row<T>(problem, saved::kLseLost)[p] = lse.lost;
+    if (problem.kind == TargetKind::kSoft) saved_row<T>(problem, saved::kMass)[p] = mass;
     sums.loss += loss;
     if (problem.loss) {
       const T rounded = T(loss);
@@ -246,8 +261,15 @@ struct PositionResult {
   }
 };
 
-template <class T, bool dense>
+// A position's loss from that of its target.
+XENT_INLINE double finish_loss(const Problem& problem, const Row& row, double of_target, double lse) {
+  if (problem.z_loss != 0) of_target += problem.z_loss * lse * lse;
+  return of_target * row.sample_weight;
+}
+
+template <class T, TargetKind kind>
 static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
+  constexpr bool dense = kind != TargetKind::kIndex;
   alignas(64) T coefficient_buffer[kBlock<T>];
   const T* weight = static_cast<const T*>(problem.weight);
   const double share = problem.label_smoothing / double(problem.classes);
@@ -279,17 +301,19 @@ static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, 
         row.add(lanes, block.n);
       }
       const double log_sum = log_of_sum(row.ties, row.rest);
-      result.set_lse(double(row.max), log_sum);
+      result.lse = Lse<T>::of(double(row.max), log_sum);
       result.mass = T(row.mass);
-      if (problem.kind == TargetKind::kSoft) {
-        result.loss = index_loss(0., 1., 0., row.spread, row.mass, log_sum);
+      double w = 1, loss;
+      if constexpr (kind == TargetKind::kSoft) {
+        loss = index_loss(0., 1., 0., row.spread, row.mass, log_sum);
       } else {
-        const double w = weight ? double(weight[here.y]) : 1;
+        if (weight) w = double(weight[here.y]);
         const int64_t own = here.logits + here.y * problem.logits.class_stride;
         const double gap = double(row.max) - double(read_one<T>(problem.logits, own));
-        result.loss = index_loss((1 - problem.label_smoothing) * w, share, gap, row.spread, row.mass, log_sum);
-        sums.weight += w;
+        loss = index_loss((1 - problem.label_smoothing) * w, share, gap, row.spread, row.mass, log_sum);
       }
+      result.loss = finish_loss(problem, here, loss, double(row.max) + log_sum);
+      sums.weight += w * here.sample_weight;
     } else if (next_row.y >= 0) {
       next = blocks.read(next_row, 0);
     }
@@ -378,10 +402,10 @@ struct RowBatch {
           index_loss(load(hit + first), DoubleVector{}, load(gap + first), DoubleVector{}, DoubleVector{}, log_sum);
       for (int64_t k = first; k < std::min(first + L, count); ++k) {
         PositionResult<T> result;
-        result.set_lse(m[k - first], log_sum[k - first]);
-        result.loss = loss[k - first];
+        result.lse = Lse<T>::of(m[k - first], log_sum[k - first]);
+        result.loss = finish_loss(problem, rows[k], loss[k - first], m[k - first] + log_sum[k - first]);
         result.write(problem, rows[k].position, sums);
-        sums.weight += hit[k];
+        sums.weight += hit[k] * rows[k].sample_weight;
       }
     }
   }
@@ -424,12 +448,16 @@ static void forward_backward_rows(const Forward& problem, int64_t begin, int64_t
       row.max = std::max(row.max, block.max);
       row.add(pipeline_row(block.x, row.max, e, gradient, after.x, after.max, n), n);
       gradient.finish(problem, staged);
-      const double w = weight ? double(weight[here.y]) : 1, factor = problem.scale * w / (row.ties + row.rest);
+      const double w = weight ? double(weight[here.y]) : 1, sum = row.ties + row.rest;
+      const double factor = problem.scale * here.sample_weight / sum;
       // The softmax of the target minus one: exact, for a target at the maximum has the exponential 1 and is a tie.
       const double minus_others = (double(e[here.y]) - row.ties) - row.rest;
+      const double of_z_loss =
+          problem.z_loss == 0 ? 0 : 2 * problem.z_loss * (double(row.max) + log_of_sum(row.ties, row.rest));
       T* const out =
           write_or_point(staged, problem.grad_logits, here.gradient, problem.grad_logits.class_stride, problem.stream);
-      gradient = {out, T(factor), T(factor * minus_others), here.gradient, here.y};
+      gradient = {out, T(factor * (w + of_z_loss)), T(factor * (w * minus_others + of_z_loss * double(e[here.y]))),
+                  here.gradient, here.y};
       batch.max[k] = double(row.max);
       batch.ties[k] = row.ties;
       batch.rest[k] = row.rest;
@@ -443,13 +471,6 @@ static void forward_backward_rows(const Forward& problem, int64_t begin, int64_t
       gradient.finish(problem, staged);
     }
   }
-}
-
-template <class T>
-static void forward_rows(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
-  if (problem.kind != TargetKind::kIndex) return forward_rows_of<T, true>(problem, begin, end, sums);
-  problem.grad_logits ? forward_backward_rows<T>(problem, begin, end, sums)
-                      : forward_rows_of<T, false>(problem, begin, end, sums);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -496,6 +517,12 @@ XENT_INLINE void gradient_block(T* out, const GradientTerms<T>& terms, const T* 
   }
 }
 
+// grad_output / denominator, times the position's weight.
+XENT_INLINE double scale_at(const Backward& problem, const Cursor& cursor) {
+  const double of_loss = read_one<double>(problem.grad_output, cursor.offset(problem.grad_output)) * problem.scale;
+  return of_loss * sample_weight_at(problem, cursor);
+}
+
 template <class T, TargetKind kind>
 static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end) {
   constexpr bool soft = kind == TargetKind::kSoft, dense = kind != TargetKind::kIndex;
@@ -517,9 +544,10 @@ static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end
       zero_gradient<T>(problem, problem.grad_logits, dx, problem.stream);
       continue;
     }
-    const T scale = T(read_one<double>(problem.grad_output, cursor.offset(problem.grad_output)) * problem.scale);
+    const T scale = T(scale_at(problem, cursor));
     const T hit = soft ? T(0) : keep * (weight ? weight[y] : T(1));
-    const T rest_of_total = soft ? lse[2 * problem.positions + p] : T(problem.smoothed_total);
+    T rest_of_total = soft ? lse[saved::kMass * problem.positions + p] : T(problem.smoothed_total);
+    if (problem.z_loss != 0) rest_of_total += T(2 * problem.z_loss) * (lse[p] + lse[problem.positions + p]);
     const GradientTerms<T> terms{scale,  hit + rest_of_total,        soft ? T(1) : share,
                                  lse[p], lse[problem.positions + p], T(::exp(-double(lse[problem.positions + p])))};
     for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
@@ -556,14 +584,5 @@ static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end
         }
       }
     }
-  }
-}
-
-template <class T>
-static void backward_rows(const Backward& problem, int64_t begin, int64_t end) {
-  switch (problem.kind) {
-    case TargetKind::kIndex: return backward_rows_of<T, TargetKind::kIndex>(problem, begin, end);
-    case TargetKind::kSmoothedIndex: return backward_rows_of<T, TargetKind::kSmoothedIndex>(problem, begin, end);
-    case TargetKind::kSoft: return backward_rows_of<T, TargetKind::kSoft>(problem, begin, end);
   }
 }

@@ -209,12 +209,13 @@ XENT_INLINE double sum_of(const T* x, int64_t n) {
   return ((chains[0] + chains[1]) + (chains[2] + chains[3])) + ((chains[4] + chains[5]) + (chains[6] + chains[7]));
 }
 
-// Over checked targets. Without weights, a count.
+// Over checked targets, of the products of a class's weight and a position's. Without weights, a count.
 template <class T>
-XENT_INLINE double sum_of_target_weights(const T* weight, const int64_t* y, int64_t count) {
-  if (weight) {
+XENT_INLINE double sum_of_target_weights(const T* weight, const T* sample_weight, const int64_t* y, int64_t count) {
+  if (weight || sample_weight) {
     T weights[kTile];
-    for (int64_t i = 0; i < count; ++i) weights[i] = y[i] < 0 ? T(0) : weight[y[i]];
+    for (int64_t i = 0; i < count; ++i) weights[i] = y[i] < 0 ? T(0) : weight ? weight[y[i]] : T(1);
+    for (int64_t i = 0; i < count && sample_weight; ++i) weights[i] = y[i] < 0 ? T(0) : weights[i] * sample_weight[i];
     return sum_of(weights, count);
   }
   int64_t counted = 0;
@@ -235,6 +236,7 @@ struct TileTargets {
   alignas(64) Int<T> y[kTile];      // -1 where it is ignored, and past the end
   alignas(64) Int<T> valid[kTile];  // as lanes of a mask
   alignas(64) T hit[kTile], smoothed[kTile];
+  alignas(64) T sample_weight[kTile];  // not part of the coefficients: it multiplies the loss
   double sum_of_weights = 0;
   bool any_valid = false;
 
@@ -242,8 +244,11 @@ struct TileTargets {
     const int64_t lanes = whole_groups<T>(count);
     const T* weight = static_cast<const T*>(problem.weight);
     const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.classes));
+    read_sample_weights(sample_weight, problem, cursor, count);
+    for (int64_t i = count; i < lanes; ++i) sample_weight[i] = 0;
     if (problem.kind == TargetKind::kSoft) {
       any_valid = count > 0;
+      sum_of_weights = sum_of(sample_weight, count);
       for (int64_t i = 0; i < lanes; ++i) {
         y[i] = -1;
         valid[i] = -Int<T>(i < count);
@@ -255,7 +260,7 @@ struct TileTargets {
     read_positions(classes, cursor, count, problem.target);
     check_targets(classes, problem, first, count);
     for (int64_t i = count; i < lanes; ++i) classes[i] = -1;
-    sum_of_weights = sum_of_target_weights(weight, classes, count);
+    sum_of_weights = sum_of_target_weights(weight, problem.sample_weight ? sample_weight : nullptr, classes, count);
     Ints<T> any{};
     for (int64_t v = 0; v < lanes; v += kLanes<T>) {
       Int<T> narrow[kLanes<T>];
@@ -456,21 +461,27 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
       mass = load(tile.mass + v) + load(tile.mass_lost + v);
     }
     if constexpr (soft) store_partial(lse + 2 * problem.positions + v, mass, n);
-    const Vector<T> loss =
-        index_loss(hit, broadcast(kind == TargetKind::kIndex ? T(0) : share), gap, spread, mass, log_sum);
-    store(losses + v, select(valid, loss, zero));
+    Vector<T> loss = index_loss(hit, broadcast(kind == TargetKind::kIndex ? T(0) : share), gap, spread, mass, log_sum);
+    Vector<T> of_z_loss{};  // what it adds to the softmax's factor
+    if (problem.z_loss != 0) {
+      const Vector<T> lse = max + log_sum;
+      of_z_loss = T(2 * problem.z_loss) * lse;
+      loss += T(problem.z_loss) * lse * lse;
+    }
+    const Vector<T> sample_weight = load(targets.sample_weight + v);
+    store(losses + v, select(valid, loss * sample_weight, zero));
     if constexpr (one_pass) {
       // The target's own softmax - 1 is minus the share of the others, who are summed without it.
       const Vector<T> is_maximum = select(gap == zero, zero + T(1), zero), exponential = exp(-gap);
       const Vector<T> others = (ties - is_maximum) + (rest - select(gap == zero, zero, exponential));
       // With smoothing the scale comes last, as in the backward: infinite, it would be multiplied into each term.
-      const T scale = T(problem.scale), rest_of_total = smoothed ? T(problem.smoothed_total) : T(0);
-      const Vector<T> share_of_one = (smoothed ? T(1) : scale) / (ties + rest);
+      const Vector<T> scale = T(problem.scale) * sample_weight, one = zero + T(1);
+      const Vector<T> rest_of_total = of_z_loss + (smoothed ? T(problem.smoothed_total) : T(0));
+      const Vector<T> share_of_one = (smoothed ? one : scale) / (ties + rest);
       const Vector<T> factor = share_of_one * (hit + rest_of_total);
       Vector<T> own = -(share_of_one * hit) * others;
-      if constexpr (smoothed) {
-        own = scale * (own + (share_of_one * rest_of_total * exponential - load(targets.smoothed + v)));
-      }
+      if (smoothed || problem.z_loss != 0) own += share_of_one * rest_of_total * exponential;
+      if constexpr (smoothed) own = scale * (own - load(targets.smoothed + v));
       const Ints<T> y = targets.classes_at(v);
       T* cell = x.cells + v;
       Ints<T> index{};
@@ -502,12 +513,14 @@ XENT_INLINE void read_scales(T* scale, const Backward& problem, const Cursor& cu
   }
 }
 
-// What a position's gradient is made of, as in rows.inl, one array for each term.
+// What a position's gradient is made of, as in rows.inl, one array for each term; rest_of_total is all that multiplies
+// the softmax but an index target's own coefficient.
 template <class T>
 struct TileTerms {
   alignas(64) T scale[kTile], rest_of_total[kTile], lse_rounded[kTile], lse_lost[kTile];
 
-  TileTerms(const Backward& problem, const Cursor& cursor, int64_t first, int64_t count) {
+  TileTerms(const Backward& problem, const TileTargets<T>& targets, const Cursor& cursor, int64_t first,
+            int64_t count) {
     const bool soft = problem.kind == TargetKind::kSoft;
     const T* const lse = static_cast<const T*>(problem.lse) + first;
     const int64_t lanes = whole_groups<T>(count);
@@ -516,6 +529,10 @@ struct TileTerms {
     read_elements(lse_lost, lse + problem.positions, 1, count);
     if (soft) read_elements(rest_of_total, lse + 2 * problem.positions, 1, count);
     for (int64_t i = 0; i < lanes && !soft; ++i) rest_of_total[i] = T(problem.smoothed_total);
+    for (int64_t i = 0; i < count && problem.z_loss != 0; ++i) {
+      rest_of_total[i] += T(2 * problem.z_loss) * (lse_rounded[i] + lse_lost[i]);
+    }
+    for (int64_t i = 0; i < count && problem.sample_weight; ++i) scale[i] *= targets.sample_weight[i];
     for (int64_t i = count; i < lanes; ++i) scale[i] = rest_of_total[i] = lse_rounded[i] = lse_lost[i] = 0;
   }
 
@@ -681,7 +698,7 @@ static void backward_tile(const Backward& problem, Cursor cursor, int64_t first,
   Tile<T> x(problem);
   std::conditional_t<soft, Tile<T>, NoTile> q(problem);
   const TileTargets<T> targets(problem, cursor, first, count);
-  const TileTerms<T> terms(problem, cursor, first, count);
+  const TileTerms<T> terms(problem, targets, cursor, first, count);
   if constexpr (!soft) {
     const Prefetch next(x, cursor, problem.logits, 0);
     if (backward_directly<T, smoothed>(problem, targets, terms, cursor, count, next)) return;
@@ -753,6 +770,7 @@ static void forward_tiles(const Forward& problem, int64_t begin, int64_t end, Su
                             : forward_tile<T, TargetKind::kSmoothedIndex, false>(problem, cursor, first, count, sums);
         break;
       case TargetKind::kSoft: forward_tile<T, TargetKind::kSoft, false>(problem, cursor, first, count, sums); break;
+      case TargetKind::kGeneral: break;  // rows have it
     }
     cursor.skip(count);
   }
@@ -770,6 +788,7 @@ static void backward_tiles(const Backward& problem, int64_t begin, int64_t end) 
         backward_tile<T, TargetKind::kSmoothedIndex>(problem, cursor, first, count);
         break;
       case TargetKind::kSoft: backward_tile<T, TargetKind::kSoft>(problem, cursor, first, count); break;
+      case TargetKind::kGeneral: break;
     }
     cursor.skip(count);
   }

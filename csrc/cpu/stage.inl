@@ -283,3 +283,88 @@ XENT_INLINE void check_targets(int64_t* y, const Problem& problem, int64_t first
   }
   if (is_bad) report_bad_targets(y, problem, first, count);
 }
+
+// Marks a position whose pairs name a class that there is none of by -2, and one of ignored pairs alone by -1.
+XENT_INLINE int64_t label_of_pairs(const Problem& problem, int64_t offset) {
+  bool any = false, is_bad = false;
+  for (int64_t j = 0; j < problem.pairs; ++j) {
+    int64_t y;
+    read_into(&y, problem.target, offset + j * problem.target.class_stride, 1, 1);
+    const bool ignored = y == problem.ignore_index;
+    any |= !ignored;
+    is_bad |= !ignored && uint64_t(y) >= uint64_t(problem.classes);
+  }
+  return is_bad ? -2 : any ? 0 : -1;
+}
+
+// What the targets of `count` positions say: a class; -1 where they are to be ignored; 0 where they have no class of
+// their own.
+static void read_labels(int64_t* y, const Problem& problem, Cursor cursor, int64_t first, int64_t count) {
+  if (problem.form == Form::kPairs) {
+    bool any_bad = false;
+    for (int64_t i = 0; i < count; ++i, cursor.advance(1)) {
+      y[i] = label_of_pairs(problem, cursor.offset(problem.target));
+      any_bad |= y[i] == -2;
+    }
+    if (any_bad) report_bad_targets(y, problem, first, count);
+    return;
+  }
+  const bool is_dense = problem.form != Form::kIndices;
+  if (is_dense && !problem.labels) {
+    std::fill_n(y, count, int64_t{0});
+    return;
+  }
+  read_positions(y, cursor, count, is_dense ? problem.labels : problem.target);
+  check_targets(y, problem, first, count);
+}
+
+// The factors of `count` positions.
+template <class T>
+XENT_INLINE void read_sample_weights(T* s, const Problem& problem, const Cursor& cursor, int64_t count) {
+  if (problem.sample_weight) {
+    read_positions(s, cursor, count, problem.sample_weight);
+  } else {
+    std::fill_n(s, count, T(1));
+  }
+}
+
+XENT_INLINE double sample_weight_at(const Problem& problem, const Cursor& cursor) {
+  return problem.sample_weight ? read_one<double>(problem.sample_weight, cursor.offset(problem.sample_weight)) : 1;
+}
+
+// ---- logits that are transformed first ------------------------------------------------------------------------------
+
+XENT_INLINE bool is_transformed(const Problem& problem) { return problem.softcap != 0 || problem.logit_scale != 1; }
+
+template <class T>
+XENT_INLINE Vector<T> transformed(const Problem& problem, Vector<T> x) {
+  x = x * T(problem.logit_scale);
+  return problem.softcap != 0 ? softcapped(x, broadcast(T(problem.softcap))) : x;
+}
+
+// The derivative of a transformed logit by the one that was given.
+template <class T>
+XENT_INLINE Vector<T> slope_of_transform(const Problem& problem, Vector<T> x) {
+  const Vector<T> scale = broadcast(T(problem.logit_scale));
+  return problem.softcap != 0 ? scale * slope_of_softcap(x, broadcast(T(problem.softcap))) : scale;
+}
+
+// read_or_point, of logits as the loss sees them.
+template <class T>
+XENT_INLINE const T* read_logits(T* buffer, const Problem& problem, int64_t offset, int64_t n) {
+  const T* x = read_or_point(buffer, problem.logits, offset, problem.logits.class_stride, n);
+  if (!is_transformed(problem)) return x;
+  constexpr int W = kLanes<T>;
+  for (int64_t i = 0; i < n; i += W) {
+    const int64_t count = n - i;
+    store_partial(buffer + i, transformed<T>(problem, count >= W ? load(x + i) : load_partial(x + i, count, T(0))),
+                  count);
+  }
+  return buffer;
+}
+
+template <class T>
+XENT_INLINE T read_logit(const Problem& problem, int64_t offset) {
+  const T x = read_one<T>(problem.logits, offset);
+  return is_transformed(problem) ? transformed<T>(problem, broadcast(x))[0] : x;
+}

@@ -1,0 +1,197 @@
+// The same losses in PyTorch's own operations. What has no kernel is computed with them (other devices, tensor
+// subclasses, forward mode, transforms of functions), and derivatives of derivatives are theirs.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/argmax.h>
+#include <ATen/ops/cross_entropy_loss.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/gather.h>
+#include <ATen/ops/log_softmax.h>
+#include <ATen/ops/logsumexp.h>
+#include <ATen/ops/ne.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros_like.h>
+
+#include "cross_entropy.h"
+
+namespace xent {
+namespace {
+
+at::Tensor zero_unless(const at::Tensor& condition, const at::Tensor& tensor) {
+  return condition.defined() ? at::where(condition, tensor, at::zeros_like(tensor)) : tensor;
+}
+
+// a * b, where zero times infinity is zero.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b) { return a * at::where(a.eq(0), at::zeros_like(b), b); }
+
+// A mean's denominator, or one where the mean is over nothing and that is to be zero: for the gradient, too.
+at::Tensor safe_denominator(const at::Tensor& denominator, const at::Tensor& sum, bool empty_is_zero) {
+  if (!empty_is_zero) return denominator;
+  return at::where(denominator.eq(0).logical_and(sum.eq(0)), at::ones_like(denominator), denominator);
+}
+
+// Makes the loss of every position. Class dimensions of size one are kept until the end.
+class Composite {
+ public:
+  Composite(const Inputs& in, const Options& options)
+      : in_(in),
+        options_(options),
+        form_(in.form(options)),
+        dim_(class_dim(in.logits)),
+        type_(arithmetic_type(in, options)) {
+    const at::Tensor& labels = form_ == Form::kTeacher && has_value(in.companion) ? *in.companion : in.target;
+    if (form_ == Form::kIndices || form_ == Form::kPairs || has_labels()) {
+      index_ = labels.to(at::kLong);
+      if (form_ != Form::kPairs) index_ = index_.unsqueeze(dim_);
+      const at::Tensor counts = index_.ne(options.ignore_index);
+      index_ = zero_unless(counts, index_);
+      probs_ = counts.to(type_);
+      if (form_ == Form::kPairs) probs_ = zero_unless(counts, in.companion->to(type_));
+      valid_ = form_ == Form::kPairs ? counts.any(dim_, true) : counts;
+    }
+    raw_ = zero_unless(valid_, in.logits.to(type_));
+    logits_ = raw_ * (form_ == Form::kTeacher ? 1 / options.temperature : options.logit_scale);
+    if (options.softcap > 0) logits_ = at::tanh(logits_ / options.softcap) * options.softcap;
+    log_p_ = at::log_softmax(logits_, dim_);
+    lse_ = at::logsumexp(logits_, {dim_}, true);
+    if (has_value(in.weight)) {
+      std::vector<int64_t> shape(size_t(in.logits.dim()), 1);
+      shape[size_t(dim_)] = -1;
+      weight_ = in.weight->to(type_).view(shape);
+    }
+    if (has_value(in.sample_weight)) sample_weight_ = in.sample_weight->to(type_).unsqueeze(dim_);
+  }
+
+  Outputs outputs() const {
+    const at::Tensor z_loss = lse_ * lse_ * options_.z_loss;
+    const at::Tensor loss = options_.z_loss != 0 ? target_loss() + z_loss : target_loss();
+    Outputs outputs;
+    outputs[0] = reduce(loss);
+    if (!options_.statistics) return outputs;
+    const auto of_positions = [&](const at::Tensor& tensor) { return zero_unless(valid_, tensor).squeeze(dim_); };
+    outputs[1] = of_positions(lse_);
+    outputs[2] = of_positions(target_log_prob());
+    outputs[3] = of_positions(-product(log_p_.exp(), log_p_).sum(dim_, true));
+    outputs[4] = reduce(z_loss).detach();
+    const at::Tensor argmax = at::argmax(in_.logits.detach() * options_.logit_scale, dim_, true);
+    outputs[5] = (valid_.defined() ? at::where(valid_, argmax, at::full_like(argmax, -1)) : argmax).squeeze(dim_);
+    return outputs;
+  }
+
+ private:
+  bool has_labels() const { return form_ == Form::kTeacher && has_value(in_.companion); }
+
+  at::Tensor smoothing() const {  // e / C sum_c w_c (lse - x_c)
+    const at::Tensor terms = weight_.defined() ? product(weight_.expand_as(log_p_), log_p_) : log_p_;
+    return terms.sum(dim_, true) * (-options_.label_smoothing / double(in_.logits.size(dim_)));
+  }
+
+  at::Tensor target_log_prob() const {
+    if (form_ == Form::kProbabilities) return product(in_.target.to(type_), log_p_).sum(dim_, true);
+    return product(probs_, at::gather(log_p_, dim_, index_)).sum(dim_, true);
+  }
+
+  at::Tensor target_loss() const {
+    const double keep = 1 - options_.label_smoothing;
+    if (form_ == Form::kTeacher) return teacher_loss();
+    if (form_ == Form::kProbabilities) {
+      at::Tensor a = in_.target.to(type_) * keep + options_.label_smoothing / double(in_.logits.size(dim_));
+      if (weight_.defined()) a = a * weight_;
+      return -product(a, log_p_).sum(dim_, true);
+    }
+    at::Tensor hits = probs_ * keep;
+    if (weight_.defined()) hits = hits * at::gather(weight_.expand_as(log_p_), dim_, index_);
+    const at::Tensor loss = -product(hits, at::gather(log_p_, dim_, index_)).sum(dim_, true);
+    return options_.label_smoothing > 0 ? loss + smoothing() : loss;
+  }
+
+  at::Tensor teacher_loss() const {
+    const double temperature = options_.temperature, square = temperature * temperature;
+    const at::Tensor log_q = at::log_softmax(zero_unless(valid_, in_.target.to(type_)) / temperature, dim_);
+    const at::Tensor terms = options_.kl ? log_q - log_p_ : -log_p_;
+    const at::Tensor loss = product(log_q.exp(), terms).sum(dim_, true) * square;
+    if (!has_labels()) return loss;
+    return loss * options_.alpha - at::gather(at::log_softmax(raw_, dim_), dim_, index_) * (1 - options_.alpha);
+  }
+
+  at::Tensor reduce(at::Tensor loss) const {
+    if (sample_weight_.defined()) loss = loss * sample_weight_;
+    loss = zero_unless(valid_, loss);
+    const auto type = loss_type(in_, options_);
+    if (options_.reduction == kNone) return loss.squeeze(dim_).to(type);
+    const at::Tensor sum = loss.sum();
+    if (options_.reduction == kSum) return sum.to(type);
+    at::Tensor counts = sample_weight_.defined() ? sample_weight_ : at::ones_like(loss);
+    if (form_ == Form::kIndices && weight_.defined()) {
+      counts = counts * at::gather(weight_.expand_as(log_p_), dim_, index_);
+    }
+    const at::Tensor denominator = zero_unless(valid_, counts).sum();
+    return (sum / safe_denominator(denominator, sum, options_.empty_is_zero)).to(type);
+  }
+
+  const Inputs& in_;
+  const Options& options_;
+  Form form_;
+  int64_t dim_;
+  at::ScalarType type_;
+  at::Tensor raw_, logits_, log_p_, lse_;  // raw_: before they are transformed
+  at::Tensor index_, probs_, valid_;       // of labels and pairs; undefined for others
+  at::Tensor weight_, sample_weight_;      // undefined for ones
+};
+
+}  // namespace
+
+at::Tensor native_cross_entropy(const Inputs& in, const Options& options) {
+  const at::Tensor &logits = in.logits, &target = in.target;
+  const bool probabilities = in.form(options) == Form::kProbabilities;
+  const bool widen = is_index_type(target.scalar_type()) && !probabilities;
+  const at::Tensor native_target = widen ? target.to(at::kLong) : target;
+  const auto native = [&](int64_t reduction) {
+    return at::cross_entropy_loss(logits, native_target, in.weight, reduction, options.ignore_index,
+                                  options.label_smoothing);
+  };
+  const auto typed = [&](const at::Tensor& loss) { return options.loss_dtype ? loss.to(*options.loss_dtype) : loss; };
+  if (!options.empty_is_zero || options.reduction != kMean) return typed(native(options.reduction));
+  at::Tensor denominator;
+  if (probabilities) {
+    denominator = at::empty({}, logits.options().dtype(at::kDouble))
+                      .fill_(target.sym_numel() / logits.sym_size(class_dim(logits)));
+  } else {
+    const at::Tensor valid = native_target.ne(options.ignore_index);
+    const at::Tensor index = zero_unless(valid, native_target);
+    const at::Tensor counts = has_value(in.weight) ? in.weight->to(at::kDouble).take(index) : valid.to(at::kDouble);
+    denominator = zero_unless(valid, counts).sum();
+  }
+  const at::Tensor sum = native(kSum);
+  return typed(sum / safe_denominator(denominator, sum, true).to(sum.scalar_type()));
+}
+
+Outputs composite(const Inputs& inputs, const Options& options) { return Composite(inputs, options).outputs(); }
+
+Outputs fallback(const Inputs& inputs, const Options& options) {
+  if (options.is_plain() && !has_value(inputs.sample_weight)) return {native_cross_entropy(inputs, options)};
+  // For its errors, of arguments that are no more than native's.
+  if (options.form == Form::kNone && !is_supported(inputs, options)) native_cross_entropy(inputs, options);
+  return composite(inputs, options);
+}
+
+Outputs outputs_of(const at::Tensor& loss, const at::Tensor& lse, const at::Tensor& denominator, const Inputs& inputs,
+                   const Options& options) {
+  const auto shape = shape_of_positions(inputs.logits);
+  const auto row = [&](int64_t r) { return lse.select(0, r).view_symint(shape); };
+  const at::Tensor sum = row(saved::kLse) + row(saved::kLseLost);
+  at::Tensor z_loss = sum.to(at::kDouble).square() * options.z_loss;
+  if (has_value(inputs.sample_weight)) z_loss = z_loss * *inputs.sample_weight;
+  if (options.reduction != kNone) z_loss = z_loss.sum() / denominator;
+  const auto integers = lse.scalar_type() == at::kDouble ? at::kLong : at::kInt;
+  return {loss,
+          sum,
+          row(saved::kTargetLogProb).clone(),
+          row(saved::kEntropy).clone(),
+          z_loss.to(loss.scalar_type()),
+          lse.view(integers).select(0, saved::kArgmax).view_symint(shape).to(at::kLong)};
+}
+
+}  // namespace xent
