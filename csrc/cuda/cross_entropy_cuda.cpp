@@ -187,11 +187,6 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   check(launch_loss(task, how, device.stream()), "backward");
 }
 
-// Of probabilities: of every class, of pairs, or a teacher's logits.
-const at::Tensor& differentiable_target(const Inputs& inputs, const Options& options) {
-  return inputs.form(options) == Form::kPairs ? *inputs.companion : inputs.target;
-}
-
 at::Tensor gradient_of(const at::Tensor& tensor, bool wanted) { return wanted ? at::empty_like(tensor) : at::Tensor(); }
 
 at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
@@ -201,25 +196,24 @@ at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
 BackwardResult backward_cuda(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
   const Inputs inputs{logits, target, weight, companion, sample_weight};
   const Options options = Options::of(integers, numbers);
-  const at::Tensor& of_target = differentiable_target(inputs, options);
+  const at::Tensor& of_target = inputs.probabilities(options);
   const at::Tensor grad_logits = gradient_of(logits, wanted[0]), grad_target = gradient_of(of_target, wanted[1]);
   backward_into(grad_logits, grad_target, {grad_output, grad_statistics, lse, denominator}, inputs, options, false);
   return {or_empty(grad_logits, logits), or_empty(grad_target, of_target)};
 }
 
-at::Tensor backward_cuda_(const at::Tensor& grad_output, const OptionalTensor& grad_statistics, at::Tensor& logits,
-                          const at::Tensor& target, const OptionalTensor& weight, const OptionalTensor& companion,
-                          const OptionalTensor& sample_weight, XENT_SAVED, XENT_OPTIONS, bool target_wanted) {
+at::Tensor backward_cuda_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
+                          bool target_wanted) {
   const Inputs inputs{logits, target, weight, companion, sample_weight};
   const Options options = Options::of(integers, numbers);
-  const at::Tensor& of_target = differentiable_target(inputs, options);
+  const at::Tensor& of_target = inputs.probabilities(options);
   const at::Tensor grad_target = gradient_of(of_target, target_wanted);
   TORCH_CHECK(inputs.form(options) != Form::kPairs, "cross_entropy_ext::_backward_: not for pairs");
   backward_into(logits, grad_target, {grad_output, grad_statistics, lse, denominator}, inputs, options, false);
   return or_empty(grad_target, of_target);
 }
 
-void adapt_gradient_cuda_(at::Tensor& grad_logits, XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS) {
+void adapt_gradient_cuda_(XENT_GRADIENTS, at::Tensor& grad_logits, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS) {
   backward_into(grad_logits, {}, {grad_output, grad_statistics, lse, denominator},
                 {logits, target, weight, companion, sample_weight}, Options::of(integers, numbers), true);
 }
