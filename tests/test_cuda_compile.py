@@ -80,7 +80,7 @@ def options_of_setup(compiler: str) -> list[str]:
 # ---- units -----------------------------------------------------------------------------------------------------------
 
 TYPES = {"float16": "xent::Float16", "bfloat16": "xent::BFloat16", "float32": "float", "float64": "double"}
-KINDS = {"index": "kIndex", "smoothed": "kSmoothedIndex", "soft": "kSoft"}
+KINDS = {"index": "kIndex", "smoothed": "kSmoothedIndex", "soft": "kSoft", "general": "kGeneral"}
 
 
 class Unit(NamedTuple):
@@ -103,6 +103,9 @@ UNITS = [
     Unit(86, "float16", "soft"),
     Unit(100, "float32", "smoothed"),
     Unit(120, "float64", "soft"),
+    Unit(90, "bfloat16", "general"),
+    Unit(90, "float64", "general"),
+    Unit(80, "float32", "general"),
 ]
 if os.environ.get("XENT_COMPILE_ALL") == "1":
     UNITS = [Unit(*unit) for unit in itertools.product((90, 80, 86, 89, 100, 120), TYPES, KINDS)]
@@ -266,7 +269,9 @@ BOUNDS = [
     Bound("small rows", "float", None, 128, 128, 4),
     Bound("small rows", "double", None, 128, 255, 2),
     Bound("rows of a warp", "float", "index", 128, 80, 6),
+    Bound("rows of a warp", "float", "general", 128, 128, 4),
     Bound("rows of a warp", "float", None, 128, 96, 5),
+    Bound("rows of a warp", "double", "general", 128, 255, 2),
     Bound("rows of a warp", "double", None, 128, 168, 3),
     Bound("rows of a block", "float", "index", 256, 80, 3),
     Bound("rows of a block", "float", None, 256, 128, 2),

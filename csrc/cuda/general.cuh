@@ -292,7 +292,7 @@ struct Gradient<TargetKind::kGeneral, A> {
 
   // Of N logits, but for what hits one class alone.
   template <int N>
-  XENT_DEVICE void of_logits(const Task& task, const A (&x)[N], const Terms<A, N>& terms, A (&dx)[N]) const {
+  XENT_DEVICE void of_logits(const Task& task, const A (&x)[N], const Terms<A, N>& terms, A* dx) const {
     A p[N];
     bool careful = false;
 #pragma unroll
@@ -343,7 +343,7 @@ struct Gradient<TargetKind::kGeneral, A> {
   // written.
   template <int N>
   XENT_DEVICE void of_classes(const Task& task, int64_t grad_target, int64_t label, const A (&x)[N],
-                              const Terms<A, N>& terms, A (&dx)[N]) const {
+                              const Terms<A, N>& terms, A* dx) const {
     if (task.grad_target && is_dense(task)) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {

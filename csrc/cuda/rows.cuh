@@ -189,10 +189,10 @@ struct Coefficients {
   XENT_DEVICE Coefficients(const Task& task, int64_t position, const T* row)
       : task(task), target(task, position, row) {}
 
-  XENT_DEVICE void at(int64_t c, A (&a)[1]) const {
+  XENT_DEVICE A at(int64_t c) const {
     A q[1] = {A(0)};
     if constexpr (kind == TargetKind::kSoft) target.load(c, q);
-    a[0] = coefficient<kind>(task, c, q[0]);
+    return coefficient<kind>(task, c, q[0]);
   }
 
   XENT_DEVICE void of_vector(int64_t c, A (&a)[kPerVector<T>]) const {
@@ -220,22 +220,29 @@ struct Coefficients<T, TargetKind::kGeneral> {
   XENT_DEVICE Coefficients(const Task& task, int64_t position, const T* row)
       : task(task), dense(task, position), target(task, position, row) {}
 
-  template <int N>
-  XENT_DEVICE void set(int64_t c, Terms<A, N>& terms) const {
-    terms.first = c;
-    terms.step = 1;
-    if (is_dense(task)) {
-      target.load(c, terms.a);
-    } else if (!has_coefficients(task)) {
+  // Calls use(logits as the loss is of them, their terms, index of the first) for the classes of a vector, or for one.
+  // Not for all at a time, for which there are not enough registers.
+  template <int N, class Use>
+  XENT_DEVICE void for_pieces(int64_t c, const A (&logits)[N], const Use& use) const {
+    constexpr int M = N < 4 ? N : 4;
+    A q[N] = {};
+    if (is_dense(task)) target.load(c, q);
 #pragma unroll
-      for (int j = 0; j < N; ++j) terms.a[j] = terms.log[j] = A(0);
-      return;
+    for (int begin = 0; begin < N; begin += M) {
+      A x[M];
+      Terms<A, M> terms;
+      terms.first = c + begin;
+      terms.step = 1;
+#pragma unroll
+      for (int j = 0; j < M; ++j) {
+        x[j] = logits[begin + j];
+        terms.a[j] = terms.log[j] = A(0);
+        if (has_coefficients(task)) dense.set(task, c + begin + j, q[begin + j], terms.a[j], terms.log[j]);
+      }
+      transform<TargetKind::kGeneral>(task, x);
+      use(x, terms, begin);
     }
-#pragma unroll
-    for (int j = 0; j < N; ++j) dense.set(task, c + j, terms.a[j], terms.a[j], terms.log[j]);
   }
-  XENT_DEVICE void at(int64_t c, Terms<A, 1>& terms) const { set(c, terms); }
-  XENT_DEVICE void of_vector(int64_t c, Terms<A, kPerVector<T>>& terms) const { set(c, terms); }
 };
 
 // The gradient of a position that has none: ignored, or with a target that is no class.
@@ -284,16 +291,16 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     const bool has_edge = counts && members.rank == 0 && members.thread < slice.shape.edges;
     const int64_t edge = slice.shape.edge(members.thread);
 
-    A edge_logit[1] = {A(0)}, target_logit = 0;
-    TermsOf<kind, A, 1> edge_coefficient{};
+    A edge_logit[1] = {A(0)}, edge_coefficient[1] = {A(0)}, target_logit = 0;
     if (counts && kCopied) slice.start_copies(members.thread);
     next_label = label_at(position + members.step);
     if (has_edge) {
-      edge_logit[0] = read_logit<kind>(task, row, edge);
-      coefficients.at(edge, edge_coefficient);
+      edge_logit[0] = widen<A>(row[edge]);
+      if constexpr (!kGeneral) edge_coefficient[0] = coefficients.at(edge);
     }
 
     S statistics = S::of_nothing(task);
+    const auto add_general = [&](const auto& x, const auto& terms, int) { add_logits(task, x, terms, statistics); };
     FoundOf<kind, A> found;
     if (forward) {
       if (label >= 0 && members.leads()) target_logit = read_logit<kind>(task, row, label);
@@ -302,20 +309,23 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
           if constexpr (kCopied) slice.wait_for(stage);
           slice.for_each(stage * slice.stage_size, slice.stage_end(stage), members.thread, [&](int64_t c, uint4 raw) {
             A x[N];
-            TermsOf<kind, A, N> a;
             widen_vector<T>(raw, x);
-            transform<kind>(task, x);
-            if constexpr (!kGeneral) {
+            if constexpr (kGeneral) {
+              coefficients.for_pieces(c, x, add_general);
+            } else {
               if (is_uniform<kind>(task)) return statistics.add(x, A(task.share));
+              A a[N];
+              coefficients.of_vector(c, a);
+              statistics.add(x, a);
             }
-            coefficients.of_vector(c, a);
-            add_logits(task, x, a, statistics);
           });
         }
       }
-      if (has_edge) add_logits(task, edge_logit, edge_coefficient, statistics);
       if constexpr (kGeneral) {
+        if (has_edge) coefficients.for_pieces(edge, edge_logit, add_general);
         if (counts) add_pairs(task, position, row, members.index(), members.count(), statistics);
+      } else {
+        if (has_edge) statistics.add(edge_logit, edge_coefficient);
       }
       members.join(task, statistics, exchange, round);
       found = FoundOf<kind, A>::of(statistics);
@@ -347,10 +357,9 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       A x[N], dx[N];
       widen_vector<T>(raw, x);
       if constexpr (kGeneral) {
-        Terms<A, N> terms;
-        coefficients.of_vector(c, terms);
-        transform<kind>(task, x);
-        gradient.of_classes(task, grad_target, label, x, terms, dx);
+        coefficients.for_pieces(c, x, [&](const auto& piece, const auto& terms, int begin) {
+          gradient.of_classes(task, grad_target, label, piece, terms, &dx[begin]);
+        });
         if (!out) return;
       } else {
         if (kind == TargetKind::kSoft && task.grad_target) {
@@ -379,7 +388,9 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     if (has_edge) {
       A dx[1];
       if constexpr (kGeneral) {
-        gradient.of_classes(task, grad_target, label, edge_logit, edge_coefficient, dx);
+        coefficients.for_pieces(edge, edge_logit, [&](const auto& piece, const auto& terms, int) {
+          gradient.of_classes(task, grad_target, label, piece, terms, dx);
+        });
       } else {
         gradients<kind>(task, gradient_of, edge_logit, [&](A(&a)[1]) { a[0] = edge_coefficient[0]; }, dx);
         if (edge == label) dx[0] = gradient.own(edge_logit[0]);
