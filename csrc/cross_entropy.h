@@ -203,4 +203,8 @@ Outputs fallback(const Inputs& inputs, const Options& options);
 Outputs outputs_of(const at::Tensor& loss, const at::Tensor& lse, const at::Tensor& denominator, const Inputs& inputs,
                    const Options& options);
 
+// The log-probability is of probabilities as they are: where the loss has weighted or smoothed them, it has no sum of
+// these, and they are read once more.
+void correct_target_log_prob(Outputs& outputs, const Inputs& inputs, const Options& options);
+
 }  // namespace xent

@@ -92,14 +92,14 @@ struct Problem {
 
   // ---- kGeneral
   Form form = Form::kNone;
-  bool statistics = false;                // the forward saves them
-  double logit_scale = 1, softcap = 0;    // x = softcap tanh(logit_scale x / softcap); zero: no cap
-  int64_t pairs = 0;                      // k; the class_stride of `target` and `probs` is from one pair to the next
-  View probs;                             // of the pairs
-  View labels;                            // class indices besides the teacher, or absent
-  double temperature = 1;                 // 1 / logit_scale
+  bool statistics = false;              // the forward saves them
+  double logit_scale = 1, softcap = 0;  // x = softcap tanh(logit_scale x / softcap); zero: no cap
+  int64_t pairs = 0;                    // k; the class_stride of `target` and `probs` is from one pair to the next
+  View probs;                           // of the pairs
+  View labels;                          // class indices besides the teacher, or absent
+  double temperature = 1;               // 1 / logit_scale
   double teacher_scale = 1, label_scale = 0;  // alpha T^2 and 1 - alpha
-  bool kl = false;                        // less the teacher's entropy
+  bool kl = false;                            // less the teacher's entropy
 
   // The first position whose target is neither a class nor ignore_index; stays at its initial value where there is
   // none.
@@ -126,7 +126,7 @@ struct Backward : Problem {
   View grad_logits;  // absent where no gradient is asked for
   View grad_target;  // of probabilities, of the pairs' probabilities, or of the teacher's logits
   const void* grad_statistics = nullptr;  // T[3][positions], see GradStatistic; or null
-  bool stream = false;    // the gradients are too large for the caches
+  bool stream = false;                    // the gradients are too large for the caches
   bool buffered = false;  // they cannot be stored as they are made: to be streamed, or in the place of the logits
 };
 

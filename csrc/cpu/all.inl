@@ -48,10 +48,10 @@ static void sum_target_weights(const Problem& problem, int64_t begin, int64_t en
   Cursor cursor(problem, begin);
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t count = std::min(kTile, end - first);
-    int64_t y[kTile];
-    T sample_weights[kTile];
+    int64_t y[kTile + kLanes<T>];
+    T sample_weights[kTile + kLanes<T>];
     read_labels(y, problem, cursor, first, count);
-    read_sample_weights(sample_weights, problem, cursor, count);
+    if (problem.sample_weight) read_sample_weights(sample_weights, problem, cursor, count);
     sums.weight += sum_of_target_weights(weight, problem.sample_weight ? sample_weights : nullptr, y, count);
     cursor.skip(count);
   }
