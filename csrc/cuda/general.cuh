@@ -19,15 +19,18 @@ XENT_DEVICE bool has_coefficients(const Task& task) { return is_dense(task) || t
 
 // ---- logits ---------------------------------------------------------------------------------------------------------
 
-// Logits as the loss is of them.
+// Logits as the loss is of them. Rounded, wherever they are read again: a product that were fused with the subtraction
+// of the maximum would not be the maximum's.
 template <TargetKind kind, int N, class A>
 XENT_DEVICE void transform(const Task& task, A (&x)[N]) {
   if constexpr (kind == TargetKind::kGeneral) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) x[j] *= A(task.logit_scale);
+    for (int j = 0; j < N; ++j) x[j] = rounded_product(x[j], A(task.logit_scale));
     if (task.softcap == 0) return;
 #pragma unroll
-    for (int j = 0; j < N; ++j) x[j] = softcapped(x[j], A(task.softcap));
+    for (int j = 0; j < N; ++j) {
+      x[j] = rounded_product(A(task.softcap), tanh_of(x[j] * A(task.inverse_softcap)));
+    }
   }
 }
 
@@ -41,7 +44,8 @@ XENT_DEVICE A read_logit(const Task& task, const T* logits, int64_t c) {
 // d x / d logit.
 template <class A>
 XENT_DEVICE A slope_of(const Task& task, A x) {
-  return A(task.logit_scale) * (task.softcap == 0 ? A(1) : slope_of_softcap(x, A(task.softcap)));
+  const A tanh = x * A(task.inverse_softcap);
+  return A(task.logit_scale) * (A(1) - tanh * tanh);
 }
 
 // ---- coefficients ---------------------------------------------------------------------------------------------------
@@ -61,7 +65,7 @@ struct DenseTarget {
   XENT_DEVICE void set(const Task& task, int64_t c, A element, A& a, A& log_a) const {
     log_a = A(0);
     if (task.form == Form::kTeacher) {
-      const A log_q = (element * A(task.logit_scale) - lse_high) - lse_low;
+      const A log_q = (rounded_product(element, A(task.logit_scale)) - lse_high) - lse_low;
       a = exp2_fast(log_q * kLog2E<A>);
       if (task.kl) log_a = log_q;
     } else {
@@ -290,17 +294,19 @@ struct Gradient<TargetKind::kGeneral, A> {
     return lanes_sum(sum, kWarp);
   }
 
-  // Of N logits, but for what hits one class alone.
+  // Of N logits, one of which may be an index target's or a label's own.
   template <int N>
-  XENT_DEVICE void of_logits(const Task& task, const A (&x)[N], const Terms<A, N>& terms, A* dx) const {
+  XENT_DEVICE void of_logits(const Task& task, int64_t label, const A (&x)[N], const Terms<A, N>& terms,
+                             A (&dx)[N]) const {
     A p[N];
-    bool careful = false;
+    bool careful[N], any_careful = false;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const A power = exp2_fast(fused(x[j], slope, -reference));
       p[j] = power * to_softmax;
       dx[j] = fused(power, to_total, -(dense * terms.a[j]));
-      careful |= p[j] > A(0.5);
+      careful[j] = terms.class_of(j) == label || (p[j] > A(0.5) && is_dense(task));
+      any_careful |= careful[j];
     }
     if (entropy != A(0)) {
 #pragma unroll
@@ -312,9 +318,14 @@ struct Gradient<TargetKind::kGeneral, A> {
     }
 #pragma unroll
     for (int j = 0; j < N; ++j) dx[j] *= slope_of(task, x[j]);
-    if (careful && is_dense(task)) {
+    if (!any_careful) return;
+#pragma unroll 1
+    for (int k = 0; k < N; ++k) {
+      if (!pick(careful, k)) continue;
+      const bool own = terms.class_of(k) == label;
+      const A exact = of_class(task, pick(x, k), pick(terms.a, k), own ? hits : A(0), own);
 #pragma unroll
-      for (int j = 0; j < N; ++j) dx[j] = of_class(task, x[j], terms.a[j], A(0), false);
+      for (int j = 0; j < N; ++j) dx[j] = j == k ? exact : dx[j];
     }
   }
 
@@ -339,32 +350,18 @@ struct Gradient<TargetKind::kGeneral, A> {
                   dense * A(task.logit_scale) * teacher_gradient(a, gap + log_a, teacher_loss));
   }
 
-  // Of N logits, one of which may be an index target's or a label's own; and of a target of every class, which is
-  // written.
+  // The same; and of a target of every class, which is written.
   template <int N>
   XENT_DEVICE void of_classes(const Task& task, int64_t grad_target, int64_t label, const A (&x)[N],
-                              const Terms<A, N>& terms, A* dx) const {
+                              const Terms<A, N>& terms, A (&dx)[N]) const {
     if (task.grad_target && is_dense(task)) {
-#pragma unroll
+#pragma unroll 1
       for (int j = 0; j < N; ++j) {
-        write_target(task, grad_target, terms.first + j * terms.step, x[j], terms.a[j], terms.log[j]);
+        write_target(task, grad_target, terms.class_of(j), pick(x, j), pick(terms.a, j), pick(terms.log, j));
       }
       if (!task.grad_logits) return;
     }
-    of_logits(task, x, terms, dx);
-    A own_x = 0, own_a = 0;
-    bool any = false;
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const bool own = terms.first + j * terms.step == label;
-      any |= own;
-      own_x = own ? x[j] : own_x;
-      own_a = own ? terms.a[j] : own_a;
-    }
-    if (!any) return;
-    const A own_dx = of_class(task, own_x, own_a, hits, true);
-#pragma unroll
-    for (int j = 0; j < N; ++j) dx[j] = terms.first + j * terms.step == label ? own_dx : dx[j];
+    of_logits(task, label, x, terms, dx);
   }
 
   // Of each `step`-th pair from `first` on: its probability's, and its class's, where `out` is the gradient of all

@@ -193,6 +193,7 @@ Plan plan_strided(Task& task, const Device& device) {
 Plan plan(Task& task, const Device& device) {
   task.keep = 1 - task.label_smoothing;
   task.share = task.label_smoothing / double(task.classes);
+  if (task.softcap != 0) task.inverse_softcap = 1 / task.softcap;
   if (task.classes == 1) {  // whose stride means nothing
     for (View* view : {&task.logits, &task.grad_logits}) view->class_stride = 1;
     if (task.form != Form::kPairs) task.target.class_stride = task.grad_target.class_stride = 1;

@@ -12,6 +12,7 @@ namespace xent::gpu {
 // The offset of a position, in elements.
 XENT_DEVICE int64_t offset_of(const Task& task, const View& view, int64_t position) {
   int64_t offset = 0;
+#pragma unroll 1
   for (int d = task.dims - 1; d > 0; --d) {
     const int64_t outer = position / task.size[d];
     offset += (position - outer * task.size[d]) * view.stride[d];
@@ -23,6 +24,7 @@ XENT_DEVICE int64_t offset_of(const Task& task, const View& view, int64_t positi
 // The offset of the first position of each run along the last dimension.
 XENT_DEVICE int64_t offset_of_run(const Task& task, const View& view, int64_t run) {
   int64_t offset = 0;
+#pragma unroll 1
   for (int d = task.dims - 2; d > 0; --d) {
     const int64_t outer = run / task.size[d];
     offset += (run - outer * task.size[d]) * view.stride[d];

@@ -87,7 +87,7 @@ struct Members {
 };
 
 // One block's part of a row: its vectors in global memory, and each thread's copies of its own.
-template <class T, Team team, bool kCopied>
+template <class T, Team team, bool kCopied, bool kLongUse>
 struct Slice {
   static constexpr int kStages = 4;                  // of copies
   static constexpr int kTogether = kCopied ? 1 : 4;  // loads that are under way at a time where there are no copies
@@ -141,6 +141,11 @@ struct Slice {
         } else if (at < end) {
           raw[k] = load_vector(row + class_of(at));
         }
+      }
+      if constexpr (kLongUse) {  // too long to be unrolled
+#pragma unroll 1
+        for (int k = 0; k < kTogether && i + k * kThreads < end; ++k) use(class_of(i + k * kThreads), pick(raw, k));
+        continue;
       }
 #pragma unroll
       for (int k = 0; k < kTogether; ++k) {
@@ -227,7 +232,7 @@ struct Coefficients<T, TargetKind::kGeneral> {
     constexpr int M = N < 4 ? N : 4;
     A q[N] = {};
     if (is_dense(task)) target.load(c, q);
-#pragma unroll
+#pragma unroll 1
     for (int begin = 0; begin < N; begin += M) {
       A x[M];
       Terms<A, M> terms;
@@ -235,9 +240,10 @@ struct Coefficients<T, TargetKind::kGeneral> {
       terms.step = 1;
 #pragma unroll
       for (int j = 0; j < M; ++j) {
-        x[j] = logits[begin + j];
+        x[j] = begin == 0 ? logits[j] : logits[N - M + j];  // N is no more than twice M
+        const A element = begin == 0 ? q[j] : q[N - M + j];
         terms.a[j] = terms.log[j] = A(0);
-        if (has_coefficients(task)) dense.set(task, c + begin + j, q[begin + j], terms.a[j], terms.log[j]);
+        if (has_coefficients(task)) dense.set(task, c + begin + j, element, terms.a[j], terms.log[j]);
       }
       transform<TargetKind::kGeneral>(task, x);
       use(x, terms, begin);
@@ -260,7 +266,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     rows(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
   using S = StatisticsOf<kind, A, !kCopied>;
-  using RowSlice = Slice<T, team, kCopied>;
+  using RowSlice = Slice<T, team, kCopied, kind == TargetKind::kGeneral>;
   constexpr int N = kPerVector<T>;
   constexpr bool kGeneral = kind == TargetKind::kGeneral;
   if (nothing_to_do(task)) return;
@@ -357,8 +363,11 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       A x[N], dx[N];
       widen_vector<T>(raw, x);
       if constexpr (kGeneral) {
-        coefficients.for_pieces(c, x, [&](const auto& piece, const auto& terms, int begin) {
-          gradient.of_classes(task, grad_target, label, piece, terms, &dx[begin]);
+        coefficients.for_pieces(c, x, [&]<int M>(const A(&piece)[M], const auto& terms, int begin) {
+          A of_piece[M];
+          gradient.of_classes(task, grad_target, label, piece, terms, of_piece);
+#pragma unroll
+          for (int j = 0; j < N; ++j) dx[j] = j / M * M == begin ? of_piece[j % M] : dx[j];
         });
         if (!out) return;
       } else {
@@ -388,8 +397,8 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     if (has_edge) {
       A dx[1];
       if constexpr (kGeneral) {
-        coefficients.for_pieces(edge, edge_logit, [&](const auto& piece, const auto& terms, int) {
-          gradient.of_classes(task, grad_target, label, piece, terms, dx);
+        coefficients.for_pieces(edge, edge_logit, [&](const A(&x)[1], const auto& terms, int) {
+          gradient.of_classes(task, grad_target, label, x, terms, dx);
         });
       } else {
         gradients<kind>(task, gradient_of, edge_logit, [&](A(&a)[1]) { a[0] = edge_coefficient[0]; }, dx);

@@ -47,6 +47,15 @@ XENT_DEVICE A tree_sum(A (&terms)[N]) {
   return terms[0];
 }
 
+// x[j] of an array in registers, which have no addresses: for loops that would be too long unrolled.
+template <int N, class A>
+XENT_DEVICE A pick(const A (&x)[N], int j) {
+  A picked = x[0];
+#pragma unroll
+  for (int i = 1; i < N; ++i) picked = j == i ? x[i] : picked;
+  return picked;
+}
+
 // Beyond, neighbouring numbers are so far apart that beside the maximum every other logit's exponential is zero.
 template <class A>
 XENT_DEVICE bool is_huge(A x) {
@@ -202,6 +211,8 @@ template <class A, int N>
 struct Terms {
   A a[N], log[N];  // log a_c, for a divergence; else zero
   int64_t first, step;
+
+  XENT_DEVICE int64_t class_of(int j) const { return first + j * step; }
 };
 
 // Statistics of a kGeneral target.
@@ -259,7 +270,7 @@ struct AllStatistics : Statistics<A, true, kLong> {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         others[j] = powers[j] == A(0) ? A(0) : powers[j] * (max - x[j]);
-        const Class c = Class(terms.first + j * terms.step);
+        const Class c = Class(terms.class_of(j));
         if (x[j] == max) argmax = min(argmax, c);
         if (x[j] != x[j]) argmax = min(argmax, Class(kNaN + c));
       }

@@ -49,7 +49,8 @@ struct Task : Problem {
   // mean's where one was counted, or none, is made anew (reduce.cuh).
   bool made_for_one = false, made_for_mean = false;
 
-  double keep = 1, share = 0;  // 1 - e, e / C
+  double keep = 1, share = 0;   // 1 - e, e / C
+  double inverse_softcap = 0;  // zero: none
 
   // e / C times the sum of the class weights, where it has to be formed on the device.
   const double* smoothed_total_on_device = nullptr;
