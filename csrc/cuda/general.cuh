@@ -87,7 +87,7 @@ struct Pairs {
   XENT_DEVICE int64_t label(int64_t j) const {
     return checked_class(task, task.target, classes + j * task.target.class_stride);
   }
-  XENT_DEVICE A prob(int64_t j) const { return read_element<A>(task.probs, probs + j * task.probs.class_stride); }
+  XENT_DEVICE A prob(int64_t j) const { return read_number<A>(task.probs, probs + j * task.probs.class_stride); }
 };
 
 // ---- the loss -------------------------------------------------------------------------------------------------------

@@ -35,20 +35,24 @@ XENT_DEVICE int64_t offset_of_run(const Task& task, const View& view, int64_t ru
 
 // ---- elements of a type that is known at run time -------------------------------------------------------------------
 
-template <class To>
-XENT_DEVICE To read_element(const View& view, int64_t offset) {
+template <class A>
+XENT_DEVICE A read_number(const View& view, int64_t offset) {
   switch (view.type) {
-    case ElementType::kFloat16: return To(widen<float>(static_cast<const Float16*>(view.data)[offset]));
-    case ElementType::kBFloat16: return To(widen<float>(static_cast<const BFloat16*>(view.data)[offset]));
-    case ElementType::kFloat32: return To(static_cast<const float*>(view.data)[offset]);
-    case ElementType::kFloat64: return To(static_cast<const double*>(view.data)[offset]);
-    case ElementType::kInt8: return To(static_cast<const int8_t*>(view.data)[offset]);
-    case ElementType::kUInt8: return To(static_cast<const uint8_t*>(view.data)[offset]);
-    case ElementType::kInt16: return To(static_cast<const int16_t*>(view.data)[offset]);
-    case ElementType::kInt32: return To(static_cast<const int32_t*>(view.data)[offset]);
-    case ElementType::kInt64: return To(static_cast<const int64_t*>(view.data)[offset]);
+    case ElementType::kFloat16: return A(widen<float>(static_cast<const Float16*>(view.data)[offset]));
+    case ElementType::kBFloat16: return A(widen<float>(static_cast<const BFloat16*>(view.data)[offset]));
+    case ElementType::kFloat32: return A(static_cast<const float*>(view.data)[offset]);
+    default: return A(static_cast<const double*>(view.data)[offset]);
   }
-  return To(0);
+}
+
+XENT_DEVICE int64_t read_class(const View& view, int64_t offset) {
+  switch (view.type) {
+    case ElementType::kInt8: return static_cast<const int8_t*>(view.data)[offset];
+    case ElementType::kUInt8: return static_cast<const uint8_t*>(view.data)[offset];
+    case ElementType::kInt16: return static_cast<const int16_t*>(view.data)[offset];
+    case ElementType::kInt32: return static_cast<const int32_t*>(view.data)[offset];
+    default: return static_cast<const int64_t*>(view.data)[offset];
+  }
 }
 
 template <class From>
@@ -68,7 +72,7 @@ constexpr int kIgnored = -1, kBad = -2, kProbabilities = -3;
 
 // A class as it is read.
 XENT_DEVICE int64_t checked_class(const Task& task, const View& view, int64_t offset) {
-  const int64_t target = read_element<int64_t>(view, offset);
+  const int64_t target = read_class(view, offset);
   if (target == task.ignore_index) return kIgnored;
   return target < 0 || target >= task.classes ? kBad : target;
 }
@@ -121,7 +125,7 @@ XENT_DEVICE void report_bad_target(const Task& task, int64_t position, int64_t o
       offset += task.target.class_stride;
     }
   }
-  report->value = read_element<int64_t>(labels_of<kind>(task), offset);
+  report->value = read_class(labels_of<kind>(task), offset);
   report->position = position;
   report->classes = task.classes;
   __threadfence_system();
@@ -158,11 +162,11 @@ XENT_DEVICE bool is_uniform(const Task& task) {
 // The factor of a position, `offset` from the first.
 template <class A>
 XENT_DEVICE A read_sample_weight(const Task& task, int64_t offset) {
-  return task.sample_weight ? read_element<A>(task.sample_weight, offset) : A(1);
+  return task.sample_weight ? read_number<A>(task.sample_weight, offset) : A(1);
 }
 template <class A>
 XENT_DEVICE A sample_weight_of(const Task& task, int64_t position) {
-  return task.sample_weight ? read_element<A>(task.sample_weight, offset_of(task, task.sample_weight, position)) : A(1);
+  return task.sample_weight ? read_number<A>(task.sample_weight, offset_of(task, task.sample_weight, position)) : A(1);
 }
 
 // What the forward finds out about a position: the names are those of Statistics.
@@ -333,7 +337,7 @@ struct SavedOf {
 
 template <class A>
 XENT_DEVICE A read_grad_output(const Task& task, int64_t offset) {
-  return task.grad_output ? read_element<A>(task.grad_output, offset) : A(1);
+  return task.grad_output ? read_number<A>(task.grad_output, offset) : A(1);
 }
 // And the position's own factor.
 template <class A>

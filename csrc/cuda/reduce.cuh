@@ -32,7 +32,7 @@ XENT_DEVICE Sums sum_of_blocks(const Sums* partial_sums, int count) {
 // Whether the gradient that the forward made is right as it is. Where nothing was counted it had to guess what the loss
 // would be divided by.
 XENT_DEVICE bool nothing_to_do(const Task& task) {
-  if (!task.made_for_one || read_element<double>(task.grad_output, 0) != 1) return false;
+  if (!task.made_for_one || read_number<double>(task.grad_output, 0) != 1) return false;
   return !task.made_for_mean || (*task.denominator != 0 && *task.denominator != 1);
 }
 

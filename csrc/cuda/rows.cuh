@@ -90,7 +90,7 @@ struct Members {
 template <class T, Team team, bool kCopied, bool kLongUse>
 struct Slice {
   static constexpr int kStages = 4;                  // of copies
-  static constexpr int kTogether = kCopied ? 1 : 4;  // loads that are under way at a time where there are no copies
+  static constexpr int kTogether = kCopied ? 1 : kLongUse ? 2 : 4;  // loads under way at a time, without copies
   static constexpr int kThreads = Members<team>::kThreads;
 
   const T* row;
@@ -177,7 +177,14 @@ struct TargetRow {
       if (twin) return widen_vector<T>(load_vector(twin + c), q);
     }
 #pragma unroll
-    for (int j = 0; j < N; ++j) q[j] = read_element<A>(task.target, offset + (c + j) * task.target.class_stride);
+    for (int j = 0; j < N; ++j) q[j] = read_number<A>(task.target, offset + (c + j) * task.target.class_stride);
+  }
+  XENT_DEVICE void load_part(int64_t c, int begin, A (&q)[kPerPart<T>]) const {
+    if (twin) return widen_part<T>(load_vector(twin + c), begin, q);
+#pragma unroll
+    for (int j = 0; j < kPerPart<T>; ++j) {
+      q[j] = read_number<A>(task.target, offset + (c + begin + j) * task.target.class_stride);
+    }
   }
 };
 
@@ -225,29 +232,44 @@ struct Coefficients<T, TargetKind::kGeneral> {
   XENT_DEVICE Coefficients(const Task& task, int64_t position, const T* row)
       : task(task), dense(task, position), target(task, position, row) {}
 
-  // Calls use(logits as the loss is of them, their terms, index of the first) for the classes of a vector, or for one.
-  // Not for all at a time, for which there are not enough registers.
-  template <int N, class Use>
-  XENT_DEVICE void for_pieces(int64_t c, const A (&logits)[N], const Use& use) const {
-    constexpr int M = N < 4 ? N : 4;
-    A q[N] = {};
-    if (is_dense(task)) target.load(c, q);
+  // Calls use(logits as the loss is of them, their terms) for one class, or use(..., begin) for each part of a vector of
+  // neighbours from class c on.
+  template <class Use>
+  XENT_DEVICE void for_class(int64_t c, A logit, const Use& use) const {
+    A x[1] = {logit};
+    Terms<A, 1> terms;
+    if (is_dense(task)) target.load(c, terms.a);
+    finish(c, x, terms);
+    use(x, terms);
+  }
+  template <class Use>
+  XENT_DEVICE void for_parts(int64_t c, uint4 raw, const Use& use) const {
 #pragma unroll 1
-    for (int begin = 0; begin < N; begin += M) {
-      A x[M];
-      Terms<A, M> terms;
-      terms.first = c + begin;
-      terms.step = 1;
-#pragma unroll
-      for (int j = 0; j < M; ++j) {
-        x[j] = begin == 0 ? logits[j] : logits[N - M + j];  // N is no more than twice M
-        const A element = begin == 0 ? q[j] : q[N - M + j];
-        terms.a[j] = terms.log[j] = A(0);
-        if (has_coefficients(task)) dense.set(task, c + begin + j, element, terms.a[j], terms.log[j]);
-      }
-      transform<TargetKind::kGeneral>(task, x);
+    for (int begin = 0; begin < kPerVector<T>; begin += kPerPart<T>) {
+      A x[kPerPart<T>];
+      Terms<A, kPerPart<T>> terms;
+      widen_part<T>(raw, begin, x);
+      if (is_dense(task)) target.load_part(c, begin, terms.a);
+      finish(c + begin, x, terms);
       use(x, terms, begin);
     }
+  }
+
+  // From the elements of a dense target, where there is one.
+  template <int N>
+  XENT_DEVICE void finish(int64_t c, A (&x)[N], Terms<A, N>& terms) const {
+    terms.first = c;
+    terms.step = 1;
+    const bool any = has_coefficients(task);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (any) {
+        dense.set(task, c + j, terms.a[j], terms.a[j], terms.log[j]);
+      } else {
+        terms.a[j] = terms.log[j] = A(0);
+      }
+    }
+    transform<TargetKind::kGeneral>(task, x);
   }
 };
 
@@ -306,7 +328,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     }
 
     S statistics = S::of_nothing(task);
-    const auto add_general = [&](const auto& x, const auto& terms, int) { add_logits(task, x, terms, statistics); };
+    const auto add_general = [&](const auto& x, const auto& terms, int = 0) { add_logits(task, x, terms, statistics); };
     FoundOf<kind, A> found;
     if (forward) {
       if (label >= 0 && members.leads()) target_logit = read_logit<kind>(task, row, label);
@@ -314,11 +336,11 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
         for (int stage = 0; stage < RowSlice::kStages; ++stage) {
           if constexpr (kCopied) slice.wait_for(stage);
           slice.for_each(stage * slice.stage_size, slice.stage_end(stage), members.thread, [&](int64_t c, uint4 raw) {
-            A x[N];
-            widen_vector<T>(raw, x);
             if constexpr (kGeneral) {
-              coefficients.for_pieces(c, x, add_general);
+              coefficients.for_parts(c, raw, add_general);
             } else {
+              A x[N];
+              widen_vector<T>(raw, x);
               if (is_uniform<kind>(task)) return statistics.add(x, A(task.share));
               A a[N];
               coefficients.of_vector(c, a);
@@ -328,7 +350,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
         }
       }
       if constexpr (kGeneral) {
-        if (has_edge) coefficients.for_pieces(edge, edge_logit, add_general);
+        if (has_edge) coefficients.for_class(edge, edge_logit[0], add_general);
         if (counts) add_pairs(task, position, row, members.index(), members.count(), statistics);
       } else {
         if (has_edge) statistics.add(edge_logit, edge_coefficient);
@@ -360,17 +382,20 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     const bool aligned = phase_of(out) == phase_of(row);
     const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
     slice.for_each(0, slice.count, members.thread, [&](int64_t c, uint4 raw) {
-      A x[N], dx[N];
-      widen_vector<T>(raw, x);
       if constexpr (kGeneral) {
-        coefficients.for_pieces(c, x, [&]<int M>(const A(&piece)[M], const auto& terms, int begin) {
-          A of_piece[M];
-          gradient.of_classes(task, grad_target, label, piece, terms, of_piece);
+        uint4 narrowed{0, 0, 0, 0};
+        coefficients.for_parts(c, raw, [&](const auto& x, const auto& terms, int begin) {
+          A dx[kPerPart<T>];
+          gradient.of_classes(task, grad_target, label, x, terms, dx);
+          narrow_part<T>(dx, begin, narrowed);
+          if (!out || aligned) return;
 #pragma unroll
-          for (int j = 0; j < N; ++j) dx[j] = j / M * M == begin ? of_piece[j % M] : dx[j];
+          for (int j = 0; j < kPerPart<T>; ++j) out[terms.class_of(j)] = narrow<T>(dx[j]);
         });
-        if (!out) return;
+        if (out && aligned) stream_vector(out + c, narrowed);
       } else {
+        A x[N], dx[N];
+        widen_vector<T>(raw, x);
         if (kind == TargetKind::kSoft && task.grad_target) {
           for (int j = 0; j < N; ++j) {
             write_probability_gradient(task, grad_target, c + j, gradient.of_probability(x[j]));
@@ -386,18 +411,18 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
 #pragma unroll
           for (int j = 0; j < N; ++j) dx[j] = label - c == j ? own : dx[j];
         }
-      }
-      if (aligned) {
-        stream_vector(out + c, narrow_vector<T>(dx));
-      } else {
+        if (aligned) {
+          stream_vector(out + c, narrow_vector<T>(dx));
+        } else {
 #pragma unroll
-        for (int j = 0; j < N; ++j) out[c + j] = narrow<T>(dx[j]);
+          for (int j = 0; j < N; ++j) out[c + j] = narrow<T>(dx[j]);
+        }
       }
     });
     if (has_edge) {
       A dx[1];
       if constexpr (kGeneral) {
-        coefficients.for_pieces(edge, edge_logit, [&](const A(&x)[1], const auto& terms, int) {
+        coefficients.for_class(edge, edge_logit[0], [&](const auto& x, const auto& terms) {
           gradient.of_classes(task, grad_target, label, x, terms, dx);
         });
       } else {

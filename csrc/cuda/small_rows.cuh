@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
       const auto coefficient_of = [&](int k) {
         A q = 0;
         if constexpr (kSoft) {
-          if (k < own) q = read_element<A>(task.target, target + (first_class + k) * task.target.class_stride);
+          if (k < own) q = read_number<A>(task.target, target + (first_class + k) * task.target.class_stride);
         }
         return k < own ? coefficient<kind>(task, first_class + k, q) : A(0);
       };

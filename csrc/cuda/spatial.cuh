@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
           Pack<T, N>::load(static_cast<const T*>(task.target.data) + at, a);
         } else {
 #pragma unroll
-          for (int j = 0; j < N; ++j) a[j] = read_element<A>(task.target, at + j * target_stride);
+          for (int j = 0; j < N; ++j) a[j] = read_number<A>(task.target, at + j * target_stride);
         }
 #pragma unroll
         for (int j = 0; j < N; ++j) a[j] = coefficient<kind>(task, c, a[j]);

@@ -23,7 +23,7 @@ struct ElementsOfTarget {
 
   XENT_DEVICE A element(int64_t c) const {
     if (kGeneral ? !is_dense(task) : kind != TargetKind::kSoft) return A(0);
-    return read_element<A>(task.target, offset + c * task.target.class_stride);
+    return read_number<A>(task.target, offset + c * task.target.class_stride);
   }
 
   template <int N>
