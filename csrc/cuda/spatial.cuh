@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
     }
 
     // ---- targets
-    int label[N];
+    int label[N] = {};
     const int64_t target = exists ? place.offset(task, task.target) : 0, target_stride = task.target.stride[last];
     if (exists) {
 #pragma unroll
