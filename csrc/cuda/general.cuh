@@ -11,11 +11,23 @@
 
 namespace xent::gpu {
 
+template <class A>
+XENT_DEVICE const Task::Numbers<A>& numbers(const Task& task) {
+  if constexpr (sizeof(A) == 4) {
+    return task.in_float;
+  } else {
+    return task.in_double;
+  }
+}
+
 // Whether the target says something of every class; whether there are coefficients that differ from zero.
 XENT_DEVICE bool is_dense(const Task& task) {
   return task.form == Form::kProbabilities || task.form == Form::kTeacher;
 }
-XENT_DEVICE bool has_coefficients(const Task& task) { return is_dense(task) || task.share != 0; }
+template <class A>
+XENT_DEVICE bool has_coefficients(const Task& task) {
+  return is_dense(task) || numbers<A>(task).share != A(0);
+}
 
 // ---- logits ---------------------------------------------------------------------------------------------------------
 
@@ -25,11 +37,11 @@ template <TargetKind kind, int N, class A>
 XENT_DEVICE void transform(const Task& task, A (&x)[N]) {
   if constexpr (kind == TargetKind::kGeneral) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) x[j] = rounded_product(x[j], A(task.logit_scale));
-    if (task.softcap == 0) return;
+    for (int j = 0; j < N; ++j) x[j] = rounded_product(x[j], numbers<A>(task).logit_scale);
+    if (numbers<A>(task).softcap == A(0)) return;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      x[j] = rounded_product(A(task.softcap), tanh_of(x[j] * A(task.inverse_softcap)));
+      x[j] = rounded_product(numbers<A>(task).softcap, tanh_of(x[j] * numbers<A>(task).inverse_softcap));
     }
   }
 }
@@ -44,8 +56,8 @@ XENT_DEVICE A read_logit(const Task& task, const T* logits, int64_t c) {
 // d x / d logit.
 template <class A>
 XENT_DEVICE A slope_of(const Task& task, A x) {
-  const A tanh = x * A(task.inverse_softcap);
-  return A(task.logit_scale) * (A(1) - tanh * tanh);
+  const A tanh = x * numbers<A>(task).inverse_softcap;
+  return numbers<A>(task).logit_scale * (A(1) - tanh * tanh);
 }
 
 // ---- coefficients ---------------------------------------------------------------------------------------------------
@@ -65,12 +77,12 @@ struct DenseTarget {
   XENT_DEVICE void set(const Task& task, int64_t c, A element, A& a, A& log_a) const {
     log_a = A(0);
     if (task.form == Form::kTeacher) {
-      const A log_q = (rounded_product(element, A(task.logit_scale)) - lse_high) - lse_low;
+      const A log_q = (rounded_product(element, numbers<A>(task).logit_scale) - lse_high) - lse_low;
       a = exp2_fast(log_q * kLog2E<A>);
       if (task.kl) log_a = log_q;
     } else {
-      a = class_weight<A>(task, c) * (task.form == Form::kProbabilities ? A(task.keep) * element + A(task.share)
-                                                                          : A(task.share));
+      a = class_weight<A>(task, c) * (task.form == Form::kProbabilities ? numbers<A>(task).keep * element + numbers<A>(task).share
+                                                                          : numbers<A>(task).share);
     }
   }
 };
@@ -124,7 +136,7 @@ XENT_DEVICE void add_pairs(const Task& task, int64_t position, const T* logits, 
     if (label < 0) continue;
     const A x[1] = {read_logit<TargetKind::kGeneral, T, A>(task, logits, label)};
     statistics.raise(x[0]);  // it is counted by whoever has the class
-    statistics.add_terms(x, Terms<A, 1>{{A(task.keep) * class_weight<A>(task, label) * pairs.prob(j)}, {A(0)}, label, 1});
+    statistics.add_terms(x, Terms<A, 1>{{numbers<A>(task).keep * class_weight<A>(task, label) * pairs.prob(j)}, {A(0)}, label, 1});
   }
 }
 
@@ -137,7 +149,7 @@ template <int N, class A, bool kLong>
 XENT_DEVICE void add_logits(const Task& task, const A (&x)[N], const Terms<A, N>& terms,
                             AllStatistics<A, kLong>& statistics) {
   statistics.add(task, x, terms);
-  if (has_coefficients(task)) statistics.add_terms(x, terms);
+  if (has_coefficients<A>(task)) statistics.add_terms(x, terms);
 }
 
 // scale * term, and zero where the scale is, whatever the term.
@@ -195,11 +207,11 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
     loss = of_terms;
     if (task.form == Form::kIndices) {
       weight = class_weight<A>(task, label);
-      loss += index_loss(A(task.keep) * weight, A(0), max - target_logit, A(0), A(0), log_sum);
+      loss += index_loss(numbers<A>(task).keep * weight, A(0), max - target_logit, A(0), A(0), log_sum);
     } else if (task.form == Form::kTeacher) {
       loss = scaled_loss(A(task.teacher_scale), of_terms);
       if (label >= 0) {
-        loss += scaled_loss(A(task.label_scale), A(task.temperature) * (max - target_logit) + found.second);
+        loss += scaled_loss(A(task.label_scale), numbers<A>(task).temperature * (max - target_logit) + found.second);
       }
     }
     loss += z_loss_of(task, max + log_sum);
@@ -207,7 +219,7 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
   if (task.form == Form::kProbabilities) save(saved::kMass, mass);
   if (task.form == Form::kTeacher) {
     save(saved::kMass, of_terms);
-    save(saved::kLabelLse, A(task.temperature) * max);
+    save(saved::kLabelLse, numbers<A>(task).temperature * max);
     save(saved::kLabelLseLost, found.second);
   }
   to.add(task, loss, weight, sums);
@@ -274,14 +286,14 @@ struct Gradient<TargetKind::kGeneral, A> {
     to_total = (hits + fused(dense, mass, rest)) * to_softmax;
 
     labels = task.labels ? scale * A(task.label_scale * task.temperature) : A(0);
-    label_slope = A(task.temperature) * kLog2E<A>;
+    label_slope = numbers<A>(task).temperature * kLog2E<A>;
     label_log_sum = found.second;
     to_labels = labels * ToSoftmax<A>::of(A(0), label_log_sum).factor;
   }
 
   // What a class gains where a target of one hits it.
   XENT_DEVICE A hit_of(const Task& task, int64_t c) const {
-    return scale * (A(task.keep) * class_weight<A>(task, c)) - of_log_prob;
+    return scale * (numbers<A>(task).keep * class_weight<A>(task, c)) - of_log_prob;
   }
 
   XENT_DEVICE A hits_of_pairs(const Task& task, int64_t position) const {
@@ -336,7 +348,7 @@ struct Gradient<TargetKind::kGeneral, A> {
     if (entropy != A(0)) dx += entropy_gradient(entropy, exp2_fast(log_p * kLog2E<A>), log_p);
     if (labels != A(0)) {
       A p, p_minus_one;
-      exp_and_expm1((x - max) * A(task.temperature) - label_log_sum, p, p_minus_one);
+      exp_and_expm1((x - max) * numbers<A>(task).temperature - label_log_sum, p, p_minus_one);
       dx += labels * (is_label ? p_minus_one : p);
     }
     return dx * slope_of(task, x);
@@ -347,7 +359,7 @@ struct Gradient<TargetKind::kGeneral, A> {
     const A gap = (max - x) + log_sum;
     if (task.form == Form::kProbabilities) return write_probability_gradient(task, offset, c, dense * gap);
     write_element(task.grad_target, offset + c * task.grad_target.class_stride,
-                  dense * A(task.logit_scale) * teacher_gradient(a, gap + log_a, teacher_loss));
+                  dense * numbers<A>(task).logit_scale * teacher_gradient(a, gap + log_a, teacher_loss));
   }
 
   // The same; and of a target of every class, which is written.
@@ -383,7 +395,7 @@ struct Gradient<TargetKind::kGeneral, A> {
       for (int64_t i = 0; i < task.pairs; ++i) {
         if (pairs.label(i) == c) prob += pairs.prob(i);
       }
-      const A a = class_weight<A>(task, c) * A(task.share);
+      const A a = class_weight<A>(task, c) * numbers<A>(task).share;
       out[c * task.grad_logits.class_stride] = narrow<T>(of_class(task, x, a, hit_of(task, c) * prob, false));
     }
   }

@@ -188,12 +188,19 @@ Plan plan_strided(Task& task, const Device& device) {
   return plan;
 }
 
+template <class A>
+void convert_numbers(const Task& task, Task::Numbers<A>& numbers) {
+  numbers = {A(task.keep),    A(task.share), A(task.logit_scale),
+             A(task.softcap), A(task.softcap == 0 ? 0 : 1 / task.softcap), A(task.temperature)};
+}
+
 }  // namespace
 
 Plan plan(Task& task, const Device& device) {
   task.keep = 1 - task.label_smoothing;
   task.share = task.label_smoothing / double(task.classes);
-  if (task.softcap != 0) task.inverse_softcap = 1 / task.softcap;
+  convert_numbers(task, task.in_float);
+  convert_numbers(task, task.in_double);
   if (task.classes == 1) {  // whose stride means nothing
     for (View* view : {&task.logits, &task.grad_logits}) view->class_stride = 1;
     if (task.form != Form::kPairs) task.target.class_stride = task.grad_target.class_stride = 1;

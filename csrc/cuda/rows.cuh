@@ -260,7 +260,7 @@ struct Coefficients<T, TargetKind::kGeneral> {
   XENT_DEVICE void finish(int64_t c, A (&x)[N], Terms<A, N>& terms) const {
     terms.first = c;
     terms.step = 1;
-    const bool any = has_coefficients(task);
+    const bool any = has_coefficients<A>(task);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       if (any) {

@@ -42,7 +42,7 @@ struct ElementsOfTarget {
     for (int j = 0; j < N; ++j) {
       const int64_t at = c + j * step;
       terms.a[j] = terms.log[j] = A(0);
-      if (at < task.classes && has_coefficients(task)) {
+      if (at < task.classes && has_coefficients<A>(task)) {
         dense.set(task, at, element(at), terms.a[j], terms.log[j]);
       }
     }

@@ -49,8 +49,17 @@ struct Task : Problem {
   // mean's where one was counted, or none, is made anew (reduce.cuh).
   bool made_for_one = false, made_for_mean = false;
 
-  double keep = 1, share = 0;   // 1 - e, e / C
-  double inverse_softcap = 0;  // zero: none
+  double keep = 1, share = 0;  // 1 - e, e / C
+
+  // Of a kGeneral task, what its loops over classes need, in both types of arithmetic: a conversion takes as long as
+  // sixteen additions.
+  template <class A>
+  struct Numbers {
+    A keep = 1, share = 0, logit_scale = 1, softcap = 0, inverse_softcap = 0;  // the last two are zero without a cap
+    A temperature = 1;
+  };
+  Numbers<float> in_float;
+  Numbers<double> in_double;
 
   // e / C times the sum of the class weights, where it has to be formed on the device.
   const double* smoothed_total_on_device = nullptr;
