@@ -18,6 +18,7 @@ load()  # before anything else imports torch, so that what is missing is said in
 from . import functional
 from .functional import CrossEntropyStats
 from .modules import CrossEntropyLoss, DistillationLoss
+from .patch import patch_torch, unpatch_torch
 from .runtime import build_info, check_errors, empty_cache
 
 __all__ = [
@@ -28,4 +29,6 @@ __all__ = [
     "check_errors",
     "empty_cache",
     "functional",
+    "patch_torch",
+    "unpatch_torch",
 ]

@@ -159,9 +159,6 @@ bool has_shape_of_logits(const at::Tensor& logits, const at::Tensor& target);
 
 inline int64_t class_dim(const at::Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
 
-// Whether a target says something of every class, so that it may have a gradient of the logits' size.
-inline bool is_dense(Form form) { return form == Form::kProbabilities || form == Form::kTeacher; }
-
 // The type in which a position's sums are formed, and of lse.
 at::ScalarType arithmetic_type(const Inputs& inputs, const Options& options);
 

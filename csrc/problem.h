@@ -40,6 +40,9 @@ enum class Form : uint8_t {
   kTeacher,        // a = softmax of the teacher's logits, both at a temperature; and perhaps a label at temperature 1
 };
 
+// Whether a target says something of every class, so that it may have a gradient of the logits' size.
+XENT_HOST_DEVICE constexpr bool is_dense(Form form) { return form == Form::kProbabilities || form == Form::kTeacher; }
+
 // What the forward leaves for the backward: rows of `positions` numbers of type T, in `Problem::lse`.
 namespace saved {
 enum Row : int {
@@ -52,9 +55,10 @@ enum Row : int {
   kEntropy = 3,
   kTargetLogProb = 4,
   kArgmax = 5,
-  // Teacher: lse of the logits at temperature 1, and of the teacher's logits.
-  kLabelLse = 3,
-  kLabelLseLost = 4,
+  // Teacher: of the logits x at its temperature T their maximum, and the logarithm of the sum of exp(T (x - maximum)):
+  // apart, for T x has another rounding than the logits that were given. And the teacher's own lse.
+  kLabelMax = 3,
+  kLabelLogSum = 4,
   kTeacherLse = 5,
   kTeacherLseLost = 6,
 };
@@ -97,7 +101,7 @@ struct Problem {
   int64_t pairs = 0;                    // k; the class_stride of `target` and `probs` is from one pair to the next
   View probs;                           // of the pairs
   View labels;                          // class indices besides the teacher, or absent
-  double temperature = 1;               // 1 / logit_scale
+  double temperature = 1;               // where it is not 1, logits are divided by it: logit_scale is its inverse
   double teacher_scale = 1, label_scale = 0;  // alpha T^2 and 1 - alpha
   bool kl = false;                            // less the teacher's entropy
 
