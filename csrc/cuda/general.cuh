@@ -20,16 +20,23 @@ XENT_DEVICE const Task::Numbers<A>& numbers(const Task& task) {
   }
 }
 
-// Whether the target says something of every class; whether there are coefficients that differ from zero.
-XENT_DEVICE bool is_dense(const Task& task) {
-  return task.form == Form::kProbabilities || task.form == Form::kTeacher;
-}
+// Whether any class may have a coefficient, but for what hits a few.
 template <class A>
 XENT_DEVICE bool has_coefficients(const Task& task) {
-  return is_dense(task) || numbers<A>(task).share != A(0);
+  return is_dense(task.form) || numbers<A>(task).share != A(0);
 }
 
 // ---- logits ---------------------------------------------------------------------------------------------------------
+
+// A logit, or a teacher's, scaled; at a temperature with the rounding of a division by it.
+template <class A>
+XENT_DEVICE A scaled(const Task& task, A x) {
+  const A scale = numbers<A>(task).logit_scale, temperature = numbers<A>(task).temperature;
+  const A y = rounded_product(x, scale);
+  if (temperature == A(1)) return y;
+  const A divided = fused(fused(-y, temperature, x), scale, y);
+  return abs(y) < A(INFINITY) ? divided : y;
+}
 
 // Logits as the loss is of them. Rounded, wherever they are read again: a product that were fused with the subtraction
 // of the maximum would not be the maximum's.
@@ -37,7 +44,7 @@ template <TargetKind kind, int N, class A>
 XENT_DEVICE void transform(const Task& task, A (&x)[N]) {
   if constexpr (kind == TargetKind::kGeneral) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) x[j] = rounded_product(x[j], numbers<A>(task).logit_scale);
+    for (int j = 0; j < N; ++j) x[j] = scaled(task, x[j]);
     if (numbers<A>(task).softcap == A(0)) return;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -77,7 +84,7 @@ struct DenseTarget {
   XENT_DEVICE void set(const Task& task, int64_t c, A element, A& a, A& log_a) const {
     log_a = A(0);
     if (task.form == Form::kTeacher) {
-      const A log_q = (rounded_product(element, numbers<A>(task).logit_scale) - lse_high) - lse_low;
+      const A log_q = (scaled(task, element) - lse_high) - lse_low;
       a = exp2_fast(log_q * kLog2E<A>);
       if (task.kl) log_a = log_q;
     } else {
@@ -219,8 +226,8 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
   if (task.form == Form::kProbabilities) save(saved::kMass, mass);
   if (task.form == Form::kTeacher) {
     save(saved::kMass, of_terms);
-    save(saved::kLabelLse, numbers<A>(task).temperature * max);
-    save(saved::kLabelLseLost, found.second);
+    save(saved::kLabelMax, max);
+    save(saved::kLabelLogSum, found.second);
   }
   to.add(task, loss, weight, sums);
 }
@@ -233,8 +240,8 @@ struct SavedOf<TargetKind::kGeneral> {
   static XENT_DEVICE AllFound<A> at(const Task& task, int64_t position) {
     const auto row = [&](bool there, int row) { return there ? saved_row<A>(task, row)[position] : A(0); };
     AllFound<A> found{SavedOf<TargetKind::kIndex>::at<A>(task, position)};
-    found.mass = row(is_dense(task), saved::kMass);
-    found.second = row(task.labels || task.statistics, task.labels ? saved::kLabelLseLost : saved::kEntropy);
+    found.mass = row(is_dense(task.form), saved::kMass);
+    found.second = row(task.labels || task.statistics, task.labels ? saved::kLabelLogSum : saved::kEntropy);
     return found;
   }
 };
@@ -317,7 +324,7 @@ struct Gradient<TargetKind::kGeneral, A> {
       const A power = exp2_fast(fused(x[j], slope, -reference));
       p[j] = power * to_softmax;
       dx[j] = fused(power, to_total, -(dense * terms.a[j]));
-      careful[j] = terms.class_of(j) == label || (p[j] > A(0.5) && is_dense(task));
+      careful[j] = terms.class_of(j) == label || (p[j] > A(0.5) && is_dense(task.form));
       any_careful |= careful[j];
     }
     if (entropy != A(0)) {
@@ -366,7 +373,7 @@ struct Gradient<TargetKind::kGeneral, A> {
   template <int N>
   XENT_DEVICE void of_classes(const Task& task, int64_t grad_target, int64_t label, const A (&x)[N],
                               const Terms<A, N>& terms, A (&dx)[N]) const {
-    if (task.grad_target && is_dense(task)) {
+    if (task.grad_target && is_dense(task.form)) {
 #pragma unroll 1
       for (int j = 0; j < N; ++j) {
         write_target(task, grad_target, terms.class_of(j), pick(x, j), pick(terms.a, j), pick(terms.log, j));

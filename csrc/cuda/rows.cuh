@@ -238,7 +238,7 @@ struct Coefficients<T, TargetKind::kGeneral> {
   XENT_DEVICE void for_class(int64_t c, A logit, const Use& use) const {
     A x[1] = {logit};
     Terms<A, 1> terms;
-    if (is_dense(task)) target.load(c, terms.a);
+    if (is_dense(task.form)) target.load(c, terms.a);
     finish(c, x, terms);
     use(x, terms);
   }
@@ -249,7 +249,7 @@ struct Coefficients<T, TargetKind::kGeneral> {
       A x[kPerPart<T>];
       Terms<A, kPerPart<T>> terms;
       widen_part<T>(raw, begin, x);
-      if (is_dense(task)) target.load_part(c, begin, terms.a);
+      if (is_dense(task.form)) target.load_part(c, begin, terms.a);
       finish(c + begin, x, terms);
       use(x, terms, begin);
     }

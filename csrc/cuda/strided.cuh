@@ -22,7 +22,7 @@ struct ElementsOfTarget {
       : task(task), offset(offset_of(task, task.target, position)), dense(task, position) {}
 
   XENT_DEVICE A element(int64_t c) const {
-    if (kGeneral ? !is_dense(task) : kind != TargetKind::kSoft) return A(0);
+    if (kGeneral ? !is_dense(task.form) : kind != TargetKind::kSoft) return A(0);
     return read_number<A>(task.target, offset + c * task.target.class_stride);
   }
 
