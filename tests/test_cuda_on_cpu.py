@@ -428,10 +428,12 @@ def test_bad_classes_of_pairs_and_labels(kernels: ModuleType, shape: tuple[int, 
     indices[1, 2] = shape[1] + 5
     labels = torch.zeros(positions, dtype=torch.long)
     labels[1] = -7
-    for bad, loss in [
-        (shape[1] + 5, ext.sparse_cross_entropy(logits, indices, torch.ones(indices.shape), reduction="none")),
-        (-7, ext.distillation_loss(logits, logits.detach() + 1, labels, alpha=0.5, reduction="none")),
+    probs, teacher = torch.ones(indices.shape), logits.detach() + 1
+    for bad, make_loss in [
+        (shape[1] + 5, lambda: ext.sparse_cross_entropy(logits, indices, probs, reduction="none")),
+        (-7, lambda: ext.distillation_loss(logits, teacher, labels, alpha=0.5, reduction="none")),
     ]:
+        loss = make_loss()
         with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
             kernels.check_errors()
         assert loss.isnan().equal(torch.arange(shape[0]).eq(1).view(-1, *[1] * (loss.dim() - 1)).expand(loss.shape))

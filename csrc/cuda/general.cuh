@@ -63,6 +63,7 @@ XENT_DEVICE A read_logit(const Task& task, const T* logits, int64_t c) {
 // d x / d logit.
 template <class A>
 XENT_DEVICE A slope_of(const Task& task, A x) {
+  if (numbers<A>(task).softcap == A(0)) return numbers<A>(task).logit_scale;
   const A tanh = x * numbers<A>(task).inverse_softcap;
   return numbers<A>(task).logit_scale * (A(1) - tanh * tanh);
 }
@@ -88,8 +89,9 @@ struct DenseTarget {
       a = exp2_fast(log_q * kLog2E<A>);
       if (task.kl) log_a = log_q;
     } else {
-      a = class_weight<A>(task, c) * (task.form == Form::kProbabilities ? numbers<A>(task).keep * element + numbers<A>(task).share
-                                                                          : numbers<A>(task).share);
+      a = class_weight<A>(task, c) * (task.form == Form::kProbabilities
+                                          ? numbers<A>(task).keep * element + numbers<A>(task).share
+                                          : numbers<A>(task).share);
     }
   }
 };
@@ -143,7 +145,8 @@ XENT_DEVICE void add_pairs(const Task& task, int64_t position, const T* logits, 
     if (label < 0) continue;
     const A x[1] = {read_logit<TargetKind::kGeneral, T, A>(task, logits, label)};
     statistics.raise(x[0]);  // it is counted by whoever has the class
-    statistics.add_terms(x, Terms<A, 1>{{numbers<A>(task).keep * class_weight<A>(task, label) * pairs.prob(j)}, {A(0)}, label, 1});
+    statistics.add_terms(
+        x, Terms<A, 1>{{numbers<A>(task).keep * class_weight<A>(task, label) * pairs.prob(j)}, {A(0)}, label, 1});
   }
 }
 
@@ -176,7 +179,8 @@ XENT_DEVICE A target_log_prob(const Task& task, int64_t position, const T* logit
   for (int64_t j = 0; j < task.pairs; ++j) {
     const int64_t label = pairs.label(j);
     if (label < 0) continue;
-    sum += scaled_loss(pairs.prob(j), (read_logit<TargetKind::kGeneral, T, A>(task, logits, label) - found.max) - found.log_sum);
+    sum += scaled_loss(pairs.prob(j),
+                       (read_logit<TargetKind::kGeneral, T, A>(task, logits, label) - found.max) - found.log_sum);
   }
   return sum;
 }
@@ -249,11 +253,11 @@ struct SavedOf<TargetKind::kGeneral> {
 template <class A>
 struct Gradient<TargetKind::kGeneral, A> {
   A max, log_sum;
-  A slope, reference, to_softmax;  // as for every kind: softmax = 2^(x slope - reference) to_softmax
-  A scale, of_log_prob;            // of the loss and of target_log_prob
-  A dense, mass, hits, rest;       // D, A, the sum of what is hit, and R
-  A entropy;                       // E
-  A to_total;                      // times a power: what multiplies the softmax
+  A slope, reference, to_softmax;                   // as for every kind: softmax = 2^(x slope - reference) to_softmax
+  A scale, of_log_prob;                             // of the loss and of target_log_prob
+  A dense, mass, hits, rest;                        // D, A, the sum of what is hit, and R
+  A entropy;                                        // E
+  A to_total;                                       // times a power: what multiplies the softmax
   A labels, label_slope, label_log_sum, to_labels;  // softmax at temperature 1 = 2^((x - max) label_slope - ...)
   A teacher_loss;
 
@@ -286,9 +290,7 @@ struct Gradient<TargetKind::kGeneral, A> {
         dense -= of_log_prob;
         mass = found.mass;
         break;
-      default:
-        dense *= A(task.teacher_scale);
-        mass = A(1);
+      default: dense *= A(task.teacher_scale); mass = A(1);
     }
     to_total = (hits + fused(dense, mass, rest)) * to_softmax;
 

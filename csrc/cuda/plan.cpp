@@ -190,8 +190,12 @@ Plan plan_strided(Task& task, const Device& device) {
 
 template <class A>
 void convert_numbers(const Task& task, Task::Numbers<A>& numbers) {
-  numbers = {A(task.keep),    A(task.share), A(task.logit_scale),
-             A(task.softcap), A(task.softcap == 0 ? 0 : 1 / task.softcap), A(task.temperature)};
+  numbers = {A(task.keep),
+             A(task.share),
+             A(task.logit_scale),
+             A(task.softcap),
+             A(task.softcap == 0 ? 0 : 1 / task.softcap),
+             A(task.temperature)};
 }
 
 }  // namespace

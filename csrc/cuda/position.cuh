@@ -260,11 +260,11 @@ struct ToSoftmax {
 // are KnownMaximum's, so a forward that has them at hand makes the same gradient as a backward, to the bit.
 template <TargetKind kind, class A>
 struct Gradient {
-  A max, log_sum, total, scale;     // total: A, and what z_loss adds; scale: g
-  A slope, reference;               // 2^(x slope - reference)
-  A to_softmax, to_total;           // times a power: softmax, A softmax
-  A to_scaled;                      // and g A softmax
-  A hit, rest, smoothed;            // of an index target's own class: total = hit + rest
+  A max, log_sum, total, scale;  // total: A, and what z_loss adds; scale: g
+  A slope, reference;            // 2^(x slope - reference)
+  A to_softmax, to_total;        // times a power: softmax, A softmax
+  A to_scaled;                   // and g A softmax
+  A hit, rest, smoothed;         // of an index target's own class: total = hit + rest
 
   XENT_DEVICE void set(const Task& task, int64_t, int64_t label, const Found<A>& found, A grad_output) {
     const auto softmax = ToSoftmax<A>::of(found.max, found.log_sum);

@@ -89,7 +89,7 @@ struct Members {
 // One block's part of a row: its vectors in global memory, and each thread's copies of its own.
 template <class T, Team team, bool kCopied, bool kLongUse>
 struct Slice {
-  static constexpr int kStages = 4;                  // of copies
+  static constexpr int kStages = 4;                                 // of copies
   static constexpr int kTogether = kCopied ? 1 : kLongUse ? 2 : 4;  // loads under way at a time, without copies
   static constexpr int kThreads = Members<team>::kThreads;
 
@@ -232,8 +232,8 @@ struct Coefficients<T, TargetKind::kGeneral> {
   XENT_DEVICE Coefficients(const Task& task, int64_t position, const T* row)
       : task(task), dense(task, position), target(task, position, row) {}
 
-  // Calls use(logits as the loss is of them, their terms) for one class, or use(..., begin) for each part of a vector of
-  // neighbours from class c on.
+  // Calls use(logits as the loss is of them, their terms) for one class, or use(..., begin) for each part of a vector
+  // of neighbours from class c on.
   template <class Use>
   XENT_DEVICE void for_class(int64_t c, A logit, const Use& use) const {
     A x[1] = {logit};

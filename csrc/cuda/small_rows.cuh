@@ -138,8 +138,7 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
 
       Found<A> found;
       Gradient<kind, A> gradient;
-      const A grad_output =
-          backward ? scale_of_all * grad_output_of<A>(task, position) : A(0);
+      const A grad_output = backward ? scale_of_all * grad_output_of<A>(task, position) : A(0);
       const int64_t of_label = counts ? label : 0;
       if (forward) {
         A largest = A(-INFINITY);

@@ -269,7 +269,8 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         found[j] = SavedOf<kind>::template at<A>(task, first + j);
-        if (label[j] == kBad && j % slices == y_index) report_bad_target<kind>(task, first + j, target + j * target_stride);
+        if (label[j] == kBad && j % slices == y_index)
+          report_bad_target<kind>(task, first + j, target + j * target_stride);
       }
     }
     if (!backward || !exists) continue;
@@ -286,9 +287,9 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
     for (int j = 0; j < N; ++j) {
       own[j] = 0;
       counts[j] = is_counted(label[j]);
-      gradient[j].set(task, first + j, counts[j] ? label[j] : 0, found[j],
-                      scale_of_all * read_grad_output<A>(task, grad_output + j * task.grad_output.stride[last]) *
-                          sample_weight(j));
+      gradient[j].set(
+          task, first + j, counts[j] ? label[j] : 0, found[j],
+          scale_of_all * read_grad_output<A>(task, grad_output + j * task.grad_output.stride[last]) * sample_weight(j));
       if (kSoft || !counts[j] || label[j] % slices != y_index) continue;
       const T* const from = kCopied ? reinterpret_cast<const T*>(copies + label[j] / slices * kNextCopy) + j
                                     : logits + label[j] * class_stride + j * task.logits.stride[last];
