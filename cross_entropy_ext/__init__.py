@@ -11,9 +11,10 @@ prints how this copy was built and checks it against the native loss.
 
 __version__ = "0.1.0"
 
-from ._extension import load
+from ._extension import load, tag_compile_caches
 
 load()  # before anything else imports torch, so that what is missing is said in one sentence
+tag_compile_caches()
 
 from . import functional
 from .functional import CrossEntropyStats
