@@ -19,6 +19,7 @@ from cases import DTYPES, Objective, generator, name_of, place
 from cuda_on_cpu import build
 from oracle import arithmetic_of, assert_as_exact, check, reference
 from test_autograd import *  # noqa: F403
+from test_targets import *  # noqa: F403
 from test_values import *  # noqa: F403
 from test_values import grad_output_for
 from torch import Tensor
@@ -32,6 +33,8 @@ for name in (
     "test_every_instruction_set",
     "test_bits_do_not_depend_on_the_threads",
     "test_core_out_of_range_targets",
+    "test_targets_on_every_instruction_set",
+    "test_targets_do_not_depend_on_the_threads",
 ):
     globals().pop(name, None)
 
