@@ -344,16 +344,17 @@ struct Gradient<TargetKind::kGeneral, A> {
     for (int k = 0; k < N; ++k) {
       if (!pick(careful, k)) continue;
       const bool own = terms.class_of(k) == label;
-      const A exact = of_class(task, pick(x, k), pick(terms.a, k), own ? hits : A(0), own);
+      const A exact = of_class(task, pick(x, k), pick(terms.a, k), own ? hits : A(0), own ? A(0) : hits, own);
 #pragma unroll
       for (int j = 0; j < N; ++j) dx[j] = j == k ? exact : dx[j];
     }
   }
 
-  // Of one class, with `hit` of all that is hit, wherever the softmax is; `is_label`: of labels besides a teacher.
-  XENT_DEVICE A of_class(const Task& task, A x, A a, A hit, bool is_label) const {
+  // Of one class wherever its softmax is: of all that is hit it has `hit`, and others the rest. `is_label`: of labels
+  // besides a teacher.
+  XENT_DEVICE A of_class(const Task& task, A x, A a, A hit, A others, bool is_label) const {
     const A log_p = (x - max) - log_sum;
-    A dx = target_gradient(hit, (hits - hit) + rest, A(0), log_p) + dense * soft_gradient(mass, log_p, a);
+    A dx = target_gradient(hit, others + rest, A(0), log_p) + dense * soft_gradient(mass, log_p, a);
     if (entropy != A(0)) dx += entropy_gradient(entropy, exp2_fast(log_p * kLog2E<A>), log_p);
     if (labels != A(0)) {
       A p, p_minus_one;
@@ -400,12 +401,15 @@ struct Gradient<TargetKind::kGeneral, A> {
                       c < 0 ? A(0) : hit_of(task, c) * ((max - x) + log_sum));
       }
       if (!out || c < 0) continue;
-      A prob = 0;
+      A own = 0, others = 0;  // where there are no others exactly zero, which hits - own would not be
       for (int64_t i = 0; i < task.pairs; ++i) {
-        if (pairs.label(i) == c) prob += pairs.prob(i);
+        const int64_t label = pairs.label(i);
+        if (label < 0) continue;
+        const A hit = hit_of(task, label) * pairs.prob(i);
+        (label == c ? own : others) += hit;
       }
       const A a = class_weight<A>(task, c) * numbers<A>(task).share;
-      out[c * task.grad_logits.class_stride] = narrow<T>(of_class(task, x, a, hit_of(task, c) * prob, false));
+      out[c * task.grad_logits.class_stride] = narrow<T>(of_class(task, x, a, own, others, false));
     }
   }
 };
