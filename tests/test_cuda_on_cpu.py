@@ -19,6 +19,7 @@ from cases import DTYPES, Objective, generator, name_of, place
 from cuda_on_cpu import build
 from oracle import arithmetic_of, assert_as_exact, check, reference
 from test_autograd import *  # noqa: F403
+from test_targets import *  # noqa: F403
 from test_values import *  # noqa: F403
 from test_values import grad_output_for
 from torch import Tensor
@@ -32,6 +33,8 @@ for name in (
     "test_every_instruction_set",
     "test_bits_do_not_depend_on_the_threads",
     "test_core_out_of_range_targets",
+    "test_targets_on_every_instruction_set",
+    "test_targets_do_not_depend_on_the_threads",
 ):
     globals().pop(name, None)
 
@@ -315,6 +318,132 @@ def test_schedules(kernels: ModuleType, order: str, seed: int) -> None:
                 kernels.set_schedule(order, seed)
                 for got, right in zip(loss_and_gradient(objective, logits, reduction), expected, strict=True):
                     assert torch.equal(got, right), (shape, objective.id, reduction)
+
+
+# ---- any target, transformed logits, statistics ------------------------------------------------------------
+
+# Kernels that take everything: of rows, and of any strides.
+GENERAL_DECISIONS = [
+    ("h200", single, (70, 1), None, warp),
+    ("h200", single, (33, 10), None, warp),
+    ("h200", half, (5, 4096), None, warp),
+    ("h200", double, (5, 300), None, warp),
+    ("h200", single, (3, 2049), None, block),
+    ("h200", half, (2, 38000), None, cluster | {"cluster": 2}),
+    ("small", single, (3, 4001), None, reread),
+    ("small-clusters", half, (9, 9001), None, cluster | {"cluster": 4}),
+    ("h200", single, (2, 19, 5, 7), NHWC, warp),
+    ("h200", single, (2, 19, 12, 40), None, strided | {"team": "warp"}),
+    ("h200", single, (2, 2100, 3), None, strided | {"team": "block"}),
+]
+GENERAL = ("indices", "statistics", "pairs", "distillation")
+
+
+def results_of(name: str, logits: Tensor, reduction: str = "mean", dtype: torch.dtype = double) -> list[Tensor]:
+    """A loss with every option that its target has, and all gradients; of the values that `logits` have in `dtype`."""
+    g = generator(name, tuple(logits.shape))
+    shape, positions, k = logits.shape, index_target(logits).shape, 5
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=g, dtype=double)
+
+    leaf = logits.detach().requires_grad_()
+    options = {"reduction": reduction, "sample_weight": numbers(*positions).to(single)}
+    transform = {"z_loss": 0.1, "softcap": 5.0, "logit_scale": 0.7, "label_smoothing": 0.1}
+    weight = numbers(shape[1]).to(dtype).to(logits.dtype)
+    target = torch.randint(shape[1], positions, generator=g)
+    target.view(-1)[1::5] = -100
+    leaves = [leaf]
+    if name == "indices":
+        losses = [ext.cross_entropy(leaf, target, weight, **options, **transform)]
+    elif name == "statistics":
+        stats = ext.cross_entropy_with_stats(leaf, target, weight, **options, **transform)
+        losses = [stats.loss, stats.lse, stats.target_log_prob, stats.entropy]
+    elif name == "pairs":
+        indices = torch.randint(min(shape[1], 7), (shape[0], k, *shape[2:]), generator=g)
+        indices[numbers(*indices.shape) < 0.3] = -100
+        probs = numbers(*indices.shape).to(single).requires_grad_()
+        leaves.append(probs)
+        losses = [ext.sparse_cross_entropy(leaf, indices, probs, weight, **options, **transform)]
+    else:
+        teacher = (numbers(*shape) * 6).to(dtype).to(logits.dtype).requires_grad_()
+        leaves.append(teacher)
+        losses = [ext.distillation_loss(leaf, teacher, target, temperature=2.0, alpha=0.3, **options)]
+    seeds = [numbers(*loss.shape).to(single).to(loss.dtype) for loss in losses]
+    return [loss.detach() for loss in losses] + list(torch.autograd.grad(losses, leaves, seeds))
+
+
+@pytest.mark.parametrize(("device", "dtype", "shape", "order", "plan"), GENERAL_DECISIONS, ids=str)
+def test_launch_decisions_of_general_tasks(kernels: ModuleType, device: str, dtype: torch.dtype, shape, order, plan):
+    """Each kernel against the CPU's own in float64; accuracy is for the tests of values."""
+    kernels.set_device(*DEVICES[device])
+    logits = logits_of(shape, dtype, order)
+    chosen = kernels.plan(logits, index_target(logits), general=True)
+    assert {name: chosen[name] for name in plan} == plan
+    for name in GENERAL:
+        for reduction in ("none", "mean") if logits.numel() < 10_000 else ("mean",):
+            got = results_of(name, logits, reduction, dtype)
+            kernels.uninstall()
+            expected = results_of(name, logits.double(), reduction, dtype)
+            kernels.install()
+            for result, right in zip(got, expected, strict=True):
+                scale = right.abs().max()
+                close = {half: 0.01, single: 1e-5, double: 1e-7}[dtype] * scale  # probabilities are single
+                assert (result - right).abs().max() <= close, (name, reduction)
+
+
+def test_double_arithmetic_of_general_tasks(kernels: ModuleType) -> None:
+    """A float64 teacher of float32 logits: neither is converted, and no kernel of float32 arithmetic is used."""
+    logits, teacher = logits_of((3, 300), single), logits_of((3, 300), double, offset=1)
+    target = torch.tensor([5, -100, 299])
+    got = ext.distillation_loss(logits, teacher, target, temperature=3.0, alpha=0.4)
+    kernels.uninstall()
+    right = ext.distillation_loss(logits.double(), teacher, target, temperature=3.0, alpha=0.4)
+    torch.testing.assert_close(got, right, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("order", "seed"), SCHEDULES[::2])
+def test_schedules_of_general_tasks(kernels: ModuleType, order: str, seed: int) -> None:
+    """Above all the gradients of pairs' classes, which are written over those of all classes."""
+    for device, dtype, shape in [
+        ("one", half, (9, 300)),
+        ("h200", single, (5, 2100)),
+        ("small-clusters", single, (5, 2051)),
+        ("h200", single, (2, 40, 5)),
+        ("h200", single, (1, 2100, 3)),
+    ]:
+        kernels.set_device(*DEVICES[device])
+        logits = logits_of(shape, dtype)
+        for name in GENERAL[1:]:
+            kernels.set_schedule("in_order", 0)
+            expected = results_of(name, logits, "mean", dtype)
+            kernels.set_schedule(order, seed)
+            for got, right in zip(results_of(name, logits, "mean", dtype), expected, strict=True):
+                assert torch.equal(got, right), (shape, name)
+
+
+@pytest.mark.parametrize("shape", [(4, 30), (4, 2100), (2, 30, 2)], ids=str)
+def test_bad_classes_of_pairs_and_labels(kernels: ModuleType, shape: tuple[int, ...]) -> None:
+    """Wherever the class is, among the pairs or besides a teacher: reported, and the others are right."""
+    logits = logits_of(shape, single).requires_grad_()
+    positions = index_target(logits).shape
+    indices = torch.zeros(shape[0], 3, *shape[2:], dtype=torch.long)
+    indices[1, 2] = shape[1] + 5
+    labels = torch.zeros(positions, dtype=torch.long)
+    labels[1] = -7
+    probs, teacher = torch.ones(indices.shape), logits.detach() + 1
+    for bad, make_loss in [
+        (shape[1] + 5, lambda: ext.sparse_cross_entropy(logits, indices, probs, reduction="none")),
+        (-7, lambda: ext.distillation_loss(logits, teacher, labels, alpha=0.5, reduction="none")),
+    ]:
+        loss = make_loss()
+        with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
+            kernels.check_errors()
+        assert loss.isnan().equal(torch.arange(shape[0]).eq(1).view(-1, *[1] * (loss.dim() - 1)).expand(loss.shape))
+        (grad,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+        assert grad.isfinite().all() and not grad[1].any() and grad[0].any()
+        with pytest.raises(IndexError):
+            kernels.check_errors()
 
 
 # ---- without Python: the whole program under sanitizers --------------------------------------------------

@@ -33,14 +33,18 @@ void check_errors() {
 
 namespace {
 
-Task describe_task(const DeviceScope& device, const at::Tensor& logits, const at::Tensor& target,
-                   const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse,
-                   int64_t ignore_index, double label_smoothing) {
+Task describe_task(const DeviceScope& device, const Inputs& inputs, const Options& options,
+                   const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse) {
   Task task;
-  describe(task, logits, target, kernel_weight, arithmetic, lse, ignore_index, label_smoothing);
+  describe(task, inputs, options, kernel_weight, arithmetic, lse);
   task.bad_target = device.bad_target();
   task.bad_targets = device.bad_targets();
   return task;
+}
+
+void merge_dimensions(Task& task) {
+  xent::merge_dimensions(task, {&task.logits, &task.target, &task.sample_weight, &task.probs, &task.labels, &task.loss,
+                                &task.grad_output, &task.grad_logits, &task.grad_target});
 }
 
 // What kernels leave for each other, in one tensor of float64: the sums of the blocks that count the targets, those of
@@ -61,150 +65,164 @@ struct Workspace {
 
 // With class weights, what smoothing makes of their sum is known only on the device.
 void sum_class_weights(Task& task, double* result, const DeviceScope& device) {
-  if (task.kind != TargetKind::kSmoothedIndex || task.weight == nullptr) return;
+  if (task.label_smoothing == 0 || is_dense(task.form) || task.weight == nullptr) return;
   const WeightSum request{task.weight, task.classes, task.arithmetic_in_double,
                           task.label_smoothing / double(task.classes), result};
   check(launch_weight_sum(request, device.stream()), "sum of the class weights");
   task.smoothed_total_on_device = result;
 }
 
+// Leaves the lse of a teacher's logits where the kernels of the loss read it.
+void sum_teacher(const Task& task, const DeviceScope& device) {
+  if (task.form != Form::kTeacher) return;
+  Task teacher = task;
+  describe_teacher(teacher, task);
+  teacher.pass = Pass::kForward;
+  teacher.loss = teacher.grad_logits = View();
+  const Plan how = plan(teacher, device.limits());
+  check(launch_loss(teacher, how, device.stream()), "lse of the teacher");
+}
+
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-ForwardBackwardResult run_forward(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                                  int64_t reduction, int64_t ignore_index, double label_smoothing,
-                                  at::ScalarType loss_dtype, bool empty_is_zero, bool gradient_wanted) {
-  check_forward(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype);
+ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, bool gradient_wanted) {
+  check_forward(inputs, options);
+  const at::Tensor& logits = inputs.logits;
   const DeviceScope device(logits.device());
   raise_bad_target(logits.device());
-  const bool soft = is_soft(logits, target);
-  const auto arithmetic = arithmetic_type(logits, target, weight);
-  const auto weights = weight_for_kernel(weight, arithmetic);
-  const at::Tensor lse = at::empty({soft ? 3 : 2, count_positions(logits)}, logits.options().dtype(arithmetic));
+  const auto arithmetic = arithmetic_type(inputs, options);
+  const auto weights = weight_for_kernel(inputs.weight, arithmetic);
+  const at::Tensor lse = at::empty({saved_rows(inputs.form(options), options.statistics), count_positions(logits)},
+                                   logits.options().dtype(arithmetic));
   const at::Tensor denominator = at::empty({}, logits.options().dtype(at::kDouble));
   const at::Tensor grad_logits = gradient_wanted ? at::empty_like(logits) : at::Tensor();
   at::DimVector shape;
-  if (reduction == kNone) {
+  if (options.reduction == kNone) {
     shape = logits.sizes();
     shape.erase(shape.begin() + class_dim(logits));
   }
-  const at::Tensor loss = at::empty(shape, logits.options().dtype(loss_dtype));
+  const at::Tensor loss = at::empty(shape, logits.options().dtype(*options.loss_dtype));
 
-  Task task = describe_task(device, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
+  const bool mean = options.reduction == kMean;
+  Task task = describe_task(device, inputs, options, weights, arithmetic, lse);
   task.pass = gradient_wanted ? Pass::kForwardBackward : Pass::kForward;
-  task.known_denominator = reduction == kMean ? double(task.positions) : 1;
-  task.empty_is_zero = empty_is_zero;
-  if (reduction == kNone) task.loss = view_of_positions(loss);
+  task.known_denominator = mean ? double(task.positions) : 1;
+  task.empty_is_zero = options.empty_is_zero;
+  if (options.reduction == kNone) task.loss = view_of_positions(loss);
   if (gradient_wanted) task.grad_logits = view_with_classes(grad_logits);
-  merge_dimensions(task, {&task.logits, &task.target, &task.loss, &task.grad_logits});
+  merge_dimensions(task);
   const Plan how = plan(task, device.limits());
 
-  const bool count_first = gradient_wanted && reduction == kMean && !soft;
+  const bool count_first = gradient_wanted && mean && !count_is_known(task);
   const int counting_blocks = count_first ? blocks_to_count(task.positions, device.limits()) : 0;
   const Workspace workspace(logits, counting_blocks, how.shape.blocks);
   sum_class_weights(task, workspace.weight_sum, device);
+  sum_teacher(task, device);
   if (count_first) {
     task.partial_sums = workspace.counted;
     check(launch_count(task, counting_blocks, device.stream()), "count of the targets");
     task.counted = workspace.counted;
     task.counted_blocks = counting_blocks;
   }
-  task.partial_sums = reduction == kNone ? nullptr : workspace.partial;
+  task.partial_sums = options.reduction == kNone ? nullptr : workspace.partial;
   check(launch_loss(task, how, device.stream()), "forward");
 
   Totals totals;
   totals.partial_sums = task.partial_sums;
-  totals.blocks = reduction == kNone ? 0 : int32_t(how.shape.blocks);
+  totals.blocks = options.reduction == kNone ? 0 : int32_t(how.shape.blocks);
   totals.counted = task.counted;
   totals.counted_blocks = task.counted_blocks;
-  totals.mean = reduction == kMean;
-  totals.count_is_known = soft;
+  totals.mean = mean;
+  totals.count_is_known = count_is_known(task);
   totals.known_count = double(task.positions);
-  totals.empty_is_zero = empty_is_zero;
-  if (reduction != kNone) totals.loss = View{data_of(loss), element_type(loss_dtype)};
+  totals.empty_is_zero = options.empty_is_zero;
+  if (options.reduction != kNone) totals.loss = View{data_of(loss), element_type(loss.scalar_type())};
   totals.denominator = denominator.mutable_data_ptr<double>();
   check(launch_finish(totals, device.stream()), "reduction");
   return {loss, lse, denominator, grad_logits};
 }
 
-ForwardResult forward_cuda(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                           int64_t reduction, int64_t ignore_index, double label_smoothing, int64_t loss_dtype,
-                           bool empty_is_zero) {
+ForwardResult forward_cuda(XENT_INPUTS, XENT_OPTIONS) {
   auto [loss, lse, denominator, grad_logits] =
-      run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, at::ScalarType(loss_dtype),
-                  empty_is_zero, false);
+      run_forward({logits, target, weight, companion, sample_weight}, Options::of(integers, numbers), false);
   return {loss, lse, denominator};
 }
 
-ForwardBackwardResult forward_backward_cuda(const at::Tensor& logits, const at::Tensor& target,
-                                            const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
-                                            double label_smoothing, int64_t loss_dtype, bool empty_is_zero) {
-  TORCH_CHECK(reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
-  return run_forward(logits, target, weight, reduction, ignore_index, label_smoothing, at::ScalarType(loss_dtype),
-                     empty_is_zero, true);
+ForwardBackwardResult forward_backward_cuda(XENT_INPUTS, XENT_OPTIONS) {
+  const Options options = Options::of(integers, numbers);
+  TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
+  return run_forward({logits, target, weight, companion, sample_weight}, options, true);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
 // Writes whichever gradient is defined. `made_for_one`: grad_logits holds the one for a grad_output of one.
-void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const at::Tensor& grad_output,
-                   const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
-                   const at::Tensor& lse, const at::Tensor& denominator, int64_t reduction, int64_t ignore_index,
-                   double label_smoothing, bool made_for_one) {
-  check_backward(grad_output, logits, target, weight, lse, reduction, ignore_index, label_smoothing,
-                 grad_target.defined());
+void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const Gradients& gradients,
+                   const Inputs& inputs, const Options& options, bool made_for_one) {
+  check_backward(gradients, inputs, options, grad_target.defined());
+  const at::Tensor &logits = inputs.logits, &grad_output = gradients.grad_output;
   const DeviceScope device(logits.device());
   raise_bad_target(logits.device());
   if (logits.numel() == 0 || (!grad_logits.defined() && !grad_target.defined())) return;
   if (grad_logits.defined()) grad_logits.mutable_data_ptr();  // no lazy copy shares it from here on
-  const auto arithmetic = arithmetic_type(logits, target, weight);
-  const auto weights = weight_for_kernel(weight, arithmetic);
-  Task task = describe_task(device, logits, target, weights, arithmetic, lse, ignore_index, label_smoothing);
+  const auto arithmetic = arithmetic_type(inputs, options);
+  const auto weights = weight_for_kernel(inputs.weight, arithmetic);
+  Task task = describe_task(device, inputs, options, weights, arithmetic, gradients.lse);
   task.pass = Pass::kBackward;
+  if (has_value(gradients.grad_statistics)) {
+    task.grad_statistics = data_of(*gradients.grad_statistics);
+    made_for_one = false;
+  }
   task.made_for_one = made_for_one;
-  task.made_for_mean = made_for_one && reduction == kMean;
-  task.denominator = denominator.const_data_ptr<double>();
-  task.grad_output = reduction == kNone ? view_of_positions(grad_output)
-                                        : View{data_of(grad_output), element_type(grad_output.scalar_type())};
+  task.made_for_mean = made_for_one && options.reduction == kMean;
+  task.denominator = gradients.denominator.const_data_ptr<double>();
+  task.grad_output = options.reduction == kNone ? view_of_positions(grad_output)
+                                                : View{data_of(grad_output), element_type(grad_output.scalar_type())};
   if (grad_logits.defined()) task.grad_logits = view_with_classes(grad_logits);
   if (grad_target.defined()) task.grad_target = view_with_classes(grad_target);
-  merge_dimensions(task, {&task.logits, &task.target, &task.grad_output, &task.grad_logits, &task.grad_target});
+  merge_dimensions(task);
   const Plan how = plan(task, device.limits());
   const Workspace workspace(logits, 0, 0);
   sum_class_weights(task, workspace.weight_sum, device);
   check(launch_loss(task, how, device.stream()), "backward");
 }
 
+at::Tensor gradient_of(const at::Tensor& tensor, bool wanted) { return wanted ? at::empty_like(tensor) : at::Tensor(); }
+
 at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
   return gradient.defined() ? gradient : at::empty({0}, like.options());
 }
 
-BackwardResult backward_cuda(const at::Tensor& grad_output, const at::Tensor& logits, const at::Tensor& target,
-                             const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
-                             int64_t reduction, int64_t ignore_index, double label_smoothing,
-                             std::array<bool, 2> wanted) {
-  const at::Tensor grad_logits = wanted[0] ? at::empty_like(logits) : at::Tensor();
-  const at::Tensor grad_target = wanted[1] ? at::empty_like(target) : at::Tensor();
-  backward_into(grad_logits, grad_target, grad_output, logits, target, weight, lse, denominator, reduction,
-                ignore_index, label_smoothing, false);
-  return {or_empty(grad_logits, logits), or_empty(grad_target, target)};
+BackwardResult backward_cuda(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
+  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Options options = Options::of(integers, numbers);
+  const at::Tensor& of_target = inputs.probabilities(options);
+  const at::Tensor grad_logits = gradient_of(logits, wanted[0]), grad_target = gradient_of(of_target, wanted[1]);
+  backward_into(grad_logits, grad_target, {grad_output, grad_statistics, lse, denominator}, inputs, options, false);
+  return {or_empty(grad_logits, logits), or_empty(grad_target, of_target)};
 }
 
-at::Tensor backward_cuda_(const at::Tensor& grad_output, at::Tensor& logits, const at::Tensor& target,
-                          const OptionalTensor& weight, const at::Tensor& lse, const at::Tensor& denominator,
-                          int64_t reduction, int64_t ignore_index, double label_smoothing, bool target_wanted) {
-  const at::Tensor grad_target = target_wanted ? at::empty_like(target) : at::Tensor();
-  backward_into(logits, grad_target, grad_output, logits, target, weight, lse, denominator, reduction, ignore_index,
-                label_smoothing, false);
-  return or_empty(grad_target, target);
+at::Tensor backward_cuda_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
+                          bool target_wanted) {
+  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Options options = Options::of(integers, numbers);
+  const at::Tensor& of_target = inputs.probabilities(options);
+  const at::Tensor grad_target = gradient_of(of_target, target_wanted);
+  TORCH_CHECK(inputs.form(options) != Form::kPairs, "cross_entropy_ext::_backward_: not for pairs");
+  backward_into(logits, grad_target, {grad_output, grad_statistics, lse, denominator}, inputs, options, false);
+  return or_empty(grad_target, of_target);
 }
 
-void adapt_gradient_cuda_(const at::Tensor& grad_output, at::Tensor& grad_logits, const at::Tensor& logits,
-                          const at::Tensor& target, const OptionalTensor& weight, const at::Tensor& lse,
-                          const at::Tensor& denominator, int64_t reduction, int64_t ignore_index,
-                          double label_smoothing) {
-  backward_into(grad_logits, {}, grad_output, logits, target, weight, lse, denominator, reduction, ignore_index,
-                label_smoothing, true);
+void adapt_gradient_cuda_(XENT_GRADIENTS, at::Tensor& grad_logits, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS) {
+  backward_into(grad_logits, {}, {grad_output, grad_statistics, lse, denominator},
+                {logits, target, weight, companion, sample_weight}, Options::of(integers, numbers), true);
 }
+
+static_assert(std::is_same_v<decltype(forward_cuda), schema::Forward>);
+static_assert(std::is_same_v<decltype(forward_backward_cuda), schema::ForwardBackward>);
+static_assert(std::is_same_v<decltype(backward_cuda), schema::Backward>);
+static_assert(std::is_same_v<decltype(backward_cuda_), schema::BackwardInplace>);
+static_assert(std::is_same_v<decltype(adapt_gradient_cuda_), schema::AdaptGradient>);
 
 }  // namespace
 

@@ -13,19 +13,25 @@ Status launch_kind(const Task& task, const Plan& plan, void* stream) {
 #define XENT_LAUNCH(...) launch<__VA_ARGS__>(plan.shape, stream, task)
   using A = Arithmetic<T>;
   constexpr int N = kPerVector<T>;
+  constexpr bool kPlain = kind != TargetKind::kGeneral;
   switch (plan.family) {
-    case Family::kSmallRows: return XENT_LAUNCH(small_rows<T, kind>);
+    case Family::kSmallRows:
+      if constexpr (kPlain) return XENT_LAUNCH(small_rows<T, kind>);
+      break;
     case Family::kRows:
       if (!plan.copied) return XENT_LAUNCH(rows<T, kind, Team::kBlock, false>);
       if (plan.team == Team::kWarp) return XENT_LAUNCH(rows<T, kind, Team::kWarp, true>);
       if (plan.team == Team::kBlock) return XENT_LAUNCH(rows<T, kind, Team::kBlock, true>);
       return XENT_LAUNCH(rows<T, kind, Team::kCluster, true>);
     case Family::kSpatial:
-      if (!plan.vectors) return XENT_LAUNCH(spatial<T, kind, 1, false>);
-      return plan.copied ? XENT_LAUNCH(spatial<T, kind, N, true>) : XENT_LAUNCH(spatial<T, kind, N, false>);
+      if constexpr (kPlain) {
+        if (!plan.vectors) return XENT_LAUNCH(spatial<T, kind, 1, false>);
+        return plan.copied ? XENT_LAUNCH(spatial<T, kind, N, true>) : XENT_LAUNCH(spatial<T, kind, N, false>);
+      }
+      break;
     case Family::kStrided: break;
   }
-  if constexpr (kind == TargetKind::kSoft && !std::is_same_v<A, double>) {
+  if constexpr ((kind == TargetKind::kSoft || !kPlain) && !std::is_same_v<A, double>) {
     if (task.arithmetic_in_double) {
       return plan.team == Team::kWarp ? XENT_LAUNCH(strided<T, double, kind, Team::kWarp>)
                                       : XENT_LAUNCH(strided<T, double, kind, Team::kBlock>);
@@ -41,7 +47,8 @@ Status launch_loss_of(const Task& task, const Plan& plan, void* stream) {
   switch (task.kind) {
     case TargetKind::kIndex: return launch_kind<T, TargetKind::kIndex>(task, plan, stream);
     case TargetKind::kSmoothedIndex: return launch_kind<T, TargetKind::kSmoothedIndex>(task, plan, stream);
-    default: return launch_kind<T, TargetKind::kSoft>(task, plan, stream);
+    case TargetKind::kSoft: return launch_kind<T, TargetKind::kSoft>(task, plan, stream);
+    default: return launch_kind<T, TargetKind::kGeneral>(task, plan, stream);
   }
 }
 

@@ -188,17 +188,33 @@ Plan plan_strided(Task& task, const Device& device) {
   return plan;
 }
 
+template <class A>
+void convert_numbers(const Task& task, Task::Numbers<A>& numbers) {
+  numbers = {A(task.keep),
+             A(task.share),
+             A(task.logit_scale),
+             A(task.softcap),
+             A(task.softcap == 0 ? 0 : 1 / task.softcap),
+             A(task.temperature)};
+}
+
 }  // namespace
 
 Plan plan(Task& task, const Device& device) {
   task.keep = 1 - task.label_smoothing;
   task.share = task.label_smoothing / double(task.classes);
+  convert_numbers(task, task.in_float);
+  convert_numbers(task, task.in_double);
   if (task.classes == 1) {  // whose stride means nothing
-    for (View* view : {&task.logits, &task.target, &task.grad_logits, &task.grad_target}) view->class_stride = 1;
+    for (View* view : {&task.logits, &task.grad_logits}) view->class_stride = 1;
+    if (task.form != Form::kPairs) task.target.class_stride = task.grad_target.class_stride = 1;
   }
   const bool mixed = task.arithmetic_in_double && task.logits.type != ElementType::kFloat64;
   const bool is_countable = task.classes < INT32_MAX - 4096;  // with a step more, within a kernel's int
   if (mixed || !is_countable) return plan_strided(task, device);
+  if (task.kind == TargetKind::kGeneral) {
+    return is_class_contiguous(task) ? plan_rows(task, device) : plan_strided(task, device);
+  }
   const bool small = task.classes * size_of(task.logits.type) <= kSmallRowBytes;
   if (is_class_contiguous(task)) return small ? plan_small_rows(task, device) : plan_rows(task, device);
   const int last = task.dims - 1;

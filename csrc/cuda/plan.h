@@ -43,6 +43,7 @@ constexpr int block_threads(Team team) { return team == Team::kWarp ? 128 : 256;
 // Blocks of a kernel that fit the registers of a multiprocessor: what the compiler is asked for, and the grid counts
 // on. No more than shared memory has room for, and so few that nothing spills. float64 is not what this is tuned for.
 constexpr int rows_resident(int element_size, TargetKind kind, Team team, bool copied) {
+  if (kind == TargetKind::kGeneral) return (team == Team::kWarp ? 4 : 2) / (element_size == 8 ? 2 : 1);
   if (element_size == 8) return team == Team::kWarp ? 3 : copied ? 2 : 1;
   if (team == Team::kWarp) return kind == TargetKind::kIndex ? 6 : 5;
   return kind == TargetKind::kIndex && copied ? 3 : 2;

@@ -12,6 +12,7 @@ namespace xent::gpu {
 // The offset of a position, in elements.
 XENT_DEVICE int64_t offset_of(const Task& task, const View& view, int64_t position) {
   int64_t offset = 0;
+#pragma unroll 1
   for (int d = task.dims - 1; d > 0; --d) {
     const int64_t outer = position / task.size[d];
     offset += (position - outer * task.size[d]) * view.stride[d];
@@ -23,6 +24,7 @@ XENT_DEVICE int64_t offset_of(const Task& task, const View& view, int64_t positi
 // The offset of the first position of each run along the last dimension.
 XENT_DEVICE int64_t offset_of_run(const Task& task, const View& view, int64_t run) {
   int64_t offset = 0;
+#pragma unroll 1
   for (int d = task.dims - 2; d > 0; --d) {
     const int64_t outer = run / task.size[d];
     offset += (run - outer * task.size[d]) * view.stride[d];
@@ -33,20 +35,24 @@ XENT_DEVICE int64_t offset_of_run(const Task& task, const View& view, int64_t ru
 
 // ---- elements of a type that is known at run time -------------------------------------------------------------------
 
-template <class To>
-XENT_DEVICE To read_element(const View& view, int64_t offset) {
+template <class A>
+XENT_DEVICE A read_number(const View& view, int64_t offset) {
   switch (view.type) {
-    case ElementType::kFloat16: return To(widen<float>(static_cast<const Float16*>(view.data)[offset]));
-    case ElementType::kBFloat16: return To(widen<float>(static_cast<const BFloat16*>(view.data)[offset]));
-    case ElementType::kFloat32: return To(static_cast<const float*>(view.data)[offset]);
-    case ElementType::kFloat64: return To(static_cast<const double*>(view.data)[offset]);
-    case ElementType::kInt8: return To(static_cast<const int8_t*>(view.data)[offset]);
-    case ElementType::kUInt8: return To(static_cast<const uint8_t*>(view.data)[offset]);
-    case ElementType::kInt16: return To(static_cast<const int16_t*>(view.data)[offset]);
-    case ElementType::kInt32: return To(static_cast<const int32_t*>(view.data)[offset]);
-    case ElementType::kInt64: return To(static_cast<const int64_t*>(view.data)[offset]);
+    case ElementType::kFloat16: return A(widen<float>(static_cast<const Float16*>(view.data)[offset]));
+    case ElementType::kBFloat16: return A(widen<float>(static_cast<const BFloat16*>(view.data)[offset]));
+    case ElementType::kFloat32: return A(static_cast<const float*>(view.data)[offset]);
+    default: return A(static_cast<const double*>(view.data)[offset]);
   }
-  return To(0);
+}
+
+XENT_DEVICE int64_t read_class(const View& view, int64_t offset) {
+  switch (view.type) {
+    case ElementType::kInt8: return static_cast<const int8_t*>(view.data)[offset];
+    case ElementType::kUInt8: return static_cast<const uint8_t*>(view.data)[offset];
+    case ElementType::kInt16: return static_cast<const int16_t*>(view.data)[offset];
+    case ElementType::kInt32: return static_cast<const int32_t*>(view.data)[offset];
+    default: return static_cast<const int64_t*>(view.data)[offset];
+  }
 }
 
 template <class From>
@@ -64,23 +70,62 @@ XENT_DEVICE void write_element(const View& view, int64_t offset, From x) {
 // A class, or one of these. Kernels call with fewer than 2^31 classes, or (strided.cuh) take the class as it is.
 constexpr int kIgnored = -1, kBad = -2, kProbabilities = -3;
 
-// What a position's target is.
-template <TargetKind kind>
-XENT_DEVICE int64_t read_label(const Task& task, int64_t offset) {
-  if constexpr (kind == TargetKind::kSoft) return kProbabilities;
-  const int64_t target = read_element<int64_t>(task.target, offset);
+// A class as it is read.
+XENT_DEVICE int64_t checked_class(const Task& task, const View& view, int64_t offset) {
+  const int64_t target = read_class(view, offset);
   if (target == task.ignore_index) return kIgnored;
   return target < 0 || target >= task.classes ? kBad : target;
 }
 
+// Where it is said which positions count: labels that go with a teacher, or the target itself.
+template <TargetKind kind>
+XENT_DEVICE const View& labels_of(const Task& task) {
+  return kind == TargetKind::kGeneral && task.labels ? task.labels : task.target;
+}
+
+// Of k pairs: that they count, that all are to be ignored, or that one is bad. `kLanes`: 1, or as many threads as ask
+// for the same position together.
+template <int kLanes>
+XENT_DEVICE int64_t label_of_pairs(const Task& task, int64_t offset) {
+  bool any = false, bad = false;
+  for (int64_t j = kLanes == 1 ? 0 : int(threadIdx.x) % kLanes; j < task.pairs; j += kLanes) {
+    const int64_t label = checked_class(task, task.target, offset + j * task.target.class_stride);
+    any |= label >= 0;
+    bad |= label == kBad;
+  }
+  if constexpr (kLanes > 1) {
+    static_assert(kLanes == kWarp);
+    any = __any_sync(0xffffffffu, any);
+    bad = __any_sync(0xffffffffu, bad);
+  }
+  return bad ? kBad : any ? kProbabilities : kIgnored;
+}
+
+// What a position's target is. `offset`: of the position in labels_of(task).
+template <TargetKind kind, int kLanes = 1>
+XENT_DEVICE int64_t read_label(const Task& task, int64_t offset) {
+  if constexpr (kind == TargetKind::kSoft) return kProbabilities;
+  if constexpr (kind == TargetKind::kGeneral) {
+    if (task.form == Form::kPairs) return label_of_pairs<kLanes>(task, offset);
+    if (task.form != Form::kIndices && !task.labels) return kProbabilities;
+  }
+  return checked_class(task, labels_of<kind>(task), offset);
+}
+
 XENT_DEVICE bool is_counted(int64_t label) { return label >= 0 || label == kProbabilities; }
 
-// Tells the host, unless it still has to take an earlier report. `offset`: of the position in the target.
+// Tells the host, unless it still has to take an earlier report. `offset`: of the position in labels_of(task).
+template <TargetKind kind>
 XENT_DEVICE void report_bad_target(const Task& task, int64_t position, int64_t offset) {
   volatile BadTarget* const report = task.bad_target;
   const int32_t earlier = report->taken;
   if (atomicCAS(task.bad_targets, earlier, earlier + 1) != earlier) return;
-  report->value = read_element<int64_t>(task.target, offset);
+  if constexpr (kind == TargetKind::kGeneral) {
+    for (int64_t j = 1; j < task.pairs && checked_class(task, task.target, offset) != kBad; ++j) {
+      offset += task.target.class_stride;
+    }
+  }
+  report->value = read_class(labels_of<kind>(task), offset);
   report->position = position;
   report->classes = task.classes;
   __threadfence_system();
@@ -114,6 +159,16 @@ XENT_DEVICE bool is_uniform(const Task& task) {
 
 // ---- the loss -------------------------------------------------------------------------------------------------------
 
+// The factor of a position, `offset` from the first.
+template <class A>
+XENT_DEVICE A read_sample_weight(const Task& task, int64_t offset) {
+  return task.sample_weight ? read_number<A>(task.sample_weight, offset) : A(1);
+}
+template <class A>
+XENT_DEVICE A sample_weight_of(const Task& task, int64_t position) {
+  return task.sample_weight ? read_number<A>(task.sample_weight, offset_of(task, task.sample_weight, position)) : A(1);
+}
+
 // What the forward finds out about a position: the names are those of Statistics.
 template <class A>
 struct Found {
@@ -125,73 +180,109 @@ struct Found {
   }
 };
 
-// What a position adds to its block's sums, and leaves for the backward. By one thread. `target_offset`, `loss_offset`:
-// of the position in the target and in the losses.
+template <class A>
+XENT_DEVICE A z_loss_of(const Task& task, A lse) {
+  return A(task.z_loss) * lse * lse;
+}
+
+template <class A>
+XENT_DEVICE A* saved_row(const Task& task, int row) {
+  return static_cast<A*>(task.lse) + row * task.positions;
+}
+
+// Where a position's results go, and what they are multiplied by.
+template <class A>
+struct Destination {
+  int64_t position, target_offset, loss_offset;  // in labels_of(task) and in the losses
+  A sample_weight;
+
+  static XENT_DEVICE Destination of(const Task& task, int64_t position, int64_t target_offset) {
+    return {position, target_offset, offset_of(task, task.loss, position), sample_weight_of<A>(task, position)};
+  }
+
+  // `weight`: what the position adds to a mean's denominator, but for its own factor.
+  XENT_DEVICE void add(const Task& task, A loss, A weight, Sums& sums) const {
+    if (task.loss) {
+      write_element(task.loss, loss_offset, loss * sample_weight);
+    } else {
+      sums.loss += double(loss * sample_weight);
+      sums.weight += double(weight * sample_weight);
+    }
+  }
+};
+
+// What a position adds to its block's sums, and leaves for the backward. By one thread.
 template <TargetKind kind, class A>
-XENT_DEVICE void finish_loss(const Task& task, int64_t position, int64_t target_offset, int64_t loss_offset,
-                             int64_t label, A target_logit, const Found<A>& found, Sums& sums) {
+XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t label, A target_logit,
+                             const Found<A>& found, Sums& sums) {
   const auto [max, log_sum, spread, mass] = found;
   A loss = 0, weight = 0, lse_high = 0, lse_low = 0;
   if (label == kBad) {
     loss = A(NAN);
-    report_bad_target(task, position, target_offset);
+    report_bad_target<kind>(task, to.position, to.target_offset);
   } else if (label != kIgnored) {
     lse_high = max;
     lse_low = log_sum;
     if constexpr (kind == TargetKind::kSoft) {
+      weight = A(1);
       loss = index_loss(A(0), A(1), A(0), spread, mass, log_sum);
     } else {
       weight = class_weight<A>(task, label);
       const A hit = A(task.keep) * weight;
       loss = index_loss(hit, A(kind == TargetKind::kIndex ? 0 : 1), max - target_logit, spread, mass, log_sum);
     }
+    loss += z_loss_of(task, max + log_sum);
   }
-  A* const lse = static_cast<A*>(task.lse);
-  lse[position] = lse_high;
-  lse[task.positions + position] = lse_low;
-  if constexpr (kind == TargetKind::kSoft) lse[2 * task.positions + position] = mass;
-  if (task.loss) {
-    write_element(task.loss, loss_offset, loss);
-  } else {
-    sums.loss += double(loss);
-    sums.weight += double(weight);
-  }
+  saved_row<A>(task, saved::kLse)[to.position] = lse_high;
+  saved_row<A>(task, saved::kLseLost)[to.position] = lse_low;
+  if constexpr (kind == TargetKind::kSoft) saved_row<A>(task, saved::kMass)[to.position] = mass;
+  to.add(task, loss, weight, sums);
 }
 
 // ---- the gradient ---------------------------------------------------------------------------------------------------
+
+// softmax = 2^(x slope - reference) factor.
+template <class A>
+struct ToSoftmax {
+  A slope, reference, factor;
+
+  static XENT_DEVICE ToSoftmax of(A max, A log_sum) {
+    const auto known = KnownMaximum<A>::of(max);
+    // 2^(reference - lse log2(e)), and what rounding loses of the exponent.
+    const A low = rounded_product(log_sum, kLog2E<A>), low_lost = fused(log_sum, kLog2E<A>, -low);
+    A exponent, lost;
+    two_sum(low, known.lost(), exponent, lost);
+    return {known.slope, known.reference, exp2_fast(-exponent) * exp2_fast(-(lost + low_lost))};
+  }
+};
 
 // For a position whose target counts: g (A softmax - a) as a function of the logit and its coefficient. Powers of two
 // are KnownMaximum's, so a forward that has them at hand makes the same gradient as a backward, to the bit.
 template <TargetKind kind, class A>
 struct Gradient {
-  A max, log_sum, total, scale;     // total: A, scale: g
-  A slope, reference;               // 2^(x slope - reference)
-  A to_softmax, to_total;           // times a power: softmax, A softmax
-  A to_scaled;                      // and g A softmax
-  A hit, smoothed_total, smoothed;  // of an index target's own class
+  A max, log_sum, total, scale;  // total: A, and what z_loss adds; scale: g
+  A slope, reference;            // 2^(x slope - reference)
+  A to_softmax, to_total;        // times a power: softmax, A softmax
+  A to_scaled;                   // and g A softmax
+  A hit, rest, smoothed;         // of an index target's own class: total = hit + rest
 
-  XENT_DEVICE void set(const Task& task, int64_t label, const Found<A>& found, A grad_output) {
-    const auto known = KnownMaximum<A>::of(found.max);
+  XENT_DEVICE void set(const Task& task, int64_t, int64_t label, const Found<A>& found, A grad_output) {
+    const auto softmax = ToSoftmax<A>::of(found.max, found.log_sum);
     max = found.max;
     log_sum = found.log_sum;
-    slope = known.slope;
-    reference = known.reference;
-    // 2^(reference - lse log2(e)), and what rounding loses of the exponent.
-    const A low = rounded_product(log_sum, kLog2E<A>), low_lost = fused(log_sum, kLog2E<A>, -low);
-    A exponent, lost;
-    two_sum(low, known.lost(), exponent, lost);
-    to_softmax = exp2_fast(-exponent) * exp2_fast(-(lost + low_lost));
+    slope = softmax.slope;
+    reference = softmax.reference;
+    to_softmax = softmax.factor;
     scale = grad_output;
-    hit = smoothed_total = smoothed = A(0);
-    total = found.mass;
-    if constexpr (kind != TargetKind::kSoft) {
-      hit = A(task.keep) * class_weight<A>(task, label);
-      if constexpr (kind == TargetKind::kSmoothedIndex) {
-        smoothed_total = gpu::smoothed_total<A>(task);
-        smoothed = coefficient<kind>(task, label, A(0));
-      }
-      total = hit + smoothed_total;
+    hit = smoothed = A(0);
+    rest = A(2 * task.z_loss) * (max + log_sum);
+    if constexpr (kind == TargetKind::kSoft) rest += found.mass;
+    if constexpr (kind == TargetKind::kSmoothedIndex) {
+      rest += smoothed_total<A>(task);
+      smoothed = coefficient<kind>(task, label, A(0));
     }
+    if constexpr (kind != TargetKind::kSoft) hit = A(task.keep) * class_weight<A>(task, label);
+    total = hit + rest;
     to_total = total * to_softmax;
     to_scaled = scale * to_total;
   }
@@ -207,7 +298,7 @@ struct Gradient {
   XENT_DEVICE A from_logit(A x, A a) const { return scale * soft_gradient(total, (x - max) - log_sum, a); }
 
   // An index target's own class.
-  XENT_DEVICE A own(A x) const { return scale * target_gradient(hit, smoothed_total, smoothed, (x - max) - log_sum); }
+  XENT_DEVICE A own(A x) const { return scale * target_gradient(hit, rest, smoothed, (x - max) - log_sum); }
 
   // The gradient of a probability, but for (1 - e) w.
   XENT_DEVICE A of_probability(A x) const { return scale * ((max - x) + log_sum); }
@@ -235,16 +326,23 @@ XENT_DEVICE void gradients(const Task& task, const Of& of, const A (&x)[N], cons
 }
 
 // What the forward left for a position.
-template <class A>
-XENT_DEVICE Found<A> saved(const Task& task, int64_t position) {
-  const A* const lse = static_cast<const A*>(task.lse);
-  const A mass = task.kind == TargetKind::kSoft ? lse[2 * task.positions + position] : A(0);
-  return {lse[position], lse[task.positions + position], A(0), mass};
-}
+template <TargetKind kind>
+struct SavedOf {
+  template <class A>
+  static XENT_DEVICE Found<A> at(const Task& task, int64_t position) {
+    const A mass = kind == TargetKind::kSoft ? saved_row<A>(task, saved::kMass)[position] : A(0);
+    return {saved_row<A>(task, saved::kLse)[position], saved_row<A>(task, saved::kLseLost)[position], A(0), mass};
+  }
+};
 
 template <class A>
 XENT_DEVICE A read_grad_output(const Task& task, int64_t offset) {
-  return task.grad_output ? read_element<A>(task.grad_output, offset) : A(1);
+  return task.grad_output ? read_number<A>(task.grad_output, offset) : A(1);
+}
+// And the position's own factor.
+template <class A>
+XENT_DEVICE A grad_output_of(const Task& task, int64_t position) {
+  return read_grad_output<A>(task, offset_of(task, task.grad_output, position)) * sample_weight_of<A>(task, position);
 }
 
 // d loss / d q_c, for a target that is to have a gradient.

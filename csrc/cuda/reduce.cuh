@@ -32,7 +32,7 @@ XENT_DEVICE Sums sum_of_blocks(const Sums* partial_sums, int count) {
 // Whether the gradient that the forward made is right as it is. Where nothing was counted it had to guess what the loss
 // would be divided by.
 XENT_DEVICE bool nothing_to_do(const Task& task) {
-  if (!task.made_for_one || read_element<double>(task.grad_output, 0) != 1) return false;
+  if (!task.made_for_one || read_number<double>(task.grad_output, 0) != 1) return false;
   return !task.made_for_mean || (*task.denominator != 0 && *task.denominator != 1);
 }
 
@@ -54,14 +54,17 @@ XENT_DEVICE void leave_sums(const Task& task, Sums sums) {
 
 // ---- before the loss: what a mean divides by, for a gradient that is made together with it --------------------------
 
-// The weights of the targets that count. Reads one index for each position.
+// The weights of the targets that count. Reads what each position's target says of that, and nothing else.
 template <class A>
 __global__ void __launch_bounds__(kReduceThreads) count_targets(const __grid_constant__ Task task) {
+  constexpr TargetKind kind = TargetKind::kGeneral;  // any
   Sums sums{0, 0};
   const int64_t step = int64_t(gridDim.x) * kReduceThreads;
   for (int64_t p = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x; p < task.positions; p += step) {
-    const int64_t label = read_label<TargetKind::kIndex>(task, offset_of(task, task.target, p));
-    if (is_counted(label)) sums.weight += double(class_weight<A>(task, label));
+    const int64_t label = read_label<kind>(task, offset_of(task, labels_of<kind>(task), p));
+    if (!is_counted(label)) continue;
+    const A weight = task.form == Form::kIndices ? class_weight<A>(task, label) : A(1);
+    sums.weight += double(weight * sample_weight_of<A>(task, p));
   }
   leave_sums(task, sums);
 }

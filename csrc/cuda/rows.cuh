@@ -21,7 +21,7 @@
 // than 2 x 16 bytes) are taken one by one, each by a thread of its own, in a register.
 #pragma once
 
-#include "position.cuh"
+#include "general.cuh"
 #include "reduce.cuh"
 #include "vector.cuh"
 
@@ -53,21 +53,31 @@ struct Members {
 
   XENT_DEVICE bool leads() const { return rank == 0 && thread == 0; }
 
+  // Of all that share a row.
+  XENT_DEVICE int64_t index() const { return int64_t(rank) * kThreads + thread; }
+  XENT_DEVICE int64_t count() const { return int64_t(blocks) * kThreads; }
+
+  XENT_DEVICE void barrier() const {
+    if constexpr (team == Team::kWarp) {
+      __syncwarp();
+    } else if constexpr (team == Team::kBlock) {
+      __syncthreads();
+    } else {
+      cluster_barrier();
+    }
+  }
+
   // The statistics of all members, for each of them. `exchange` has two halves, taken in turn: a warp may be one
   // barrier ahead of another that still reads.
   template <class S>
-  XENT_DEVICE void join(S& statistics, S* exchange, int64_t round) const {
+  XENT_DEVICE void join(const Task& task, S& statistics, S* exchange, int64_t round) const {
     join_lanes(statistics, kWarp);
     if constexpr (team != Team::kWarp) {
       S* const mine = exchange + (round % 2) * kWarps;
       const int lane = thread % kWarp;
       if (lane == 0) mine[thread / kWarp] = statistics;
-      if constexpr (team == Team::kCluster) {
-        cluster_barrier();
-      } else {
-        __syncthreads();
-      }
-      statistics = S::of_nothing();
+      barrier();
+      statistics = S::of_nothing(task);
       for (int i = lane; i < blocks * kWarps; i += kWarp) {
         statistics.merge(*in_block(mine + i % kWarps, uint32_t(i / kWarps)));
       }
@@ -77,10 +87,10 @@ struct Members {
 };
 
 // One block's part of a row: its vectors in global memory, and each thread's copies of its own.
-template <class T, Team team, bool kCopied>
+template <class T, Team team, bool kCopied, bool kLongUse>
 struct Slice {
-  static constexpr int kStages = 4;                  // of copies
-  static constexpr int kTogether = kCopied ? 1 : 4;  // loads that are under way at a time where there are no copies
+  static constexpr int kStages = 4;                                 // of copies
+  static constexpr int kTogether = kCopied ? 1 : kLongUse ? 2 : 4;  // loads under way at a time, without copies
   static constexpr int kThreads = Members<team>::kThreads;
 
   const T* row;
@@ -132,6 +142,11 @@ struct Slice {
           raw[k] = load_vector(row + class_of(at));
         }
       }
+      if constexpr (kLongUse) {  // too long to be unrolled
+#pragma unroll 1
+        for (int k = 0; k < kTogether && i + k * kThreads < end; ++k) use(class_of(i + k * kThreads), pick(raw, k));
+        continue;
+      }
 #pragma unroll
       for (int k = 0; k < kTogether; ++k) {
         if (kTogether == 1 || i + k * kThreads < end) use(class_of(i + k * kThreads), raw[k]);
@@ -140,39 +155,61 @@ struct Slice {
   }
 };
 
+// A position's elements of a target of every class.
+template <class T>
+struct TargetRow {
+  using A = Arithmetic<T>;
+  const Task& task;
+  int64_t offset;
+  const T* twin = nullptr;  // where they lie as the logits do: read as vectors
+
+  XENT_DEVICE TargetRow(const Task& task, int64_t position, const T* row)
+      : task(task), offset(offset_of(task, task.target, position)) {
+    const T* const start = static_cast<const T*>(task.target.data) + offset;
+    const bool alike = task.target.type == task.logits.type && task.target.class_stride == 1;
+    if (alike && phase_of(start) == phase_of(row)) twin = start;
+  }
+
+  // Of N classes from c on: one, or a vector of the logits.
+  template <int N>
+  XENT_DEVICE void load(int64_t c, A (&q)[N]) const {
+    if constexpr (N == kPerVector<T>) {
+      if (twin) return widen_vector<T>(load_vector(twin + c), q);
+    }
+#pragma unroll
+    for (int j = 0; j < N; ++j) q[j] = read_number<A>(task.target, offset + (c + j) * task.target.class_stride);
+  }
+  XENT_DEVICE void load_part(int64_t c, int begin, A (&q)[kPerPart<T>]) const {
+    if (twin) return widen_part<T>(load_vector(twin + c), begin, q);
+#pragma unroll
+    for (int j = 0; j < kPerPart<T>; ++j) {
+      q[j] = read_number<A>(task.target, offset + (c + begin + j) * task.target.class_stride);
+    }
+  }
+};
+
 // The coefficients of a position's classes, a vector of neighbours at a time.
 template <class T, TargetKind kind>
 struct Coefficients {
   using A = Arithmetic<T>;
+  struct Nothing {
+    XENT_DEVICE Nothing(const Task&, int64_t, const T*) {}
+  };
   const Task& task;
-  int64_t offset = 0;       // of the position's probabilities
-  const T* twin = nullptr;  // those, where they lie as the logits do: read as vectors
+  std::conditional_t<kind == TargetKind::kSoft, TargetRow<T>, Nothing> target;
 
-  XENT_DEVICE Coefficients(const Task& task, int64_t position, const T* row) : task(task) {
-    if constexpr (kind == TargetKind::kSoft) {
-      offset = offset_of(task, task.target, position);
-      const T* const start = static_cast<const T*>(task.target.data) + offset;
-      const bool alike = task.target.type == task.logits.type && task.target.class_stride == 1;
-      if (alike && phase_of(start) == phase_of(row)) twin = start;
-    }
-  }
+  XENT_DEVICE Coefficients(const Task& task, int64_t position, const T* row)
+      : task(task), target(task, position, row) {}
 
   XENT_DEVICE A at(int64_t c) const {
-    A q = 0;
-    if constexpr (kind == TargetKind::kSoft) q = read_element<A>(task.target, offset + c * task.target.class_stride);
-    return coefficient<kind>(task, c, q);
+    A q[1] = {A(0)};
+    if constexpr (kind == TargetKind::kSoft) target.load(c, q);
+    return coefficient<kind>(task, c, q[0]);
   }
 
   XENT_DEVICE void of_vector(int64_t c, A (&a)[kPerVector<T>]) const {
     if constexpr (kind == TargetKind::kSoft) {
-      if (twin) {
-        widen_vector<T>(load_vector(twin + c), a);
-      } else {
-#pragma unroll
-        for (int j = 0; j < kPerVector<T>; ++j) {
-          a[j] = read_element<A>(task.target, offset + (c + j) * task.target.class_stride);
-        }
-      }
+      target.load(c, a);
 #pragma unroll
       for (int j = 0; j < kPerVector<T>; ++j) a[j] = A(task.keep) * a[j] + A(task.share);
     } else {
@@ -185,12 +222,62 @@ struct Coefficients {
   }
 };
 
+template <class T>
+struct Coefficients<T, TargetKind::kGeneral> {
+  using A = Arithmetic<T>;
+  const Task& task;
+  DenseTarget<A> dense;
+  TargetRow<T> target;
+
+  XENT_DEVICE Coefficients(const Task& task, int64_t position, const T* row)
+      : task(task), dense(task, position), target(task, position, row) {}
+
+  // Calls use(logits as the loss is of them, their terms) for one class, or use(..., begin) for each part of a vector
+  // of neighbours from class c on.
+  template <class Use>
+  XENT_DEVICE void for_class(int64_t c, A logit, const Use& use) const {
+    A x[1] = {logit};
+    Terms<A, 1> terms;
+    if (is_dense(task.form)) target.load(c, terms.a);
+    finish(c, x, terms);
+    use(x, terms);
+  }
+  template <class Use>
+  XENT_DEVICE void for_parts(int64_t c, uint4 raw, const Use& use) const {
+#pragma unroll 1
+    for (int begin = 0; begin < kPerVector<T>; begin += kPerPart<T>) {
+      A x[kPerPart<T>];
+      Terms<A, kPerPart<T>> terms;
+      widen_part<T>(raw, begin, x);
+      if (is_dense(task.form)) target.load_part(c, begin, terms.a);
+      finish(c + begin, x, terms);
+      use(x, terms, begin);
+    }
+  }
+
+  // From the elements of a dense target, where there is one.
+  template <int N>
+  XENT_DEVICE void finish(int64_t c, A (&x)[N], Terms<A, N>& terms) const {
+    terms.first = c;
+    terms.step = 1;
+    const bool any = has_coefficients<A>(task);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (any) {
+        dense.set(task, c + j, terms.a[j], terms.a[j], terms.log[j]);
+      } else {
+        terms.a[j] = terms.log[j] = A(0);
+      }
+    }
+    transform<TargetKind::kGeneral>(task, x);
+  }
+};
+
 // The gradient of a position that has none: ignored, or with a target that is no class.
 template <class T, Team team>
 XENT_DEVICE void write_zeros(T* out, int64_t classes, const Members<team>& members) {
   const Vectors shape = Vectors::of(out, classes);
-  const int64_t step = int64_t(members.blocks) * members.kThreads;
-  for (int64_t i = members.rank * members.kThreads + members.thread; i < shape.vectors; i += step) {
+  for (int64_t i = members.index(); i < shape.vectors; i += members.count()) {
     stream_vector(out + shape.head + i * kPerVector<T>, {0, 0, 0, 0});
   }
   if (members.rank == 0 && members.thread < shape.edges) out[shape.edge(members.thread)] = T{};
@@ -200,9 +287,10 @@ template <class T, TargetKind kind, Team team, bool kCopied>
 __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), kind, team, kCopied))
     rows(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
-  using S = Statistics<A, kind != TargetKind::kIndex, !kCopied>;
-  using RowSlice = Slice<T, team, kCopied>;
+  using S = StatisticsOf<kind, A, !kCopied>;
+  using RowSlice = Slice<T, team, kCopied, kind == TargetKind::kGeneral>;
   constexpr int N = kPerVector<T>;
+  constexpr bool kGeneral = kind == TargetKind::kGeneral;
   if (nothing_to_do(task)) return;
 
   XENT_DYNAMIC_SHARED(shared);
@@ -216,14 +304,14 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
 
   // Whether a row is copied depends on its label, which is therefore read one row ahead.
   const auto label_at = [&](int64_t position) {
-    return position < task.positions ? read_label<kind>(task, offset_of(task, task.target, position))
+    return position < task.positions ? read_label<kind, kWarp>(task, offset_of(task, labels_of<kind>(task), position))
                                      : int64_t(kIgnored);
   };
   int64_t label, next_label = label_at(members.first);
 
   for (int64_t position = members.first; position < task.positions; position += members.step, ++round) {
     const T* const row = static_cast<const T*>(task.logits.data) + offset_of(task, task.logits, position);
-    const int64_t target = offset_of(task, task.target, position);
+    const int64_t target = offset_of(task, labels_of<kind>(task), position);
     label = next_label;
     const bool counts = is_counted(label);
     const Coefficients<T, kind> coefficients(task, position, row);
@@ -236,36 +324,47 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     next_label = label_at(position + members.step);
     if (has_edge) {
       edge_logit[0] = widen<A>(row[edge]);
-      edge_coefficient[0] = coefficients.at(edge);
+      if constexpr (!kGeneral) edge_coefficient[0] = coefficients.at(edge);
     }
 
-    S statistics = S::of_nothing();
-    Found<A> found;
+    S statistics = S::of_nothing(task);
+    const auto add_general = [&](const auto& x, const auto& terms, int = 0) { add_logits(task, x, terms, statistics); };
+    FoundOf<kind, A> found;
     if (forward) {
-      if (kind != TargetKind::kSoft && counts && members.leads()) target_logit = widen<A>(row[label]);
+      if (label >= 0 && members.leads()) target_logit = read_logit<kind>(task, row, label);
       if (counts) {
         for (int stage = 0; stage < RowSlice::kStages; ++stage) {
           if constexpr (kCopied) slice.wait_for(stage);
           slice.for_each(stage * slice.stage_size, slice.stage_end(stage), members.thread, [&](int64_t c, uint4 raw) {
-            A x[N], a[N];
-            widen_vector<T>(raw, x);
-            if (is_uniform<kind>(task)) return statistics.add(x, A(task.share));
-            coefficients.of_vector(c, a);
-            statistics.add(x, a);
+            if constexpr (kGeneral) {
+              coefficients.for_parts(c, raw, add_general);
+            } else {
+              A x[N];
+              widen_vector<T>(raw, x);
+              if (is_uniform<kind>(task)) return statistics.add(x, A(task.share));
+              A a[N];
+              coefficients.of_vector(c, a);
+              statistics.add(x, a);
+            }
           });
         }
       }
-      if (has_edge) statistics.add(edge_logit, edge_coefficient);
-      members.join(statistics, exchange, round);
-      found = Found<A>::of(statistics);
+      if constexpr (kGeneral) {
+        if (has_edge) coefficients.for_class(edge, edge_logit[0], add_general);
+        if (counts) add_pairs(task, position, row, members.index(), members.count(), statistics);
+      } else {
+        if (has_edge) statistics.add(edge_logit, edge_coefficient);
+      }
+      members.join(task, statistics, exchange, round);
+      found = FoundOf<kind, A>::of(statistics);
       if (members.leads()) {
-        finish_loss<kind>(task, position, target, offset_of(task, task.loss, position), label, target_logit, found,
-                          sums);
+        finish_loss<kind>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
+        if constexpr (kGeneral) finish_statistics(task, position, label, row, target_logit, found);
       }
     } else {
       if constexpr (kCopied) wait_for_copies<0>();
-      found = saved<A>(task, position);
-      if (label == kBad && members.leads()) report_bad_target(task, position, target);
+      found = SavedOf<kind>::template at<A>(task, position);
+      if (label == kBad && members.leads()) report_bad_target<kind>(task, position, target);
     }
     if (!backward) continue;
 
@@ -273,46 +372,72 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
                        ? static_cast<T*>(task.grad_logits.data) + offset_of(task, task.grad_logits, position)
                        : nullptr;
     if (!counts) {
-      write_zeros(out, task.classes, members);
+      if (!kGeneral || out) write_zeros(out, task.classes, members);
+      if (kGeneral) write_target_zeros(task, position, members.index(), members.count());
       continue;
     }
     Gradient<kind, A> gradient;
-    gradient.set(task, label, found,
-                 scale_of_all * read_grad_output<A>(task, offset_of(task, task.grad_output, position)));
+    gradient.set(task, position, label, found, scale_of_all * grad_output_of<A>(task, position));
     const auto gradient_of = [&](int) -> const auto& { return gradient; };
     const bool aligned = phase_of(out) == phase_of(row);
     const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
     slice.for_each(0, slice.count, members.thread, [&](int64_t c, uint4 raw) {
-      A x[N], dx[N];
-      widen_vector<T>(raw, x);
-      if (kind == TargetKind::kSoft && task.grad_target) {
-        for (int j = 0; j < N; ++j) write_probability_gradient(task, grad_target, c + j, gradient.of_probability(x[j]));
-        if (!out) return;
-      }
-      gradients<kind>(task, gradient_of, x, [&](A(&a)[N]) { coefficients.of_vector(c, a); }, dx);
-      if (kind != TargetKind::kSoft && uint64_t(label - c) < uint64_t(N)) {
-        A own = x[0];
+      if constexpr (kGeneral) {
+        uint4 narrowed{0, 0, 0, 0};
+        coefficients.for_parts(c, raw, [&](const auto& x, const auto& terms, int begin) {
+          A dx[kPerPart<T>];
+          gradient.of_classes(task, grad_target, label, x, terms, dx);
+          narrow_part<T>(dx, begin, narrowed);
+          if (!out || aligned) return;
 #pragma unroll
-        for (int j = 1; j < N; ++j) own = label - c == j ? x[j] : own;
-        own = gradient.own(own);
-#pragma unroll
-        for (int j = 0; j < N; ++j) dx[j] = label - c == j ? own : dx[j];
-      }
-      if (aligned) {
-        stream_vector(out + c, narrow_vector<T>(dx));
+          for (int j = 0; j < kPerPart<T>; ++j) out[terms.class_of(j)] = narrow<T>(dx[j]);
+        });
+        if (out && aligned) stream_vector(out + c, narrowed);
       } else {
+        A x[N], dx[N];
+        widen_vector<T>(raw, x);
+        if (kind == TargetKind::kSoft && task.grad_target) {
+          for (int j = 0; j < N; ++j) {
+            write_probability_gradient(task, grad_target, c + j, gradient.of_probability(x[j]));
+          }
+          if (!out) return;
+        }
+        gradients<kind>(task, gradient_of, x, [&](A(&a)[N]) { coefficients.of_vector(c, a); }, dx);
+        if (kind != TargetKind::kSoft && uint64_t(label - c) < uint64_t(N)) {
+          A own = x[0];
 #pragma unroll
-        for (int j = 0; j < N; ++j) out[c + j] = narrow<T>(dx[j]);
+          for (int j = 1; j < N; ++j) own = label - c == j ? x[j] : own;
+          own = gradient.own(own);
+#pragma unroll
+          for (int j = 0; j < N; ++j) dx[j] = label - c == j ? own : dx[j];
+        }
+        if (aligned) {
+          stream_vector(out + c, narrow_vector<T>(dx));
+        } else {
+#pragma unroll
+          for (int j = 0; j < N; ++j) out[c + j] = narrow<T>(dx[j]);
+        }
       }
     });
     if (has_edge) {
       A dx[1];
-      gradients<kind>(task, gradient_of, edge_logit, [&](A(&a)[1]) { a[0] = edge_coefficient[0]; }, dx);
-      if (edge == label) dx[0] = gradient.own(edge_logit[0]);
-      if (task.grad_target) {
-        write_probability_gradient(task, grad_target, edge, gradient.of_probability(edge_logit[0]));
+      if constexpr (kGeneral) {
+        coefficients.for_class(edge, edge_logit[0], [&](const auto& x, const auto& terms) {
+          gradient.of_classes(task, grad_target, label, x, terms, dx);
+        });
+      } else {
+        gradients<kind>(task, gradient_of, edge_logit, [&](A(&a)[1]) { a[0] = edge_coefficient[0]; }, dx);
+        if (edge == label) dx[0] = gradient.own(edge_logit[0]);
+        if (task.grad_target) {
+          write_probability_gradient(task, grad_target, edge, gradient.of_probability(edge_logit[0]));
+        }
       }
       if (out) out[edge] = narrow<T>(dx[0]);
+    }
+    if constexpr (kGeneral) {
+      if (task.form != Form::kPairs) continue;
+      members.barrier();  // whoever has a pair's class has written it
+      gradient.write_pairs(task, position, row, out, members.index(), members.count());
     }
   }
   if constexpr (team == Team::kCluster) cluster_barrier();  // others may still read this block's shared memory

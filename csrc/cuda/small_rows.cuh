@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
       const auto coefficient_of = [&](int k) {
         A q = 0;
         if constexpr (kSoft) {
-          if (k < own) q = read_element<A>(task.target, target + (first_class + k) * task.target.class_stride);
+          if (k < own) q = read_number<A>(task.target, target + (first_class + k) * task.target.class_stride);
         }
         return k < own ? coefficient<kind>(task, first_class + k, q) : A(0);
       };
@@ -138,8 +138,7 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
 
       Found<A> found;
       Gradient<kind, A> gradient;
-      const A grad_output =
-          backward ? scale_of_all * read_grad_output<A>(task, offset_of(task, task.grad_output, position)) : A(0);
+      const A grad_output = backward ? scale_of_all * grad_output_of<A>(task, position) : A(0);
       const int64_t of_label = counts ? label : 0;
       if (forward) {
         A largest = A(-INFINITY);
@@ -160,14 +159,13 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
         found = {known.max, known.log_sum(), known.spread, known.mass};
         if (leads) {
           const A target_logit = counts && !kSoft ? widen<A>(row[label]) : A(0);
-          finish_loss<kind>(task, position, target, offset_of(task, task.loss, position), label, target_logit, found,
-                            sums);
+          finish_loss<kind>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
         }
-        gradient.set(task, of_label, found, grad_output);
+        gradient.set(task, position, of_label, found, grad_output);
       } else {
-        found = saved<A>(task, position);
-        gradient.set(task, of_label, found, grad_output);
-        if (leads && label == kBad) report_bad_target(task, position, target);
+        found = SavedOf<kind>::template at<A>(task, position);
+        gradient.set(task, position, of_label, found, grad_output);
+        if (leads && label == kBad) report_bad_target<kind>(task, position, target);
         if (kSoft && task.grad_target) {
           const int64_t grad_target = offset_of(task, task.grad_target, position);
           for (int k = 0; k < own; ++k) {

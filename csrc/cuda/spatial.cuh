@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
     }
 
     // ---- targets
-    int label[N];
+    int label[N] = {};
     const int64_t target = exists ? place.offset(task, task.target) : 0, target_stride = task.target.stride[last];
     if (exists) {
 #pragma unroll
@@ -140,7 +140,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
           Pack<T, N>::load(static_cast<const T*>(task.target.data) + at, a);
         } else {
 #pragma unroll
-          for (int j = 0; j < N; ++j) a[j] = read_element<A>(task.target, at + j * target_stride);
+          for (int j = 0; j < N; ++j) a[j] = read_number<A>(task.target, at + j * target_stride);
         }
 #pragma unroll
         for (int j = 0; j < N; ++j) a[j] = coefficient<kind>(task, c, a[j]);
@@ -149,6 +149,10 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
 #pragma unroll
         for (int j = 0; j < N; ++j) a[j] = same;
       }
+    };
+    const int64_t weights = exists && task.sample_weight ? place.offset(task, task.sample_weight) : 0;
+    const auto sample_weight = [&](int j) {
+      return read_sample_weight<A>(task, weights + j * task.sample_weight.stride[last]);
     };
     if constexpr (kCopied) wait_for_copies<0>();
 
@@ -211,7 +215,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
       } else {
         S statistics[N];
 #pragma unroll
-        for (int j = 0; j < N; ++j) statistics[j] = S::of_nothing();
+        for (int j = 0; j < N; ++j) statistics[j] = S::of_nothing(task);
         for (int c = y_index; c < own_classes; c += slices * kTogether) {
           A x[kTogether][N], a[kTogether][N];
 #pragma unroll
@@ -257,14 +261,16 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
         if (!kSoft && is_counted(label[j])) {
           target_logit = widen<A>(logits[label[j] * class_stride + j * task.logits.stride[last]]);
         }
-        finish_loss<kind>(task, first + j, target + j * target_stride, loss + j * task.loss.stride[last], label[j],
-                          target_logit, found[j], sums);
+        const Destination<A> to{first + j, target + j * target_stride, loss + j * task.loss.stride[last],
+                                sample_weight(j)};
+        finish_loss<kind>(task, to, label[j], target_logit, found[j], sums);
       }
     } else if (exists) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        found[j] = saved<A>(task, first + j);
-        if (label[j] == kBad && j % slices == y_index) report_bad_target(task, first + j, target + j * target_stride);
+        found[j] = SavedOf<kind>::template at<A>(task, first + j);
+        if (label[j] == kBad && j % slices == y_index)
+          report_bad_target<kind>(task, first + j, target + j * target_stride);
       }
     }
     if (!backward || !exists) continue;
@@ -281,8 +287,9 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
     for (int j = 0; j < N; ++j) {
       own[j] = 0;
       counts[j] = is_counted(label[j]);
-      gradient[j].set(task, counts[j] ? label[j] : 0, found[j],
-                      scale_of_all * read_grad_output<A>(task, grad_output + j * task.grad_output.stride[last]));
+      gradient[j].set(
+          task, first + j, counts[j] ? label[j] : 0, found[j],
+          scale_of_all * read_grad_output<A>(task, grad_output + j * task.grad_output.stride[last]) * sample_weight(j));
       if (kSoft || !counts[j] || label[j] % slices != y_index) continue;
       const T* const from = kCopied ? reinterpret_cast<const T*>(copies + label[j] / slices * kNextCopy) + j
                                     : logits + label[j] * class_stride + j * task.logits.stride[last];

@@ -47,6 +47,15 @@ XENT_DEVICE A tree_sum(A (&terms)[N]) {
   return terms[0];
 }
 
+// x[j] of an array in registers, which have no addresses: for loops that would be too long unrolled.
+template <int N, class A>
+XENT_DEVICE A pick(const A (&x)[N], int j) {
+  A picked = x[0];
+#pragma unroll
+  for (int i = 1; i < N; ++i) picked = j == i ? x[i] : picked;
+  return picked;
+}
+
 // Beyond, neighbouring numbers are so far apart that beside the maximum every other logit's exponential is zero.
 template <class A>
 XENT_DEVICE bool is_huge(A x) {
@@ -77,7 +86,7 @@ struct Statistics {
   Sum<A, kLong> spread;  // of a (max - x), with the coefficients a >= 0 of the loss: nothing cancels
   Sum<A, kLong> mass;    // of a
 
-  static XENT_DEVICE Statistics of_nothing() {
+  static XENT_DEVICE Statistics of_nothing(const Problem&) {
     return {A(-INFINITY), A(-INFINITY), A(0), {A(0), A(0)}, {A(0), A(0)}, {A(0), A(0)}};
   }
 
@@ -195,6 +204,113 @@ struct Statistics {
   }
 };
 
+// ---- and what else can be asked for ---------------------------------------------------------------------------------
+
+// What N logits mean for the loss: coefficients a_c, what is added to each lse - x_c, and which classes they are.
+template <class A, int N>
+struct Terms {
+  A a[N], log[N];  // log a_c, for a divergence; else zero
+  int64_t first, step;
+
+  XENT_DEVICE int64_t class_of(int j) const { return first + j * step; }
+};
+
+// Statistics of a kGeneral target.
+template <class A, bool kLong>
+struct AllStatistics : Statistics<A, true, kLong> {
+  using Base = Statistics<A, true, kLong>;
+  using Class = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
+  using Base::max, Base::reference, Base::ties, Base::rest, Base::spread, Base::mass;
+  static constexpr Class kNoClass = sizeof(A) == 4 ? Class(INT32_MAX) : Class(INT64_MAX), kNaN = -kNoClass - 1;
+
+  // Of a temperature for labels: sums 2^((x - max) slope), as `rest` does. Without one (slope zero), e^(x - max)
+  // (max - x), for the entropy: every term >= 0.
+  Sum<A, kLong> second;
+  A slope;
+  Class argmax;  // the first class that is the maximum; that of a NaN counts from kNaN, which comes before all others
+
+  static XENT_DEVICE AllStatistics of_nothing(const Problem& problem) {
+    const A slope = problem.labels ? A(problem.temperature) * kLog2E<A> : A(0);
+    return {Base::of_nothing(problem), {A(0), A(0)}, slope, kNoClass};
+  }
+
+  XENT_DEVICE void raise(A to) {
+    if (!(to > max)) return;
+    const A from = max, before = reference, all = ties + second.value();
+    Base::raise(to);
+    if (slope != A(0)) {
+      if (all != A(0)) second.set(all * exp2_fast((from - to) * slope));
+    } else {
+      A moved = second.value();
+      if (moved != A(0)) moved *= exp2_fast(before - reference);
+      if (rest.value() != A(0)) moved += rest.value() * (to - from);
+      second.set(moved);
+    }
+    if (argmax >= 0) argmax = kNoClass;
+  }
+
+  template <int N>
+  XENT_DEVICE void add(const Problem& problem, const A (&x)[N], const Terms<A, N>& terms) {
+    A largest = x[0];
+#pragma unroll
+    for (int j = 1; j < N; ++j) largest = maximum(largest, x[j]);
+    raise(largest);
+    A powers[N], others[N], equal[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const bool tie = x[j] == max;
+      equal[j] = tie ? A(1) : A(0);
+      powers[j] = tie ? A(0) : exp2_fast(fused(x[j], kLog2E<A>, -reference));
+    }
+    if (slope != A(0)) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) others[j] = x[j] == max ? A(0) : exp2_fast((x[j] - max) * slope);
+      second.add(tree_sum(others));
+    } else if (problem.statistics) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        others[j] = powers[j] == A(0) ? A(0) : powers[j] * (max - x[j]);
+        const Class c = Class(terms.class_of(j));
+        if (x[j] == max) argmax = min(argmax, c);
+        if (x[j] != x[j]) argmax = min(argmax, Class(kNaN + c));
+      }
+      second.add(tree_sum(others));
+    }
+    ties += tree_sum(equal);
+    rest.add(tree_sum(powers));
+  }
+
+  // The same for the loss. Of these logits none exceeds the maximum.
+  template <int N>
+  XENT_DEVICE void add_terms(const A (&x)[N], const Terms<A, N>& terms) {
+    A losses[N], masses[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const A gap = x[j] == max ? A(0) : max - x[j];
+      losses[j] = terms.a[j] == A(0) ? A(0) : terms.a[j] * (gap + terms.log[j]);
+      masses[j] = terms.a[j];
+    }
+    spread.add(tree_sum(losses));
+    mass.add(tree_sum(masses));
+  }
+
+  XENT_DEVICE void merge(AllStatistics other) {
+    raise(other.max);
+    other.raise(max);
+    Base::merge(other);
+    second.add(other.second.value());
+    argmax = min(argmax, other.argmax);
+  }
+
+  // log of the sum of exp(T (x - max)).
+  XENT_DEVICE A label_log_sum() const { return log_of_sum(ties, second.value()) + (max - max); }
+
+  XENT_DEVICE A entropy() const {
+    const A shift = rest.value() == A(0) ? A(1) : exp2_fast(-fused(max, kLog2E<A>, -reference));
+    return Base::log_sum() + second.value() * shift / (ties + rest.value() * shift);
+  }
+};
+
 // The same for kernels that find the maximum first: no branch, a comparison and an addition less for each logit.
 template <class A>
 struct KnownMaximum {
@@ -257,6 +373,14 @@ XENT_DEVICE void join_lanes(Statistics<A, kWithCoefficients, kLong>& statistics,
     statistics.spread.set(lanes_sum(statistics.spread.value(), lanes));
     statistics.mass.set(lanes_sum(statistics.mass.value(), lanes));
   }
+}
+
+template <class A, bool kLong>
+XENT_DEVICE void join_lanes(AllStatistics<A, kLong>& statistics, int lanes) {
+  statistics.raise(lanes_max(statistics.max, lanes));
+  join_lanes(static_cast<Statistics<A, true, kLong>&>(statistics), lanes);
+  statistics.second.set(lanes_sum(statistics.second.value(), lanes));
+  for (int o = lanes / 2; o > 0; o /= 2) statistics.argmax = min(statistics.argmax, shuffle_xor(statistics.argmax, o));
 }
 
 }  // namespace xent::gpu

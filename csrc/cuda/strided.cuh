@@ -7,11 +7,54 @@
 
 namespace xent::gpu {
 
+// The coefficients of a position's classes, `step` apart; zero beyond the last.
+template <TargetKind kind, class A>
+struct ElementsOfTarget {
+  static constexpr bool kGeneral = kind == TargetKind::kGeneral;
+  struct Nothing {
+    XENT_DEVICE Nothing(const Task&, int64_t) {}
+  };
+  const Task& task;
+  int64_t offset;
+  std::conditional_t<kGeneral, DenseTarget<A>, Nothing> dense;
+
+  XENT_DEVICE ElementsOfTarget(const Task& task, int64_t position)
+      : task(task), offset(offset_of(task, task.target, position)), dense(task, position) {}
+
+  XENT_DEVICE A element(int64_t c) const {
+    if (kGeneral ? !is_dense(task.form) : kind != TargetKind::kSoft) return A(0);
+    return read_number<A>(task.target, offset + c * task.target.class_stride);
+  }
+
+  template <int N>
+  XENT_DEVICE void load(int64_t c, int64_t step, A (&a)[N]) const {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const int64_t at = c + j * step;
+      a[j] = at < task.classes ? coefficient<kind>(task, at, element(at)) : A(0);
+    }
+  }
+  template <int N>
+  XENT_DEVICE void load(int64_t c, int64_t step, Terms<A, N>& terms) const {
+    terms.first = c;
+    terms.step = step;
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const int64_t at = c + j * step;
+      terms.a[j] = terms.log[j] = A(0);
+      if (at < task.classes && has_coefficients<A>(task)) {
+        dense.set(task, at, element(at), terms.a[j], terms.log[j]);
+      }
+    }
+  }
+};
+
 template <class T, class A, TargetKind kind, Team team>
 __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A), team))
     strided(const __grid_constant__ Task task) {
-  using S = Statistics<A, kind != TargetKind::kIndex, true>;
+  using S = StatisticsOf<kind, A, true>;
   constexpr int kTogether = 4;
+  constexpr bool kGeneral = kind == TargetKind::kGeneral;
   if (nothing_to_do(task)) return;
 
   XENT_SHARED_ARRAY(S, exchange, 2 * Members<team>::kWarps);
@@ -23,43 +66,41 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
 
   for (int64_t position = members.first; position < task.positions; position += members.step, ++round) {
     const T* const logits = static_cast<const T*>(task.logits.data) + offset_of(task, task.logits, position);
-    const int64_t target = offset_of(task, task.target, position);
-    const int64_t label = read_label<kind>(task, target);
+    const int64_t target = offset_of(task, labels_of<kind>(task), position);
+    const int64_t label = read_label<kind, kWarp>(task, target);
     const bool counts = is_counted(label);
-    const auto coefficient_of = [&](int64_t c) {
-      A q = 0;
-      if constexpr (kind == TargetKind::kSoft) q = read_element<A>(task.target, target + c * task.target.class_stride);
-      return coefficient<kind>(task, c, q);
-    };
+    const ElementsOfTarget<kind, A> elements(task, position);
 
-    S statistics = S::of_nothing();
-    Found<A> found;
+    S statistics = S::of_nothing(task);
+    FoundOf<kind, A> found;
     if (forward) {
       A target_logit = 0;
-      if (kind != TargetKind::kSoft && counts && members.leads()) {
-        target_logit = widen<A>(logits[label * task.logits.class_stride]);
-      }
+      if (label >= 0 && members.leads()) target_logit = read_logit<kind, T, A>(task, logits, label);
       if (counts) {
         for (int64_t c = members.thread; c < task.classes; c += kTogether * members.kThreads) {
-          A x[kTogether], a[kTogether];
+          A x[kTogether];
+          TermsOf<kind, A, kTogether> a;
 #pragma unroll
           for (int k = 0; k < kTogether; ++k) {
             const int64_t at = c + k * members.kThreads;
-            x[k] = at < task.classes ? widen<A>(logits[at * task.logits.class_stride]) : A(-INFINITY);
-            a[k] = at < task.classes ? coefficient_of(at) : A(0);
+            x[k] = at < task.classes ? read_logit<kind, T, A>(task, logits, at) : A(-INFINITY);
           }
-          statistics.add(x, a);
+          elements.load(c, members.kThreads, a);
+          add_logits(task, x, a, statistics);
         }
       }
-      members.join(statistics, exchange, round);
-      found = Found<A>::of(statistics);
+      if constexpr (kGeneral) {
+        if (counts) add_pairs(task, position, logits, members.index(), members.count(), statistics);
+      }
+      members.join(task, statistics, exchange, round);
+      found = FoundOf<kind, A>::of(statistics);
       if (members.leads()) {
-        finish_loss<kind>(task, position, target, offset_of(task, task.loss, position), label, target_logit, found,
-                          sums);
+        finish_loss<kind>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
+        if constexpr (kGeneral) finish_statistics(task, position, label, logits, target_logit, found);
       }
     } else {
-      found = saved<A>(task, position);
-      if (label == kBad && members.leads()) report_bad_target(task, position, target);
+      found = SavedOf<kind>::template at<A>(task, position);
+      if (label == kBad && members.leads()) report_bad_target<kind>(task, position, target);
     }
     if (!backward) continue;
 
@@ -68,22 +109,31 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
                        : nullptr;
     const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
     Gradient<kind, A> gradient;
-    if (counts) {
-      gradient.set(task, label, found,
-                   scale_of_all * read_grad_output<A>(task, offset_of(task, task.grad_output, position)));
-    }
+    if (counts) gradient.set(task, position, label, found, scale_of_all * grad_output_of<A>(task, position));
+    if (kGeneral && !counts) write_target_zeros(task, position, members.index(), members.count());
     const auto gradient_of = [&](int) -> const auto& { return gradient; };
     for (int64_t c = members.thread; c < task.classes; c += members.kThreads) {
       A dx[1] = {A(0)};
       if (counts) {
-        const A x[1] = {widen<A>(logits[c * task.logits.class_stride])};
-        gradients<kind>(task, gradient_of, x, [&](A(&a)[1]) { a[0] = coefficient_of(c); }, dx);
-        if (c == label) dx[0] = gradient.own(x[0]);
-        if (kind == TargetKind::kSoft && task.grad_target) {
-          write_probability_gradient(task, grad_target, c, gradient.of_probability(x[0]));
+        const A x[1] = {read_logit<kind, T, A>(task, logits, c)};
+        if constexpr (kGeneral) {
+          Terms<A, 1> terms;
+          elements.load(c, 1, terms);
+          gradient.of_classes(task, grad_target, label, x, terms, dx);
+        } else {
+          gradients<kind>(task, gradient_of, x, [&](A(&a)[1]) { elements.load(c, 1, a); }, dx);
+          if (c == label) dx[0] = gradient.own(x[0]);
+          if (kind == TargetKind::kSoft && task.grad_target) {
+            write_probability_gradient(task, grad_target, c, gradient.of_probability(x[0]));
+          }
         }
       }
       if (out) out[c * task.grad_logits.class_stride] = narrow<T>(dx[0]);
+    }
+    if constexpr (kGeneral) {
+      if (task.form != Form::kPairs || !counts) continue;
+      members.barrier();  // whoever has a pair's class has written it
+      gradient.write_pairs(task, position, logits, out, members.index(), members.count());
     }
   }
   leave_sums(task, sums);

@@ -33,8 +33,9 @@ struct Task : Problem {
 
   // ---- gradients
   View grad_logits;
-  View grad_target;  // absent where none is asked for
+  View grad_target;  // of probabilities, the pairs' or the teacher's logits; absent where none is asked for
   View grad_output;  // one for each position (reduction 'none'), or a single element with strides of zero
+  const void* grad_statistics = nullptr;  // T[3][positions], see GradStatistic; or null
 
   // What a mean divides by. In the backward the forward's result. For a gradient made in the forward it comes first, as
   // the blocks' sums of the targets' weights (count_targets), or is known.
@@ -49,6 +50,16 @@ struct Task : Problem {
   bool made_for_one = false, made_for_mean = false;
 
   double keep = 1, share = 0;  // 1 - e, e / C
+
+  // Of a kGeneral task, what its loops over classes need, in both types of arithmetic: a conversion takes as long as
+  // sixteen additions.
+  template <class A>
+  struct Numbers {
+    A keep = 1, share = 0, logit_scale = 1, softcap = 0, inverse_softcap = 0;  // the last two are zero without a cap
+    A temperature = 1;
+  };
+  Numbers<float> in_float;
+  Numbers<double> in_double;
 
   // e / C times the sum of the class weights, where it has to be formed on the device.
   const double* smoothed_total_on_device = nullptr;
@@ -72,7 +83,7 @@ struct Totals {
   const Sums* counted = nullptr;  // as in Task
   int32_t counted_blocks = 0;
   bool mean = false;
-  bool count_is_known = false;  // soft targets: a mean divides by the number of positions
+  bool count_is_known = false;  // a mean divides by `known_count`
   bool empty_is_zero = false;
   double known_count = 1;
   View loss;

@@ -39,6 +39,33 @@ XENT_DEVICE uint4 narrow_vector(const Arithmetic<T> (&x)[kPerVector<T>]) {
   return {words[0], words[1], words[2], words[3]};
 }
 
+// A part of a vector that is short enough for arithmetic that needs many registers: all of it, or four elements from
+// `begin` on.
+template <class T>
+constexpr int kPerPart = kPerVector<T> < 4 ? kPerVector<T> : 4;
+
+template <class T>
+XENT_DEVICE void widen_part(uint4 raw, int begin, Arithmetic<T> (&x)[kPerPart<T>]) {
+  if constexpr (kPerPart<T> == kPerVector<T>) {
+    widen_vector<T>(raw, x);
+  } else {
+    const uint32_t words[2] = {begin == 0 ? raw.x : raw.z, begin == 0 ? raw.y : raw.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] = widen<float>(T{uint16_t(words[j / 2] >> (16 * (j % 2)))});
+  }
+}
+
+// Into a vector that is made part by part.
+template <class T>
+XENT_DEVICE void narrow_part(const Arithmetic<T> (&x)[kPerPart<T>], int begin, uint4& raw) {
+  if constexpr (kPerPart<T> == kPerVector<T>) {
+    raw = narrow_vector<T>(x);
+  } else {
+    const uint32_t low = narrow_pair<T>(x[0], x[1]), high = narrow_pair<T>(x[2], x[3]);
+    raw = begin == 0 ? uint4{low, high, 0, 0} : uint4{raw.x, raw.y, low, high};
+  }
+}
+
 template <class T>
 XENT_DEVICE uint4 max_vector(uint4 a, uint4 b) {
   if constexpr (sizeof(T) == 2) {

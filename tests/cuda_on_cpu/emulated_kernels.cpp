@@ -33,11 +33,15 @@ void set_schedule(const std::string& order, unsigned seed) {
   throw pybind11::value_error(order);
 }
 
-// The launch decision for a forward with gradient, in words: which kernel, and how it divides its work.
-pybind11::dict plan(const at::Tensor& logits, const at::Tensor& target) {
+// The launch decision for a forward with gradient, in words: which kernel, and how it divides its work. `general`:
+// of logits that are scaled first.
+pybind11::dict plan(const at::Tensor& logits, const at::Tensor& target, bool general) {
   xent::gpu::Task task;
-  xent::describe(task, logits, target, std::nullopt, xent::arithmetic_type(logits, target, std::nullopt), logits, -100,
-                 0);
+  const xent::OptionalTensor none;
+  const xent::Inputs inputs{logits, target, none, none, none};
+  xent::Options options;
+  if (general) options.logit_scale = 2;
+  xent::describe(task, inputs, options, none, xent::arithmetic_type(inputs, options), logits);
   task.grad_logits = task.logits;
   xent::merge_dimensions(task, {&task.logits, &task.target, &task.grad_logits});
   const xent::gpu::Plan plan = xent::gpu::plan(task, xent::gpu::emulated_device());
@@ -66,7 +70,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("uninstall", [] { installed.reset(); });
   m.def("check_errors", &xent::gpu::check_errors);
   m.def("set_schedule", &set_schedule);
-  m.def("plan", &plan);
+  m.def("plan", &plan, pybind11::arg("logits"), pybind11::arg("target"), pybind11::arg("general") = false);
   m.def("set_device",
         [](int multiprocessors, int64_t shared_per_multiprocessor, int64_t shared_per_block, int largest_cluster) {
           Device& device = xent::gpu::emulated_device();

@@ -56,6 +56,10 @@ View view(T* data, ElementType type, const Shape& shape) {
   return result;
 }
 
+// Of a kGeneral task: two of each position's three pairs are of one class.
+constexpr int64_t kPairs = 3;
+constexpr float kProbs[kPairs] = {0.5f, 0.125f, 0.25f};
+
 // sum_c a_c (lse - x_c) and A softmax - a, for a mean over positions that weigh `denominator`.
 struct Reference {
   std::vector<double> grad;
@@ -70,13 +74,14 @@ struct Reference {
       const int64_t first = p / shape.inner * classes * shape.inner + p % shape.inner, label = target[size_t(p)];
       const auto at = [&](int64_t c) { return size_t(first + c * shape.inner); };
       if (kind != TargetKind::kSoft && label < 0) continue;
-      denominator += kind == TargetKind::kSoft ? 1 : double(weight[size_t(label)]);
+      const bool pairs = kind == TargetKind::kGeneral, soft = pairs || kind == TargetKind::kSoft;
+      denominator += soft ? 1 : double(weight[size_t(label)]);
       double sum = 0, total = 0;
       for (int64_t c = 0; c < classes; ++c) sum += std::exp(double(logits[at(c)]));
       const auto coefficient = [&](int64_t c) {
-        const double q = kind == TargetKind::kSoft ? double(probabilities[at(c)]) : c == label;
-        const double w = kind == TargetKind::kSoft || c != label ? weight[size_t(c)] : weight[size_t(label)];
-        return w * ((1 - smoothing) * q + smoothing / double(classes));
+        double q = kind == TargetKind::kSoft ? double(probabilities[at(c)]) : c == label;
+        if (pairs) q = (c == label ? kProbs[0] + kProbs[1] : 0) + (c == (label + 1) % classes ? kProbs[2] : 0);
+        return double(weight[size_t(c)]) * ((1 - smoothing) * q + smoothing / double(classes));
       };
       for (int64_t c = 0; c < classes; ++c) {
         total += coefficient(c);
@@ -101,6 +106,7 @@ void compare(const char* what, const Shape& shape, TargetKind kind, double got, 
 // `misaligned`: logits and gradient begin at places of their own within 16 bytes.
 void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
   const size_t logits_begin = misaligned ? 1 : 0, grad_begin = misaligned ? 2 : 0;
+  const bool pairs = kind == TargetKind::kGeneral;
   const size_t positions = size_t(shape.outer * shape.inner), count = positions * size_t(shape.classes);
   std::vector<float> logits_memory(logits_begin + count), grad_memory(grad_begin + count, NAN);
   float *const logits = logits_memory.data() + logits_begin, *const grad = grad_memory.data() + grad_begin;
@@ -121,12 +127,30 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
   task.size[0] = shape.outer;
   task.size[1] = shape.inner;
   task.kind = kind;
+  task.form = pairs ? Form::kPairs : kind == TargetKind::kSoft ? Form::kProbabilities : Form::kIndices;
   task.label_smoothing = smoothing;
   task.ignore_index = -100;
   task.logits = view(logits, ElementType::kFloat32, shape);
   task.weight = weight.data();
+  std::vector<int64_t> classes_of_pairs;
+  std::vector<float> probs, grad_probs(pairs ? positions * kPairs : 0, NAN);
+  for (size_t i = 0; pairs && i < positions; ++i) {
+    const int64_t y = target[i];
+    for (const int64_t c : {y, y, y < 0 ? y : (y + 1) % shape.classes}) classes_of_pairs.push_back(c);
+    for (const float p : kProbs) probs.push_back(p);
+  }
+  const auto view_of_pairs = [&](void* data, ElementType type) {
+    View result{data, type, 1};
+    result.stride[0] = shape.inner * kPairs;
+    result.stride[1] = kPairs;
+    return result;
+  };
   if (kind == TargetKind::kSoft) {
     task.target = view(probabilities.data(), ElementType::kFloat32, shape);
+  } else if (pairs) {
+    task.pairs = kPairs;
+    task.target = view_of_pairs(classes_of_pairs.data(), ElementType::kInt64);
+    task.probs = view_of_pairs(probs.data(), ElementType::kFloat32);
   } else {
     task.target = View{target.data(), ElementType::kInt64};
     task.target.stride[0] = shape.inner;
@@ -174,6 +198,7 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
 
   std::vector<float> grad_target(kind == TargetKind::kSoft ? count : 0, NAN);
   if (kind == TargetKind::kSoft) task.grad_target = view(grad_target.data(), ElementType::kFloat32, shape);
+  if (pairs) task.grad_target = view_of_pairs(grad_probs.data(), ElementType::kFloat32);
   const float grad_output = 2;
   task.grad_output = View{const_cast<float*>(&grad_output), ElementType::kFloat32};
   task.pass = Pass::kBackward;
@@ -184,7 +209,7 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
   how = plan(task, shape.device);
   launch_loss(task, how, nullptr);
   for (size_t i = 0; i < count; ++i) compare("the gradient", shape, kind, result[i], 2 * reference.grad[i]);
-  for (const float g : grad_target) {
+  for (const float g : pairs ? grad_probs : grad_target) {
     if (!std::isfinite(g)) compare("the probabilities' gradient", shape, kind, g, 0);
   }
 }
@@ -209,6 +234,8 @@ int main(int argc, char** argv) {
       run(shape, kind, true, false);
     }
     run(shape, TargetKind::kIndex, false, true);
+    run(shape, TargetKind::kGeneral, false, false);
+    run(shape, TargetKind::kGeneral, false, true);
   }
   std::printf("%d wrong\n", wrong);
   return wrong != 0;
