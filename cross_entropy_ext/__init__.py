@@ -17,13 +17,14 @@ load()  # before anything else imports torch, so that what is missing is said in
 
 from . import functional
 from .functional import CrossEntropyStats
-from .modules import CrossEntropyLoss, DistillationLoss
+from .modules import CrossEntropyLoss, DistillationLoss, NLLLoss
 from .runtime import build_info, check_errors, empty_cache
 
 __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "DistillationLoss",
+    "NLLLoss",
     "build_info",
     "check_errors",
     "empty_cache",

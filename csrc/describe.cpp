@@ -82,10 +82,10 @@ void describe(Problem& problem, const Inputs& inputs, const Options& options, co
   problem.form = inputs.form(options);
   problem.statistics = options.statistics;
   const bool plain = options.form == Form::kNone && !options.statistics && options.softcap == 0;
-  problem.kind = !(plain && options.logit_scale == 1)     ? TargetKind::kGeneral
-                 : problem.form == Form::kProbabilities   ? TargetKind::kSoft
-                 : options.label_smoothing > 0            ? TargetKind::kSmoothedIndex
-                                                          : TargetKind::kIndex;
+  problem.kind = !(plain && options.logit_scale == 1)   ? TargetKind::kGeneral
+                 : problem.form == Form::kProbabilities ? TargetKind::kSoft
+                 : options.label_smoothing > 0          ? TargetKind::kSmoothedIndex
+                                                        : TargetKind::kIndex;
   problem.arithmetic_in_double = arithmetic == at::kDouble;
   problem.label_smoothing = problem.form == Form::kTeacher ? 0 : options.label_smoothing;
   problem.z_loss = options.z_loss;
@@ -122,6 +122,21 @@ void describe_teacher(Problem& teacher, const Problem& problem) {
   teacher.z_loss = teacher.softcap = 0;
   const int64_t size = problem.arithmetic_in_double ? 8 : 4;
   teacher.lse = static_cast<char*>(problem.lse) + saved::kTeacherLse * problem.positions * size;
+}
+
+InMemoryOrder::InMemoryOrder(at::Tensor of_gradient, at::Tensor of_target, at::Tensor of_grad_output)
+    : gradient(std::move(of_gradient)), target(std::move(of_target)), grad_output(std::move(of_grad_output)) {
+  at::DimVector order;  // of the positions' dimensions
+  for (int64_t d = 0; d < target.dim(); ++d) order.push_back(d);
+  const auto stride = [&](int64_t d) { return gradient.stride(d == 0 ? 0 : d + 1); };
+  const auto is_outer = [&](int64_t a, int64_t b) { return stride(a) > stride(b); };
+  if (std::is_sorted(order.begin(), order.end(), is_outer)) return;
+  std::stable_sort(order.begin(), order.end(), is_outer);
+  target = target.permute(order);
+  if (grad_output.dim() > 0) grad_output = grad_output.permute(order);
+  for (int64_t& d : order) d += d > 0;
+  order.insert(order.begin() + 1, int64_t{1});
+  gradient = gradient.permute(order);
 }
 
 bool count_is_known(const Problem& problem) {

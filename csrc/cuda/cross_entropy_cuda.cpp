@@ -209,6 +209,7 @@ void adapt_gradient_cuda_(const at::Tensor& grad_output, at::Tensor& grad_logits
 }  // namespace
 
 void register_kernels(torch::Library& m) {
+  register_nll_loss(m);
   m.impl("_forward", &forward_cuda);
   m.impl("_forward_backward", &forward_backward_cuda);
   m.impl("_backward", &backward_cuda);
