@@ -90,6 +90,8 @@ at::Tensor loss_autocast(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::Sc
 
 // ---- derivatives ----------------------------------------------------------------------------------------------------
 
+bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
+
 struct Saved {
   at::Tensor input, target;
   OptionalTensor weight;
@@ -144,13 +146,14 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const Saved saved(ctx);
     variable_list result(6);
+    // Where nothing is to be differentiated again, past one turn of the dispatcher.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+    if (!c10::GradMode::is_enabled() && !has_tangent(grads[0])) below.emplace();
     result[0] = nll::backward(grads[0], saved.input, saved.target, saved.weight, saved.denominator, saved.reduction,
                               saved.ignore_index);
     return result;
   }
 };
-
-bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
 
 // function(x), of an x with a tangent: the tangent's function is the tangent of a linear function.
 template <class Function>

@@ -3,12 +3,15 @@
 // cache, in which a few are something else while they are copied: so stores that go past the caches never meet a line
 // that has to come back for its one element.
 
-constexpr int64_t kZeroBytes = 16384;
+constexpr int64_t kZeroBytes = 24576;
 
 template <class T, class S>
 XENT_INLINE void gather_elements(T* out, const S* in, int64_t stride, int64_t class_stride, const int64_t* y,
                                  int64_t n) {
-  for (int64_t i = 0; i < n; ++i) out[i] = y[i] < 0 ? T(0) : T(widen(in[i * stride + y[i] * class_stride]));
+  for (int64_t i = 0; i < n; ++i) {
+    const T x = T(widen(in[i * stride + std::max(y[i], int64_t{0}) * class_stride]));
+    out[i] = y[i] < 0 ? T(0) : x;
+  }
 }
 
 // The element of each position's own class; zero where it has none.
@@ -74,6 +77,9 @@ static void copy_bytes(void* to, const void* from, int64_t n, bool stream) {
   __builtin_memcpy(out + i, in + i, size_t(n - i));
 }
 
+XENT_INLINE void narrow(double x, Float16& out) { narrow(float(x), out); }
+XENT_INLINE void narrow(double x, BFloat16& out) { narrow(float(x), out); }
+
 // What a tile of positions writes, and of which classes.
 template <class S>
 struct NllTile {
@@ -82,23 +88,24 @@ struct NllTile {
   S value[kTile];  // of class y
 
   template <class T>
-  XENT_INLINE_MEMBER void read(const Backward& problem, const Cursor& cursor, int64_t first, int64_t positions) {
+  void read(const Backward& problem, const Cursor& cursor, int64_t first, int64_t positions) {
     count = positions;
-    double g[kTile];
     read_labels(y, problem, cursor, first, count);
-    read_positions(g, cursor, count, problem.grad_output);
+    const View& grad_output = problem.grad_output;
     const T* weight = static_cast<const T*>(problem.weight);
+    const bool is_one =
+        std::all_of(grad_output.stride, grad_output.stride + problem.dims, [](auto s) { return s == 0; });
+    if (is_one && !weight) {
+      S value_of_all;
+      narrow(-read_one<double>(grad_output, 0) * problem.scale, value_of_all);
+      std::fill_n(value, count, value_of_all);
+      return;
+    }
+    double g[kTile];
+    read_positions(g, cursor, count, grad_output);
     for (int64_t i = 0; i < count; ++i) {
       const double w = weight && y[i] >= 0 ? double(weight[y[i]]) : 1;
-      store_narrow(-g[i] * w * problem.scale, value[i]);
-    }
-  }
-
-  static XENT_INLINE_MEMBER void store_narrow(double x, S& out) {
-    if constexpr (sizeof(S) == 2) {
-      narrow(float(x), out);
-    } else {
-      narrow(x, out);
+      narrow(-g[i] * w * problem.scale, value[i]);
     }
   }
 };
@@ -107,17 +114,17 @@ struct NllTile {
 template <class S>
 struct NllGradient {
   static constexpr int64_t kZeros = kZeroBytes / int64_t(sizeof(S));
-  alignas(64) S zeros[kZeros];
+  alignas(64) S zeros[kZeros + 1];  // the last is for those that are not to be written
   S* const out;
   const int64_t classes, inner;
   const bool stream;
 
-  explicit NllGradient(const Backward& problem)
+  NllGradient(const Backward& problem, int64_t positions)
       : out(static_cast<S*>(problem.grad_logits.data)),
         classes(problem.classes),
         inner(problem.grad_logits.class_stride),
         stream(problem.stream) {
-    __builtin_memset(zeros, 0, sizeof zeros);
+    std::fill_n(zeros, std::min(kZeros, positions * classes), S{});
   }
 
   // How many positions can be written together from `position` on: whole slabs, or some of one slab.
@@ -143,7 +150,7 @@ struct NllGradient {
       S* slab = zeros;
       for (int64_t k = 0; k < tile.count; slab += classes * inner) {
         for (int64_t i = 0; i < inner; ++i, ++k) {
-          if (tile.y[k] >= 0) slab[tile.y[k] * inner + i] = value(k);
+          *(tile.y[k] >= 0 ? slab + tile.y[k] * inner + i : zeros + kZeros) = value(k);
         }
       }
     };
@@ -159,7 +166,8 @@ struct NllGradient {
       const int64_t block = std::min(most, classes - first);
       const auto put = [&](auto&& value) {
         for (int64_t i = 0; i < count; ++i) {
-          if (tile.y[i] >= first && tile.y[i] < first + block) zeros[(tile.y[i] - first) * count + i] = value(i);
+          const int64_t c = tile.y[i] - first;
+          zeros[uint64_t(c) < uint64_t(block) ? c * count + i : kZeros] = value(i);
         }
       };
       put([&](int64_t i) { return tile.value[i]; });
@@ -174,7 +182,7 @@ struct NllGradient {
 
 template <class T, class S>
 static void backward_nll_of(const Backward& problem, int64_t begin, int64_t end) {
-  NllGradient<S> gradient(problem);
+  NllGradient<S> gradient(problem, end - begin);
   NllTile<S> tile;
   Cursor cursor(problem, begin);
   for (int64_t position = begin; position < end; position += tile.count) {
