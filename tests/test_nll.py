@@ -145,12 +145,12 @@ def test_core_nll_tiles(dtype: torch.dtype) -> None:
         check(channels_last, target_for(logits), reduction="none", reason=f"{shape}, classes last")
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name_of)
 def test_core_nll_streams(dtype: torch.dtype) -> None:
     """A gradient larger than the caches, stored past them: at odd sizes, so that few rows are aligned."""
     classes = 1001
     rows = (17 << 20) // (classes * dtype.itemsize)
-    for shape in [(rows, classes), (rows // 199, classes, 199), (1, classes, rows)]:
+    for shape in [(rows, classes), (1, classes, rows)]:
         logits = torch.zeros(1, dtype=dtype).expand(shape).contiguous()
         check(logits, target_for(logits, ignored=0.1), reduction="none", reason=str(shape))
 

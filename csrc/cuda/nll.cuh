@@ -43,7 +43,7 @@ XENT_DEVICE void write_zeros(void* at, int64_t bytes, int thread, int threads) {
 }
 
 template <class A>
-__global__ void __launch_bounds__(kNllThreads) nll_backward(const __grid_constant__ NllGradient task) {
+__global__ void __launch_bounds__(kNllThreads, kNllResident) nll_backward(const __grid_constant__ NllGradient task) {
   const int64_t size = task.element_size;
   unsigned char* const gradient = static_cast<unsigned char*>(task.grad_logits.data);
   const double scale = 1 / *task.denominator;

@@ -18,7 +18,7 @@ struct NllGradient : Task {
   }
 };
 
-constexpr int kNllThreads = 256;
+constexpr int kNllThreads = 256, kNllResident = 3;  // threads of a block, blocks of a multiprocessor
 
 // Fills in the tiles; returns how many blocks there are to be.
 int64_t plan_nll_gradient(NllGradient& task, const Device& device);

@@ -17,13 +17,12 @@ namespace xent::gpu {
 
 int64_t plan_nll_gradient(NllGradient& task, const Device& device) {
   constexpr int64_t kElements = 8192, kLongestRun = 1024;  // of a tile
-  constexpr int kBlocks = 8;                               // of a multiprocessor: all its threads
   const int64_t slab = task.classes * task.inner;
   task.inner_of_tile = std::min(task.inner, kLongestRun);
   task.slabs_of_tile = task.inner_of_tile == task.inner ? std::max<int64_t>(1, kElements / slab) : 1;
   task.classes_of_tile =
       task.slabs_of_tile > 1 ? task.classes : std::clamp(kElements / task.inner_of_tile, int64_t{1}, task.classes);
-  return std::min<int64_t>(task.tiles(), int64_t{kBlocks} * device.multiprocessors);
+  return std::min<int64_t>(task.tiles(), int64_t{kNllResident} * device.multiprocessors);
 }
 
 namespace {
