@@ -18,7 +18,7 @@ tag_compile_caches()
 
 from . import functional
 from .functional import CrossEntropyStats
-from .modules import CrossEntropyLoss, DistillationLoss
+from .modules import CrossEntropyLoss, DistillationLoss, NLLLoss
 from .patch import patch_torch, unpatch_torch
 from .runtime import build_info, check_errors, empty_cache
 
@@ -26,6 +26,7 @@ __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "DistillationLoss",
+    "NLLLoss",
     "build_info",
     "check_errors",
     "empty_cache",

@@ -18,6 +18,7 @@ from ._extension import load
 
 _call = load().cross_entropy
 _call_with_extras = load().cross_entropy_with_extras
+_call_nll_loss = load().nll_loss
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_torch_function_mode_enabled = torch._C._is_torch_function_mode_enabled
 
@@ -27,12 +28,15 @@ __all__ = [
     "cross_entropy_with_stats",
     "distillation_loss",
     "mixup_cross_entropy",
+    "nll_loss",
     "sparse_cross_entropy",
 ]
 
 _ops = torch.ops.cross_entropy_ext
 _cross_entropy = _ops.cross_entropy.default
 _native_cross_entropy = F.cross_entropy
+_nll_loss = _ops.nll_loss.default
+_native_nll_loss = F.nll_loss
 
 # What the operators understand: plain tensors and those that compilers trace with. Any other subclass means something
 # of its own by an operation, and gets the native one to express it in.
@@ -395,6 +399,67 @@ def distillation_loss(
         kl=kind == "kl",
         loss_dtype=loss_dtype,
     )
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Negative log likelihood: :func:`torch.nn.functional.nll_loss`, deterministic on every device.
+
+    The loss of a position whose class is :math:`y` is :math:`-w_y x_y`; ``'mean'`` divides by the sum of :math:`w_y`
+    over the positions that are not ignored. For logits, :func:`cross_entropy` makes this and the softmax before it in
+    one pass.
+
+    Args:
+        input: log-probabilities of shape (C), (N, C) or (N, C, d1, ..., dK), in float16, bfloat16, float32 or float64
+            and with any strides. The gradient has the input's memory format.
+        target: class indices of shape (), (N) or (N, d1, ..., dK) in int64, int32, int16, int8 or uint8.
+        weight: one factor per class, of shape (C).
+        size_average, reduce: deprecated, as in PyTorch; see ``reduction``.
+        ignore_index: target value whose positions add nothing to the loss, are not counted by ``'mean'`` and have a
+            gradient of zero; their log-probabilities are not used, so they may be NaN.
+        reduction: ``'none'``, ``'mean'`` or ``'sum'``.
+
+    Returns:
+        A scalar, or for ``reduction='none'`` a tensor of shape (), (N) or (N, d1, ..., dK); in the input's dtype, or
+        float32 for half log-probabilities under autocast.
+
+    Raises:
+        IndexError: a target is neither a class nor ``ignore_index``.
+        RuntimeError, ValueError, TypeError: as PyTorch's own function, with its messages.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _legacy_reduction(size_average, reduce)
+    if not (
+        type(input) in _PLAIN
+        and type(target) in _PLAIN
+        and (weight is None or type(weight) in _PLAIN)
+        and reduction in ("mean", "sum", "none")
+        and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
+    ):
+        return _unusual_nll_loss(input, target, weight, ignore_index, reduction)
+    if not _is_dynamo_compiling() and not _is_torch_function_mode_enabled():  # as in cross_entropy
+        return _call_nll_loss(input, target, weight, _REDUCTIONS[reduction], ignore_index)
+    return _nll_loss(input, target, weight, _REDUCTIONS[reduction], ignore_index)
+
+
+def _unusual_nll_loss(input, target, weight, ignore_index, reduction) -> Tensor:
+    """As _unusual, for nll_loss: judged by PyTorch's own parser, or made of its operations."""
+    tensors = [input, target] if weight is None else [input, target, weight]
+    if all(type(tensor) in _PLAIN for tensor in tensors):
+        _native_nll_loss(torch.zeros(1, 1), torch.zeros(1).long(), None, None, ignore_index, None, reduction)
+        reduction = "mean" if reduction == "elementwise_mean" else reduction
+        return nll_loss(input, target, weight, None, operator.index(ignore_index), None, reduction)
+    if isinstance(target, Tensor) and target.dtype in (torch.int8, torch.int16, torch.int32, torch.uint8):
+        target = target.long()
+    return _native_nll_loss(input, target, weight, None, ignore_index, None, reduction)
 
 
 # csrc/cross_entropy.h: Form, and at::ScalarType's numbers of what a loss may be.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import functional
 
-__all__ = ["CrossEntropyLoss", "DistillationLoss"]
+__all__ = ["CrossEntropyLoss", "DistillationLoss", "NLLLoss"]
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -141,3 +141,25 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, alpha={self.alpha}, kind={self.kind!r}, reduction={self.reduction!r}"
+
+
+class NLLLoss(nn.NLLLoss):
+    """:class:`torch.nn.NLLLoss`, deterministic on every device: the same arguments, buffers, state_dict and repr.
+
+    :func:`cross_entropy_ext.functional.nll_loss` says what shapes, dtypes and errors there are.
+
+    Example:
+        >>> criterion = NLLLoss(ignore_index=0)
+        >>> loss = criterion(torch.randn(8, 1000, requires_grad=True).log_softmax(1), torch.randint(1000, (8,)))
+        >>> loss.backward()
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        """The loss of log-probabilities (C), (N, C) or (N, C, d1, ..., dK) against class indices."""
+        if torch.jit.is_scripting():
+            return nn.functional.nll_loss(
+                input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction
+            )
+        return functional.nll_loss(
+            input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction
+        )

@@ -124,6 +124,21 @@ void describe_teacher(Problem& teacher, const Problem& problem) {
   teacher.lse = static_cast<char*>(problem.lse) + saved::kTeacherLse * problem.positions * size;
 }
 
+InMemoryOrder::InMemoryOrder(at::Tensor of_gradient, at::Tensor of_target, at::Tensor of_grad_output)
+    : gradient(std::move(of_gradient)), target(std::move(of_target)), grad_output(std::move(of_grad_output)) {
+  at::DimVector order;  // of the positions' dimensions
+  for (int64_t d = 0; d < target.dim(); ++d) order.push_back(d);
+  const auto stride = [&](int64_t d) { return gradient.stride(d == 0 ? 0 : d + 1); };
+  const auto is_outer = [&](int64_t a, int64_t b) { return stride(a) > stride(b); };
+  if (std::is_sorted(order.begin(), order.end(), is_outer)) return;
+  std::stable_sort(order.begin(), order.end(), is_outer);
+  target = target.permute(order);
+  if (grad_output.dim() > 0) grad_output = grad_output.permute(order);
+  for (int64_t& d : order) d += d > 0;
+  order.insert(order.begin() + 1, int64_t{1});
+  gradient = gradient.permute(order);
+}
+
 bool count_is_known(const Problem& problem) {
   if (problem.sample_weight) return false;
   return problem.form == Form::kProbabilities || (problem.form == Form::kTeacher && !problem.labels);

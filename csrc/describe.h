@@ -33,6 +33,20 @@ void describe(Problem& problem, const Inputs& inputs, const Options& options, co
 // leave it where the problem's own kernels read it.
 void describe_teacher(Problem& teacher, const Problem& problem);
 
+// Views of a gradient, and of what is read for it, with positions in the order of its memory. A dense tensor is then
+// [outer positions][classes][inner positions].
+struct InMemoryOrder {
+  at::Tensor gradient, target, grad_output;
+
+  InMemoryOrder(at::Tensor of_gradient, at::Tensor of_target, at::Tensor of_grad_output);
+
+  // How many positions lie between one class and the next.
+  int64_t inner_positions() const {
+    const int64_t dim = class_dim(gradient);
+    return gradient.size(dim) == 1 ? 1 : gradient.stride(dim);
+  }
+};
+
 // Whether what a mean divides by is known without looking at the targets.
 bool count_is_known(const Problem& problem);
 

@@ -12,6 +12,7 @@
 #include "cuda/launch.h"
 #endif
 #include "cross_entropy.h"
+#include "nll_loss.h"
 
 namespace xent {
 namespace {
@@ -33,6 +34,11 @@ at::Tensor cross_entropy_with_extras_from_python(const at::Tensor& logits, const
   options.softcap = softcap;
   options.logit_scale = logit_scale;
   return general_cross_entropy({logits, target, weight, std::nullopt, sample_weight}, options);
+}
+
+at::Tensor nll_loss_from_python(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
+                                int64_t reduction, int64_t ignore_index) {
+  return nll::loss(input, target, weight, reduction, ignore_index, std::nullopt);
 }
 
 pybind11::dict build_info() {
@@ -64,6 +70,7 @@ void check_errors() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cross_entropy", torch::wrap_pybind_function_no_gil(&xent::cross_entropy_from_python));
   m.def("cross_entropy_with_extras", torch::wrap_pybind_function_no_gil(&xent::cross_entropy_with_extras_from_python));
+  m.def("nll_loss", torch::wrap_pybind_function_no_gil(&xent::nll_loss_from_python));
   m.def("build_info", &xent::build_info);
   m.def("check_errors", &xent::check_errors, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("empty_cache", &xent::release_gradient_memory);

@@ -547,21 +547,22 @@ def test_instructions_of_a_vector(unit: Unit, variant: str, compiled) -> None:
 
 @needs_nvcc
 def test_files_link(tmp_path: Path) -> None:
-    """launch.cu and two that stand for the kernels' files, with their headers and nothing else: what a header defines
-    for everyone would be there twice. The rest of launch.cu, sums over blocks, spills nothing either."""
+    """launch.cu, nll.cu and two that stand for the kernels' files, with their headers and nothing else: what a header
+    defines for everyone would be there twice. The first two, sums and sparse gradients, spill nothing either."""
     alone = tmp_path / "headers.cu"
     alone.write_text('#include "cuda/kernels.cuh"\n')
     options = [*options_of_setup("nvcc"), "-arch=sm_80", f"-I{CSRC}", "--resource-usage"]
-    objects = [tmp_path / name for name in ("launch.o", "headers.o", "again.o")]
-    said = run(nvcc(), *options, "-c", "-o", objects[0], CUDA / "launch.cu")
-    assert set(re.findall(r"(\d+) bytes (?:stack|spill)", said)) == {"0"}
-    run(nvcc(), *options, "-c", "-o", objects[1], alone)
-    shutil.copy(*objects[1:])
+    objects = [tmp_path / name for name in ("launch.o", "nll.o", "headers.o", "again.o")]
+    for file in objects[:2]:
+        said = run(nvcc(), *options, "-c", "-o", file, (CUDA / file.name).with_suffix(".cu"))
+        assert set(re.findall(r"(\d+) bytes (?:stack|spill)", said)) == {"0"}
+    run(nvcc(), *options, "-c", "-o", objects[2], alone)
+    shutil.copy(*objects[2:])
     run("ld", "-r", "-o", tmp_path / "all.o", *objects)
 
 
 @needs_nvcc
-@pytest.mark.parametrize("file", ["device.cpp", "cross_entropy_cuda.cpp", "register.cpp"])
+@pytest.mark.parametrize("file", ["device.cpp", "cross_entropy_cuda.cpp", "nll_loss_cuda.cpp", "register.cpp"])
 def test_host_code_compiles(file: str) -> None:
     """A CPU wheel has torch's CUDA headers too, but for one that says how a CUDA build was configured."""
     options = ["-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]

@@ -5,6 +5,7 @@
 #include "rows.inl"
 #include "spatial.inl"
 #include "general.inl"
+#include "nll.inl"
 
 template <class T>
 static void forward_rows(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {

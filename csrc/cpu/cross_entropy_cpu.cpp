@@ -1,27 +1,12 @@
-// The CPU operators: tensors become a Problem, positions are shared out among threads, errors are raised.
-#include <ATen/EmptyTensor.h>
-#include <ATen/ExpandUtils.h>
+// The CPU operators of cross entropy: tensors become a Problem, and kernels are called for its pieces.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/ones.h>
-#include <ATen/Version.h>
-#include <torch/csrc/stable/c/shim.h>
-#include <c10/util/SmallVector.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <limits>
-
-#include "../describe.h"
-#include "gradient_memory.h"
-#include "kernels.h"
+#include "host.h"
 
 namespace xent {
 namespace {
-
-const Kernels& kernels() {
-  static const Kernels& chosen = kernels_for(at::get_cpu_capability().c_str());
-  return chosen;
-}
 
 // Up to this many classes a row is so short that what is done once for it, and at its ends, takes most of its time; a
 // tile of many rows at once is faster even where it has to be transposed. With few positions there are no such tiles.
@@ -57,91 +42,7 @@ void describe_with_weights(Problem& problem, const Inputs& inputs, const Options
   if (kernel_weight && problem.smoothed_total != 0) problem.smoothed_total = smoothed_total_of(problem, *kernel_weight);
 }
 
-// ---- threads --------------------------------------------------------------------------------------------------------
-
-// Positions are cut into pieces of a size that follows from the shape alone, so that the order in which sums are
-// formed, and with it every bit of the result, is the same for any number of threads. `work`: how many elements a
-// position costs.
-int64_t piece_size(const Problem& problem, int64_t work) {
-  constexpr int64_t kElements = 32768;
-  const int64_t positions = std::max<int64_t>(1, kElements / std::max<int64_t>(1, work));
-  return problem.lanes == Lanes::kClasses ? positions : (positions + kTile - 1) / kTile * kTile;
-}
-
-int64_t count_of_pieces(const Problem& problem, int64_t work) {
-  const int64_t size = piece_size(problem, work);
-  return (problem.positions + size - 1) / size;
-}
-
-// Calls function(piece, begin, end) for every piece, on libtorch's own threads where there is enough to do.
-template <bool backwards = false, class Function>
-void for_each_piece(const Problem& problem, int64_t work, const Function& function) {
-  constexpr int64_t kElementsWorthAThread = 16384;
-  const int64_t size = piece_size(problem, work), pieces = count_of_pieces(problem, work);
-  struct Context {
-    const Function& function;
-    int64_t size, positions;
-  } context{function, size, problem.positions};
-  const auto run = [](int64_t first, int64_t last, void* opaque) {
-    const auto& context = *static_cast<Context*>(opaque);
-    for (int64_t k = first; k < last; ++k) {
-      const int64_t piece = backwards ? first + last - 1 - k : k;
-      const int64_t begin = piece * context.size;
-      context.function(piece, begin, std::min(begin + context.size, context.positions));
-    }
-  };
-  const int64_t grain = std::max<int64_t>(1, kElementsWorthAThread / std::max<int64_t>(1, size * work));
-  if (pieces <= grain) {
-    run(0, pieces, &context);
-  } else {
-    TORCH_CHECK(torch_parallel_for(0, pieces, grain, run, &context) == 0, "cross_entropy_ext: a thread failed");
-  }
-}
-
-constexpr int64_t kNoPosition = std::numeric_limits<int64_t>::max();
-
-// Of class indices, of a position's pairs, or of labels.
-void raise_bad_target(const Inputs& in, const Options& options, int64_t position) {
-  if (position == kNoPosition) return;
-  const Form form = in.form(options);
-  at::Tensor target = form == Form::kTeacher ? *in.companion : in.target;
-  target = form == Form::kPairs
-               ? target.movedim(class_dim(in.logits), -1).reshape({-1, target.size(class_dim(in.logits))})[position]
-               : target.reshape(-1)[position].reshape(-1);
-  for (int64_t i = 0; i < target.numel(); ++i) {
-    const auto value = target[i].item<int64_t>();
-    if (value == options.ignore_index || (value >= 0 && value < in.logits.size(class_dim(in.logits)))) continue;
-    TORCH_CHECK_INDEX(false, "Target ", value, " is out of bounds.");
-  }
-}
-
 // ---- what forward and backward share --------------------------------------------------------------------------------
-
-constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
-
-// Without the dispatcher's help, which would cost more than a small tensor. What is large comes from memory whose pages
-// are there already.
-at::Tensor new_tensor(at::IntArrayRef shape, at::ScalarType type) {
-  const size_t bytes = at::detail::computeStorageNbytesContiguous(shape, c10::elementSize(type));
-  if (bytes < kLargeGradient) return at::detail::empty_cpu(shape, at::TensorOptions().dtype(type));
-  return at::detail::empty_generic(shape, gradient_memory(), kCpu, type, std::nullopt);
-}
-
-// A tensor for the gradient of `tensor`, in its memory format.
-at::Tensor empty_gradient(const at::Tensor& tensor) {
-  const at::DimVector strides(tensor.is_non_overlapping_and_dense()
-                                  ? tensor.strides()
-                                  : at::IntArrayRef(at::infer_dense_strides(tensor.sizes(), tensor.strides())));
-  if (size_t(tensor.numel() * tensor.element_size()) < kLargeGradient) {
-    return at::detail::empty_strided_cpu(tensor.sizes(), strides, tensor.scalar_type());
-  }
-  return at::detail::empty_strided_generic(tensor.sizes(), strides, gradient_memory(), kCpu, tensor.scalar_type());
-}
-
-bool is_larger_than_caches(const at::Tensor& tensor) {
-  constexpr int64_t kCaches = int64_t{16} << 20;
-  return tensor.numel() * tensor.element_size() >= kCaches;
-}
 
 // Everything of the backward but what is done position by position. Either gradient may be undefined.
 Backward backward_problem(const at::Tensor& grad_logits, const at::Tensor& grad_target, const View& grad_output,
@@ -172,27 +73,6 @@ bool kernel_makes_gradient(const Problem& problem) {
   if (problem.lanes == Lanes::kPositions) return problem.classes <= most_classes_of_tile(size);
   return problem.kind == TargetKind::kIndex && problem.classes >= kernels().vector_bytes / size &&
          problem.logits.class_stride == 1 && problem.classes <= kBlockVectors * kernels().vector_bytes / size;
-}
-
-void store_scalar(const at::Tensor& scalar, double value) {
-  void* data = scalar.mutable_data_ptr();
-  switch (element_type(scalar.scalar_type())) {
-    case ElementType::kFloat16: *static_cast<Float16*>(data) = to_float16(float(value)); break;
-    case ElementType::kBFloat16: *static_cast<BFloat16*>(data) = to_bfloat16(float(value)); break;
-    case ElementType::kFloat32: *static_cast<float*>(data) = float(value); break;
-    default: *static_cast<double*>(data) = value;
-  }
-}
-
-using SumsOfPieces = c10::SmallVector<Sums, 4>;
-
-Sums sum_pieces(const SumsOfPieces& pieces) {
-  Sums sums;
-  for (const Sums& piece : pieces) {
-    sums.loss += piece.loss;
-    sums.weight += piece.weight;
-  }
-  return sums;
 }
 
 // Over the targets that are not ignored. Raises the error for a target that is no class.

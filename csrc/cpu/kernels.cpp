@@ -25,7 +25,11 @@
     problem.arithmetic_in_double ? sum_target_weights<double>(problem, begin, end, sums)    \
                                  : sum_target_weights<float>(problem, begin, end, sums);    \
   }                                                                                         \
-  constexpr Kernels kKernels{name, SIMD_BYTES, forward, backward, sum_weights};
+  static void nll_forward(const Forward& problem, int64_t begin, int64_t end, Sums& sums) { \
+    problem.arithmetic_in_double ? forward_nll<double>(problem, begin, end, sums)           \
+                                 : forward_nll<float>(problem, begin, end, sums);           \
+  }                                                                                         \
+  constexpr Kernels kKernels{name, SIMD_BYTES, forward, backward, sum_weights, nll_forward, backward_nll};
 
 namespace xent {
 namespace {

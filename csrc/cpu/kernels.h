@@ -27,6 +27,10 @@ struct Kernels {
   void (*forward)(const Forward&, int64_t begin, int64_t end, Sums& sums);
   void (*backward)(const Backward&, int64_t begin, int64_t end);
   void (*sum_weights)(const Problem&, int64_t begin, int64_t end, Sums& sums);
+
+  // The negative log likelihood: of the logits' elements as they are.
+  void (*nll_forward)(const Forward&, int64_t begin, int64_t end, Sums& sums);
+  void (*nll_backward)(const Backward&, int64_t begin, int64_t end);
 };
 
 // "AVX512", "AVX2", or anything else for what every machine of this architecture has.

@@ -227,6 +227,7 @@ static_assert(std::is_same_v<decltype(adapt_gradient_cuda_), schema::AdaptGradie
 }  // namespace
 
 void register_kernels(torch::Library& m) {
+  register_nll_loss(m);
   m.impl("_forward", &forward_cuda);
   m.impl("_forward_backward", &forward_backward_cuda);
   m.impl("_backward", &backward_cuda);

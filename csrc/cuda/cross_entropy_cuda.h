@@ -7,5 +7,6 @@
 namespace xent::gpu {
 
 void register_kernels(torch::Library& m);
+void register_nll_loss(torch::Library& m);  // called by register_kernels
 
 }  // namespace xent::gpu

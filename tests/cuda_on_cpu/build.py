@@ -42,7 +42,8 @@ def load() -> ModuleType:
     folder = SOURCE.parent / "build" / "-".join(["cuda_on_cpu", torch.__version__, *sanitize.split(",")]).rstrip("-")
     folder.mkdir(parents=True, exist_ok=True)
     sources = [
-        *(SOURCE / name for name in ("arguments.cpp", "describe.cpp", "cuda/cross_entropy_cuda.cpp", "cuda/plan.cpp")),
+        *(SOURCE / name for name in ("arguments.cpp", "describe.cpp", "cuda/plan.cpp")),
+        *(SOURCE / "cuda" / name for name in ("cross_entropy_cuda.cpp", "nll_loss_cuda.cpp")),
         *(HERE / name for name in ("emulated_kernels.cpp", "device_on_cpu.cpp")),
     ]
     with open(folder / "one_at_a_time", "w") as file:  # of several test processes

@@ -1,0 +1,243 @@
+// The operator cross_entropy_ext::nll_loss: its schema, the kernels that belong to no device, and its derivatives.
+#include "nll_loss.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/_make_dual.h>
+#include <ATen/ops/_unpack_dual.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/nll_loss_nd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace xent::nll {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+// ---- the operators, for callers in C++ ------------------------------------------------------------------------------
+
+template <class Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+ForwardResult forward(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
+  static const auto op = find<schema::Forward>("cross_entropy_ext::_nll_loss_forward");
+  return op.call(input, target, weight, reduction, ignore_index, loss_dtype);
+}
+
+at::Tensor backward(const at::Tensor& grad_output, XENT_NLL_INPUTS, const at::Tensor& denominator, XENT_NLL_OPTIONS) {
+  static const auto op = find<schema::Backward>("cross_entropy_ext::_nll_loss_backward");
+  return op.call(grad_output, input, target, weight, denominator, reduction, ignore_index);
+}
+
+// What has no kernel, and whose errors are native's.
+at::Tensor native(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
+  const at::Tensor classes = is_index_type(target.scalar_type()) ? target.to(at::kLong) : target;
+  const at::Tensor loss = at::nll_loss_nd(input, classes, weight, reduction, ignore_index);
+  return loss_dtype ? loss.to(*loss_dtype) : loss;
+}
+
+bool has_kernel(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
+  const Options options = options_of(reduction, ignore_index, loss_dtype);
+  check_options(options);
+  return is_supported({input, target, weight}, options);
+}
+
+// ---- without autograd -----------------------------------------------------------------------------------------------
+
+at::Tensor loss_without_grad(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
+  if (!has_kernel(input, target, weight, reduction, ignore_index, loss_dtype)) {
+    return native(input, target, weight, reduction, ignore_index, loss_dtype);
+  }
+  return std::get<0>(forward(input, target, weight, reduction, ignore_index, loss_dtype.value_or(input.scalar_type())));
+}
+
+ForwardResult forward_meta(const at::Tensor& input, const at::Tensor&, const OptionalTensor&, int64_t reduction,
+                           int64_t, at::ScalarType loss_dtype) {
+  const auto shape = reduction == kNone ? shape_of_positions(input) : c10::SymDimVector();
+  return {at::empty_symint(shape, input.options().dtype(loss_dtype)),
+          at::empty({}, input.options().dtype(at::kDouble))};
+}
+
+at::Tensor backward_meta(const at::Tensor&, const at::Tensor& input, const at::Tensor&, const OptionalTensor&,
+                         const at::Tensor&, int64_t, int64_t) {
+  return at::empty_like(input);
+}
+
+// Half log-probabilities are read as they are; the loss is float32, as native's is of a copy.
+template <c10::DeviceType device, c10::DispatchKey key>
+at::Tensor loss_autocast(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
+  const auto widened = [](at::ScalarType type) {
+    return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
+  };
+  OptionalTensor kernel_weight = weight;
+  if (input.device().type() == device) {
+    if (!loss_dtype) loss_dtype = widened(input.scalar_type());
+    if (has_value(weight)) kernel_weight = weight->to(widened(weight->scalar_type()));
+    if (!has_kernel(input, target, kernel_weight, reduction, ignore_index, loss_dtype)) {
+      return native(input, target, weight, reduction, ignore_index, loss_dtype);
+    }
+  }
+  const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
+  return loss(input, target, kernel_weight, reduction, ignore_index, loss_dtype);
+}
+
+// ---- derivatives ----------------------------------------------------------------------------------------------------
+
+bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
+
+struct Saved {
+  at::Tensor input, target;
+  OptionalTensor weight;
+  at::Tensor denominator;
+  int64_t reduction, ignore_index;
+
+  static void save(AutogradContext* ctx, XENT_NLL_INPUTS, const at::Tensor& denominator, XENT_NLL_OPTIONS) {
+    ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), denominator});
+    ctx->saved_data["options"] = std::make_tuple(reduction, ignore_index);
+  }
+
+  explicit Saved(AutogradContext* ctx) {
+    const auto saved = ctx->get_saved_variables();
+    input = saved[0];
+    target = saved[1];
+    if (saved[2].defined()) weight = saved[2];
+    denominator = saved[3];
+    std::tie(reduction, ignore_index) = ctx->saved_data["options"].to<std::tuple<int64_t, int64_t>>();
+  }
+};
+
+struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
+  static constexpr bool is_traceable = true;
+
+  static Variable forward(AutogradContext* ctx, const Variable& grad_output, XENT_NLL_INPUTS,
+                          const Variable& denominator, XENT_NLL_OPTIONS) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    Saved::save(ctx, {}, target, weight, {}, reduction, ignore_index);
+    ctx->saved_data["dtype"] = grad_output.scalar_type();
+    return nll::backward(grad_output, input, target, weight, denominator, reduction, ignore_index);
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Saved saved(ctx);
+    variable_list result(7);
+    result[0] = loss(grads[0], saved.target, saved.weight, saved.reduction, saved.ignore_index,
+                     ctx->saved_data["dtype"].toScalarType());
+    return result;
+  }
+};
+
+struct LossFunction : torch::autograd::Function<LossFunction> {
+  static constexpr bool is_traceable = true;
+
+  static Variable forward(AutogradContext* ctx, XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [loss, denominator] = nll::forward(input, target, weight, reduction, ignore_index, loss_dtype);
+    Saved::save(ctx, input, target, weight, denominator, reduction, ignore_index);
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const Saved saved(ctx);
+    variable_list result(6);
+    // Where nothing is to be differentiated again, past one turn of the dispatcher.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+    if (!c10::GradMode::is_enabled() && !has_tangent(grads[0])) below.emplace();
+    result[0] = nll::backward(grads[0], saved.input, saved.target, saved.weight, saved.denominator, saved.reduction,
+                              saved.ignore_index);
+    return result;
+  }
+};
+
+// function(x), of an x with a tangent: the tangent's function is the tangent of a linear function.
+template <class Function>
+at::Tensor with_tangent(const at::Tensor& x, const Function& function) {
+  const auto [primal, tangent] = at::_unpack_dual(x, 0);
+  return at::_make_dual(function(primal), function(tangent), 0);
+}
+
+at::Tensor loss_autograd(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
+  if (!has_kernel(input, target, weight, reduction, ignore_index, loss_dtype) ||
+      (has_value(weight) && has_tangent(*weight))) {
+    return native(input, target, weight, reduction, ignore_index, loss_dtype);
+  }
+  if (has_tangent(input)) {
+    return with_tangent(
+        input, [&](const at::Tensor& x) { return loss(x, target, weight, reduction, ignore_index, loss_dtype); });
+  }
+  const auto type = loss_dtype.value_or(input.scalar_type());
+  if (input.requires_grad() && c10::GradMode::is_enabled()) {
+    return LossFunction::apply(input, target, weight, reduction, ignore_index, type);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return std::get<0>(forward(input, target, weight, reduction, ignore_index, type));
+}
+
+at::Tensor backward_autograd(const at::Tensor& grad_output, XENT_NLL_INPUTS, const at::Tensor& denominator,
+                             XENT_NLL_OPTIONS) {
+  if (has_tangent(grad_output)) {
+    return with_tangent(grad_output, [&](const at::Tensor& g) {
+      return backward(g, input, target, weight, denominator, reduction, ignore_index);
+    });
+  }
+  if (grad_output.requires_grad() && c10::GradMode::is_enabled()) {
+    return BackwardFunction::apply(grad_output, input, target, weight, denominator, reduction, ignore_index);
+  }
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return backward(grad_output, input, target, weight, denominator, reduction, ignore_index);
+}
+
+static_assert(std::is_same_v<decltype(loss_autograd), schema::Loss>);
+static_assert(std::is_same_v<decltype(backward_autograd), schema::Backward>);
+
+}  // namespace
+
+at::Tensor loss(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
+  static const auto op = find<schema::Loss>("cross_entropy_ext::nll_loss");
+  return op.call(input, target, weight, reduction, ignore_index, loss_dtype);
+}
+
+// ---- registration ---------------------------------------------------------------------------------------------------
+
+TORCH_LIBRARY_FRAGMENT(cross_entropy_ext, m) {
+  m.def(
+      "nll_loss(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, *, "
+      "ScalarType? loss_dtype=None) -> Tensor");
+  m.def(
+      "_nll_loss_forward(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "ScalarType loss_dtype) -> (Tensor loss, Tensor denominator)");
+  m.def(
+      "_nll_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor denominator, "
+      "int reduction, int ignore_index) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) { m.impl("nll_loss", &loss_without_grad); }
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, Meta, m) {
+  m.impl("_nll_loss_forward", &forward_meta);
+  m.impl("_nll_loss_backward", &backward_meta);
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, AutocastCPU, m) {
+  m.impl("nll_loss", &loss_autocast<c10::kCPU, c10::DispatchKey::AutocastCPU>);
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, AutocastCUDA, m) {
+  m.impl("nll_loss", &loss_autocast<c10::kCUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, Autograd, m) {
+  m.impl("nll_loss", &loss_autograd);
+  m.impl("_nll_loss_backward", &backward_autograd);
+}
+
+// torch.func: vmap, grad, jvp and their compositions.
+TORCH_LIBRARY_IMPL(cross_entropy_ext, FuncTorchDynamicLayerFrontMode, m) { m.impl("nll_loss", &native); }
+
+}  // namespace xent::nll
