@@ -11,7 +11,8 @@ Records, a dictionary each, of which one that failed has an `error`, and one tha
 
     table "pairs": name, shape, dtype, which (today, now, copy); code, median_ms, min_ms, max_ms, turns, copies,
                    peak_extra_bytes, gradient_bytes
-    table "cost":  name, shape, dtype, which (plain, with, copy); median_ms, min_ms, max_ms, turns, and of `with` over_plain
+    table "cost":  name, shape, dtype, which (plain, with, copy); median_ms, min_ms, max_ms, turns, copies, and
+                   of `with` over_plain
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ class CpuPeaks:
         return self.of_made(_provider_step, case, shape, provider, backward)
 
     def of_made(self, make: Callable[..., tuple[Run, torch.Tensor]], *arguments: object) -> int | None:
-        """Of what a module's function makes of the arguments, in that process: something to run, and on which tensor."""
+        """Of what a module's function makes there of the arguments: something to run, and the tensor to run it on."""
         if self.connection is None:
             return None
         try:

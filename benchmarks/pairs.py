@@ -1,7 +1,7 @@
-"""What is written around the loss today, in PyTorch, and what it is now: a new row is two functions and a line in PAIRS.
+"""What is written around the loss today, in PyTorch, and what it is now.
 
-Both take the same arguments, the first of which gets the gradient, and return the loss and whatever else they are for.
-Today's is the shortest that is right. Arguments are drawn by their names. The lines of a function, but for the last one
+A new row is two functions and a line in PAIRS. Both take the same arguments, the first of which gets the gradient, and
+return the loss and whatever else they are for. Today's is the shortest that is right. Arguments are drawn by their names. The lines of a function, but for the last one
 that returns, are what the README shows.
 """
 
@@ -89,8 +89,8 @@ def statistics_now(logits, target, advantage):
 
 
 def distillation_today(student, teacher, T):
-    p, q = (student / T).log_softmax(1), (teacher / T).softmax(1)
-    loss = T**2 * F.kl_div(p, q, reduction="batchmean")
+    log_p, q = (student / T).log_softmax(1), (teacher / T).softmax(1)
+    loss = T**2 * F.kl_div(log_p, q, reduction="batchmean")
     return loss
 
 
@@ -100,8 +100,8 @@ def distillation_now(student, teacher, T):
 
 
 def distillation_with_labels_today(student, teacher, target, T):
-    p, q = (student / T).log_softmax(1), (teacher / T).softmax(1)
-    distilled = T**2 * F.kl_div(p, q, reduction="batchmean")
+    log_p, q = (student / T).log_softmax(1), (teacher / T).softmax(1)
+    distilled = T**2 * F.kl_div(log_p, q, reduction="batchmean")
     loss = 0.9 * distilled + 0.1 * F.cross_entropy(student, target)
     return loss
 
@@ -154,7 +154,7 @@ class Pair:
 PAIRS = [
     Pair("z-loss", z_loss_today, z_loss_now),
     Pair("softcap", softcap_today, softcap_now),
-    Pair("temperature of the logits", logit_scale_today, logit_scale_now),
+    Pair("scaled logits", logit_scale_today, logit_scale_now),
     Pair("per-token weights", sample_weight_today, sample_weight_now),
     Pair("log-probability, entropy, accuracy", statistics_today, statistics_now),
     Pair("distillation", distillation_today, distillation_now),
