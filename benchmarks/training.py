@@ -45,6 +45,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -218,6 +219,8 @@ class Workload:
     batches: Callable[[int, Size], list[Batch]]
     sizes: dict[str, Size]  # by device, and "quick" where that would show anything new
     options: dict = field(default_factory=dict)  # of the loss
+    training: Callable[..., Training] | None = None  # where it is another than below
+    variants: list[tuple[str, str]] | None = None
 
 
 def language_model(vocabulary: int, size: Size) -> nn.Module:
@@ -444,7 +447,7 @@ def serve(
     None says what memory that took. An answer that is a string is an error, and the last."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
     try:
-        training = Training(workload, size, device, loss, mode)
+        training = (workload.training or Training)(workload, size, device, loss, mode)
         training.rehearse(first)
         peak = Peak(device)
         connection.send(sum(parameter.numel() for parameter in training.model.parameters()))
@@ -514,6 +517,8 @@ def start(workload: Workload, size: Size, device: str, loss: str, mode: str, fir
 
 
 def wanted(workload: Workload, quick: bool) -> list[tuple[str, str]]:
+    if workload.variants:
+        return workload.variants[:2] if quick else workload.variants
     if not quick:
         return VARIANTS
     return [*QUICK, (OURS_IN_PLACE, EAGER), (OURS, COMPILED)] if workload.name == QUICK_MOST else QUICK
@@ -555,7 +560,8 @@ def record(workload: Workload, variant: Variant, reference: Variant, batch: Batc
     times = [step.step_ms for step in timed]
     step_ms = statistics.median(times)
     _, targets = batch
-    loss_ms = statistics.median([step.loss_ms for step in timed]) if variant.mode == EAGER else None
+    losses_ms = [step.loss_ms for step in timed if step.loss_ms is not None]
+    loss_ms = statistics.median(losses_ms) if losses_ms else None
     found |= {
         "step_ms": step_ms,
         "min_ms": min(times),
@@ -626,13 +632,18 @@ def ratio(one: float | None, other: float | None) -> str:
 
 
 def main() -> None:
-    arguments = command_line.parse(command_line.parser_of(__doc__, "training", "tiny models, under a minute", "models"))
+    parser = command_line.parser_of(__doc__, "training", "tiny models, under a minute", "models")
+    run(command_line.parse(parser), "training", WORKLOADS)
+
+
+def run(arguments: argparse.Namespace, part: str, workloads: list[Workload]) -> NoReturn:
+    """Measures those that are wanted, and ends with the command's exit status."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     device = arguments.device
-    path = arguments.json or files.folder(device) / "training.json"
+    path = arguments.json or files.folder(device) / f"{part}.json"
     size = "quick" if arguments.quick else device
-    workloads = [one for one in WORKLOADS if size in one.sizes and re.search(arguments.only, one.name)]
+    workloads = [one for one in workloads if size in one.sizes and re.search(arguments.only, one.name)]
     records: list[dict] = []
     complete = False
     # Refreshed by hand: a thread that draws would take time from what is measured.

@@ -11,13 +11,15 @@ prints how this copy was built and checks it against the native loss.
 
 __version__ = "0.1.0"
 
-from ._extension import load
+from ._extension import load, tag_compile_caches
 
 load()  # before anything else imports torch, so that what is missing is said in one sentence
+tag_compile_caches()
 
 from . import functional
 from .functional import CrossEntropyStats
 from .modules import CrossEntropyLoss, DistillationLoss
+from .patch import patch_torch, unpatch_torch
 from .runtime import build_info, check_errors, empty_cache
 
 __all__ = [
@@ -28,4 +30,6 @@ __all__ = [
     "check_errors",
     "empty_cache",
     "functional",
+    "patch_torch",
+    "unpatch_torch",
 ]

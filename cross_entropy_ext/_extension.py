@@ -4,6 +4,7 @@ A binary fits the torch that it was compiled against, so its file name says whic
 Binaries for several versions of torch may lie side by side; the running one picks its own.
 """
 
+import hashlib
 import sys
 from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -42,6 +43,19 @@ def load() -> ModuleType:
             f"cross_entropy_ext's binary for torch {running} does not load into torch {torch.__version__}: "
             f"{error}; in its source directory, rebuild it with `{REBUILD}`."
         ) from error
+
+
+def tag_compile_caches() -> None:
+    """Let what torch.compile keeps on disk belong to the operators as they are now.
+
+    Its key knows the public operators by name alone, while what is kept calls the private ones with the arguments that
+    they had when it was compiled.
+    """
+    import torch
+
+    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{__package__}::"))
+    schemas = "".join(str(torch._C._get_schema(name, "")) for name in names)
+    torch.compiler.config.cache_key_tag += f"{__package__}-{hashlib.sha256(schemas.encode()).hexdigest()[:16]}"
 
 
 def _why_missing(running: str) -> str:

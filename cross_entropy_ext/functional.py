@@ -17,6 +17,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from ._extension import load
 
 _call = load().cross_entropy
+_call_with_extras = load().cross_entropy_with_extras
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_torch_function_mode_enabled = torch._C._is_torch_function_mode_enabled
 
@@ -68,8 +69,8 @@ def cross_entropy(
 
     What is written around it is part of the same pass: each position's loss is
     :math:`s (\mathrm{ce}(x) + z\,\mathrm{lse}(x)^2)`, where
-    :math:`x = \mathrm{cap} \tanh(\mathrm{scale} \cdot \mathrm{input} / \mathrm{cap})` (softcap: Gemma 2, arXiv 2408.00118;
-    z-loss: PaLM, arXiv 2204.02311, section 5).
+    :math:`x = \mathrm{cap} \tanh(\mathrm{scale} \cdot \mathrm{input} / \mathrm{cap})`
+    (softcap: Gemma 2, arXiv 2408.00118; z-loss: PaLM, arXiv 2204.02311, section 5).
 
     Args:
         input: logits of shape (C), (N, C) or (N, C, d1, ..., dK), in float16, bfloat16, float32 or float64 and with any
@@ -100,25 +101,27 @@ def cross_entropy(
 
     Raises:
         IndexError: a target is neither a class nor ``ignore_index``.
-        ValueError: ``sample_weight`` of another shape; ``z_loss``, ``softcap`` or ``logit_scale`` that is not finite, or
+        ValueError: ``sample_weight`` of another shape; ``z_loss``, ``softcap`` or ``logit_scale`` that is not finite;
             ``softcap`` not above 0.
         RuntimeError, ValueError, TypeError: as PyTorch's own function, with its messages.
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
     if sample_weight is not None or softcap is not None or z_loss != 0 or logit_scale != 1:
-        return _general(
-            _ops.general_cross_entropy.default,
-            (input, target, weight, None, sample_weight),
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            loss_dtype=loss_dtype,
-            empty=empty,
-            inplace=inplace,
+        return _with_extras(
+            input,
+            target,
+            weight,
+            ignore_index,
+            reduction,
+            label_smoothing,
+            sample_weight,
+            z_loss,
+            softcap,
+            logit_scale,
+            loss_dtype,
+            empty,
+            inplace,
         )
     if not (
         type(input) in _PLAIN
@@ -149,6 +152,28 @@ def cross_entropy(
     )
 
 
+class CrossEntropyStats(NamedTuple):
+    """What one pass over logits (N, C, d1, ..., dK) finds out.
+
+    All but ``loss`` and ``z_loss`` have an element for each position, (N, d1, ..., dK): 0 where it is ignored
+    (``argmax``: -1). They are of the logits as the loss sees them, after ``logit_scale`` and ``softcap``, and neither
+    weighted nor smoothed; in float32, or float64 for float64 logits.
+    """
+
+    loss: Tensor
+    """As :func:`cross_entropy` returns it."""
+    lse: Tensor
+    """The logarithm of the sum of exponentials, in nats. Differentiable."""
+    target_log_prob: Tensor
+    """The logarithm of the target's softmax; of probabilities q, the sum of q log softmax. Differentiable."""
+    entropy: Tensor
+    """Of the softmax, in nats: -sum p log p. Differentiable."""
+    z_loss: Tensor
+    """What ``z_loss`` adds to ``loss``, and reduced as that is."""
+    argmax: Tensor
+    """The class of the largest logit, int64; of equals the first."""
+
+
 def cross_entropy_with_stats(
     input: Tensor,
     target: Tensor,
@@ -169,8 +194,8 @@ def cross_entropy_with_stats(
 ) -> CrossEntropyStats:
     r"""Cross entropy and what else the same read of the logits tells: :class:`CrossEntropyStats`.
 
-    Takes the arguments of :func:`cross_entropy`. ``lse``, ``target_log_prob`` and ``entropy`` are differentiable, and one
-    backward pass makes the gradient of whatever mixture of them and the loss is used: a policy loss is
+    Takes the arguments of :func:`cross_entropy`. ``lse``, ``target_log_prob`` and ``entropy`` are differentiable, and
+    one backward pass makes the gradient of whatever mixture of them and the loss is used: a policy loss is
     ``-(advantage * stats.target_log_prob).mean() - beta * stats.entropy.mean()``.
 
     Raises:
@@ -195,28 +220,6 @@ def cross_entropy_with_stats(
     return CrossEntropyStats(*results)
 
 
-class CrossEntropyStats(NamedTuple):
-    """What one pass over logits (N, C, d1, ..., dK) finds out.
-
-    All but ``loss`` and ``z_loss`` have an element for each position, (N, d1, ..., dK): 0 where it is ignored (``argmax``:
-    -1). They are of the logits as the loss sees them, after ``logit_scale`` and ``softcap``, and neither weighted nor
-    smoothed; in float32, or float64 for float64 logits.
-    """
-
-    loss: Tensor
-    """As :func:`cross_entropy` returns it."""
-    lse: Tensor
-    """The logarithm of the sum of exponentials, in nats. Differentiable."""
-    target_log_prob: Tensor
-    """The logarithm of the softmax of the target's class; of probabilities q, the sum of q log softmax. Differentiable."""
-    entropy: Tensor
-    """Of the softmax, in nats: -sum p log p. Differentiable."""
-    z_loss: Tensor
-    """What ``z_loss`` adds to ``loss``, and reduced as that is."""
-    argmax: Tensor
-    """The class of the largest logit, int64; of equals the first."""
-
-
 def sparse_cross_entropy(
     input: Tensor,
     indices: Tensor,
@@ -235,9 +238,10 @@ def sparse_cross_entropy(
 ) -> Tensor:
     r"""Cross entropy against probabilities of which k are not zero: a teacher's top k, or a mixture of labels.
 
-    The coefficients of a position are :math:`a_c = \sum_j (1 - \varepsilon) w_c p_j [c = i_j] + \frac{\varepsilon}{C} w_c`:
-    the loss of :func:`cross_entropy` against the dense target that pairs :math:`(i_j, p_j)` stand for, which is never
-    made. Repeated indices add up; probabilities are neither checked nor normalized.
+    The coefficients of a position are
+    :math:`a_c = \sum_j (1 - \varepsilon) w_c p_j [c = i_j] + \frac{\varepsilon}{C} w_c`: the loss of
+    :func:`cross_entropy` against the dense target that pairs :math:`(i_j, p_j)` stand for, which is never made.
+    Repeated indices add up; probabilities are neither checked nor normalized.
 
     Args:
         input: logits of shape (C), (N, C) or (N, C, d1, ..., dK).
@@ -245,12 +249,12 @@ def sparse_cross_entropy(
             ``ignore_index`` adds nothing; a position of only such is ignored.
         probs: their probabilities, of the same shape and any floating dtype. May require a gradient.
         weight: one factor per class, of shape (C), any floating dtype.
-        reduction: ``'none'``, ``'sum'``, or ``'mean'``, which divides by the number of positions that are not ignored, or
-            the sum of their ``sample_weight``: not by class weights, as for probabilities.
+        reduction: ``'none'``, ``'sum'``, or ``'mean'``, which divides by the number of positions that are not ignored,
+            or the sum of their ``sample_weight``: not by class weights, as for probabilities.
         label_smoothing, sample_weight, z_loss, softcap, logit_scale, loss_dtype, empty: as for :func:`cross_entropy`.
 
     Returns:
-        A scalar, or for ``reduction='none'`` a loss for each position; in the input's dtype unless ``loss_dtype`` is given.
+        A scalar, or for ``reduction='none'`` a loss for each position; in the input's dtype, or ``loss_dtype``.
 
     Raises:
         IndexError: an index is neither a class nor ``ignore_index``.
@@ -310,15 +314,16 @@ def mixup_cross_entropy(
             f"target_a must have a class for each position of an input of shape {tuple(input.shape)}, "
             f"but got the shape {tuple(target_a.shape)}"
         )
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     if isinstance(lam, Tensor):
         if lam.dim() > target_a.dim() or lam.shape != target_a.shape[: lam.dim()]:
             raise ValueError(
                 f"lam must be a number or a tensor whose shape begins that of target_a, {tuple(target_a.shape)}, "
                 f"but got the shape {tuple(lam.shape)}"
             )
+        lam = lam.to(torch.promote_types(lam.dtype, dtype))  # before 1 - lam is formed
         share = lam.reshape(lam.shape + (1,) * (target_a.dim() - lam.dim())).expand(target_a.shape)
     else:
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         share = torch.full((), _number("lam", lam), dtype=dtype, device=input.device).expand(target_a.shape)
     return sparse_cross_entropy(
         input,
@@ -350,12 +355,12 @@ def distillation_loss(
     ignore_index: int = -100,
     loss_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    r"""How far a student's softmax is from a teacher's (Hinton et al., arXiv 1503.02531), without either of them in memory.
+    r"""How far a student's softmax is from a teacher's (Hinton et al., arXiv 1503.02531); neither is ever in memory.
 
-    With :math:`p = \mathrm{softmax}(\mathrm{student} / T)` and :math:`q = \mathrm{softmax}(\mathrm{teacher} / T)`, the loss of
-    a position is :math:`T^2 \sum_c q_c (\log q_c - \log p_c)`, or for ``kind='ce'`` :math:`-T^2 \sum_c q_c \log p_c`. With a
-    ``target`` it is :math:`\alpha` times that and :math:`1 - \alpha` times the cross entropy of the student's logits at
-    temperature 1, from the same read of them.
+    With :math:`p = \mathrm{softmax}(\mathrm{student} / T)` and :math:`q = \mathrm{softmax}(\mathrm{teacher} / T)`, the
+    loss of a position is :math:`T^2 \sum_c q_c (\log q_c - \log p_c)`, or for ``kind='ce'``
+    :math:`-T^2 \sum_c q_c \log p_c`. With a ``target`` it is :math:`\alpha` times that and :math:`1 - \alpha` times the
+    cross entropy of the student's logits at temperature 1, from the same read of them.
 
     Args:
         student_logits, teacher_logits: (C), (N, C) or (N, C, d1, ..., dK), in any floating dtypes and strides. Both may
@@ -364,8 +369,8 @@ def distillation_loss(
         temperature: :math:`T > 0`.
         alpha: the share of the distillation, where there is a target.
         kind: ``'kl'`` or ``'ce'``. Their gradients of the student are the same.
-        reduction: ``'none'``, ``'sum'``, or ``'mean'``, over the positions that count: the sum of their ``sample_weight``.
-            :func:`torch.nn.functional.kl_div`'s ``'batchmean'`` for logits (N, C).
+        reduction: ``'none'``, ``'sum'``, or ``'mean'``: over the positions that count, by the sum of their
+            ``sample_weight``; the ``'batchmean'`` of :func:`torch.nn.functional.kl_div` for logits (N, C).
         sample_weight: a factor for each position, of the shape of ``target``.
         ignore_index: positions with this target add nothing to either part.
         loss_dtype: dtype of the result; default: that of student and teacher, promoted.
@@ -397,6 +402,63 @@ _FORMS = {None: 0, "pairs": 3, "teacher": 4}
 _LOSS_DTYPES = {None: -1, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
 
+def _with_extras(
+    input,
+    target,
+    weight,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    sample_weight,
+    z_loss,
+    softcap,
+    logit_scale,
+    loss_dtype,
+    empty,
+    inplace,
+) -> Tensor:
+    """The loss with what native has no argument for; as `cross_entropy`, without the general parser where it can be."""
+    if (
+        type(input) in _PLAIN
+        and type(target) in _PLAIN
+        and (weight is None or type(weight) in _PLAIN)
+        and (sample_weight is None or (type(sample_weight) in _PLAIN and sample_weight.is_floating_point()))
+        and reduction in ("mean", "sum", "none")
+        and type(ignore_index) is int
+        and -(2**63) <= ignore_index < 2**63
+        and type(label_smoothing) is type(z_loss) is type(logit_scale) is float
+        and (softcap is None or (type(softcap) is float and softcap > 0))
+        and (loss_dtype is None and empty == "nan" and not inplace)
+        and not _is_dynamo_compiling()
+        and not _is_torch_function_mode_enabled()
+    ):
+        return _call_with_extras(
+            input,
+            target,
+            weight,
+            _REDUCTIONS[reduction],
+            ignore_index,
+            label_smoothing,
+            sample_weight,
+            z_loss,
+            softcap or 0.0,
+            logit_scale,
+        )
+    return _general(
+        _ops.general_cross_entropy.default,
+        (input, target, weight, None, sample_weight),
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        loss_dtype=loss_dtype,
+        empty=empty,
+        inplace=inplace,
+    )
+
+
 def _general(
     op,
     tensors,
@@ -424,7 +486,7 @@ def _general(
     if loss_dtype not in _LOSS_DTYPES:
         raise RuntimeError(f"loss_dtype must be float16, bfloat16, float32 or float64. Got: {loss_dtype}")
     sample_weight = tensors[-1]
-    if isinstance(sample_weight, Tensor) and not sample_weight.is_floating_point():
+    if isinstance(sample_weight, Tensor) and not (sample_weight.is_floating_point() or sample_weight.is_complex()):
         wide = tensors[0].dtype == torch.float64
         tensors = (*tensors[:-1], sample_weight.to(torch.float64 if wide else torch.float32))
     flags = (empty == "zero") | inplace << 1 | statistics << 2 | kl << 3 | _FORMS[form] << 4
@@ -439,7 +501,7 @@ def _general(
     ]
     if all(tensor is None or type(tensor) in _PLAIN for tensor in tensors):
         return op(*tensors, integers, numbers)
-    results = _ops.composite.default(*tensors, integers, numbers)
+    results = _ops._composite.default(*tensors, integers, numbers)
     return results if statistics else results[0]
 
 

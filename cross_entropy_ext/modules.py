@@ -56,7 +56,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.empty = empty
         self.inplace = inplace
 
-    def forward(self, input: Tensor, target: Tensor, *, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
         """The loss of logits (C), (N, C) or (N, C, d1, ..., dK) against indices or probabilities.
 
         ``sample_weight``: a factor for each position, (), (N) or (N, d1, ..., dK).
@@ -90,7 +90,9 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class DistillationLoss(nn.Module):
-    """:func:`cross_entropy_ext.functional.distillation_loss` as a module, which says what shapes, dtypes and errors there are.
+    """:func:`cross_entropy_ext.functional.distillation_loss` as a module.
+
+    What the arguments are, and which shapes, dtypes and errors there are, is said there.
 
     Example:
         >>> criterion = DistillationLoss(temperature=4.0, alpha=0.7)
@@ -121,7 +123,6 @@ class DistillationLoss(nn.Module):
         student_logits: Tensor,
         teacher_logits: Tensor,
         target: Tensor | None = None,
-        *,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """The loss of logits (C), (N, C) or (N, C, d1, ..., dK) of both, and of class indices where there are some."""

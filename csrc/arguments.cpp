@@ -253,10 +253,6 @@ bool is_supported(const Inputs& inputs, const Options& options) {
         return false;
       }
   }
-  // A target_log_prob is of the probabilities as they are, of which these losses have no sum.
-  if (form == Form::kProbabilities && options.statistics && (has_value(weight) || options.label_smoothing > 0)) {
-    return false;
-  }
   if (!has_value(weight)) return true;
   if (!is_plain(*weight, logits) || weight->dim() != 1 || weight->sym_size(0) != classes) return false;
   if (form == Form::kProbabilities && options.is_plain() && !has_value(sample_weight)) return !weight->is_complex();

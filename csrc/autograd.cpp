@@ -364,12 +364,16 @@ Outputs outputs_autograd(const Inputs& inputs, const Options& given) {
   if (!graph || !c10::GradMode::is_enabled()) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [loss, lse, denominator] = forward(inputs, options);
-    return options.statistics ? outputs_of(loss, lse, denominator, inputs, options) : Outputs{loss};
+    if (!options.statistics) return {loss};
+    Outputs outputs = outputs_of(loss, lse, denominator, inputs, options);
+    correct_target_log_prob(outputs, inputs, options);
+    return outputs;
   }
   const auto results = CrossEntropyFunction::apply(inputs.logits, inputs.target, inputs.weight, inputs.companion,
                                                    inputs.sample_weight, options, wants_one_pass(inputs, options));
   Outputs outputs;
   std::copy(results.begin(), results.end(), outputs.begin());
+  if (options.statistics) correct_target_log_prob(outputs, inputs, options);
   return outputs;
 }
 
@@ -381,15 +385,23 @@ Results results_autograd(const Inputs& inputs, const Options& options) {
 
 BackwardResult backward_autograd(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
   const Options options = Options::of(integers, numbers);
-  if (has_tangent(grad_output)) {  // Function has no forward mode; but the gradients are linear in grad_output
-    const auto [primal, tangent] = at::_unpack_dual(grad_output, 0);
-    const Inputs inputs{logits, target, weight, companion, sample_weight};
-    const auto of = [&](const at::Tensor& grad) {
-      return xent::backward({grad, grad_statistics, lse, denominator}, inputs, options, wanted);
+  if (has_tangent(grad_output) || has_tangent(grad_statistics)) {
+    // Function has no forward mode; but the gradients are linear in those of the results.
+    const auto unpack = [](const at::Tensor& grad) {
+      const auto [primal, tangent] = at::_unpack_dual(grad, 0);
+      return std::make_pair(primal, tangent.defined() ? tangent : at::zeros_like(primal));
     };
-    const auto [logits_primal, target_primal] = of(primal);
-    const auto [logits_tangent, target_tangent] = of(tangent);
-    return {at::_make_dual(logits_primal, logits_tangent, 0), at::_make_dual(target_primal, target_tangent, 0)};
+    const Inputs inputs{logits, target, weight, companion, sample_weight};
+    const auto [primal, tangent] = unpack(grad_output);
+    std::pair<OptionalTensor, OptionalTensor> of_statistics;
+    if (has_value(grad_statistics)) of_statistics = unpack(*grad_statistics);
+    auto [for_logits, for_target] =
+        xent::backward({primal, of_statistics.first, lse, denominator}, inputs, options, wanted);
+    const auto [logits_tangent, target_tangent] =
+        xent::backward({tangent, of_statistics.second, lse, denominator}, inputs, options, wanted);
+    if (wanted[0]) for_logits = at::_make_dual(for_logits, logits_tangent, 0);
+    if (wanted[1]) for_target = at::_make_dual(for_target, target_tangent, 0);
+    return {for_logits, for_target};
   }
   auto results = BackwardFunction::apply(grad_output, grad_statistics, logits, target, weight, companion, sample_weight,
                                          lse, denominator, options, wanted);

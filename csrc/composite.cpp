@@ -52,6 +52,7 @@ class Composite {
       valid_ = form_ == Form::kPairs ? counts.any(dim_, true) : counts;
     }
     raw_ = zero_unless(valid_, in.logits.to(type_));
+    if (is_dense(form_)) target_ = zero_unless(valid_, in.target.to(type_));
     logits_ = raw_ * (form_ == Form::kTeacher ? 1 / options.temperature : options.logit_scale);
     if (options.softcap > 0) logits_ = at::tanh(logits_ / options.softcap) * options.softcap;
     log_p_ = at::log_softmax(logits_, dim_);
@@ -89,7 +90,7 @@ class Composite {
   }
 
   at::Tensor target_log_prob() const {
-    if (form_ == Form::kProbabilities) return product(in_.target.to(type_), log_p_).sum(dim_, true);
+    if (form_ == Form::kProbabilities) return product(target_, log_p_).sum(dim_, true);
     return product(probs_, at::gather(log_p_, dim_, index_)).sum(dim_, true);
   }
 
@@ -97,7 +98,7 @@ class Composite {
     const double keep = 1 - options_.label_smoothing;
     if (form_ == Form::kTeacher) return teacher_loss();
     if (form_ == Form::kProbabilities) {
-      at::Tensor a = in_.target.to(type_) * keep + options_.label_smoothing / double(in_.logits.size(dim_));
+      at::Tensor a = target_ * keep + options_.label_smoothing / double(in_.logits.size(dim_));
       if (weight_.defined()) a = a * weight_;
       return -product(a, log_p_).sum(dim_, true);
     }
@@ -109,7 +110,7 @@ class Composite {
 
   at::Tensor teacher_loss() const {
     const double temperature = options_.temperature, square = temperature * temperature;
-    const at::Tensor log_q = at::log_softmax(zero_unless(valid_, in_.target.to(type_)) / temperature, dim_);
+    const at::Tensor log_q = at::log_softmax(target_ / temperature, dim_);
     const at::Tensor terms = options_.kl ? log_q - log_p_ : -log_p_;
     const at::Tensor loss = product(log_q.exp(), terms).sum(dim_, true) * square;
     if (!has_labels()) return loss;
@@ -137,6 +138,7 @@ class Composite {
   int64_t dim_;
   at::ScalarType type_;
   at::Tensor raw_, logits_, log_p_, lse_;  // raw_: before they are transformed
+  at::Tensor target_;                      // probabilities, or the teacher's logits
   at::Tensor index_, probs_, valid_;       // of labels and pairs; undefined for others
   at::Tensor weight_, sample_weight_;      // undefined for ones
 };
@@ -172,8 +174,9 @@ Outputs composite(const Inputs& inputs, const Options& options) { return Composi
 
 Outputs fallback(const Inputs& inputs, const Options& options) {
   if (options.is_plain() && !has_value(inputs.sample_weight)) return {native_cross_entropy(inputs, options)};
-  // For its errors, of arguments that are no more than native's.
-  if (options.form == Form::kNone && !is_supported(inputs, options)) native_cross_entropy(inputs, options);
+  // For native's errors, of the arguments that it has.
+  const Inputs natives{inputs.logits, inputs.target, inputs.weight};
+  if (options.form == Form::kNone && !is_supported(natives, options)) native_cross_entropy(natives, options);
   return composite(inputs, options);
 }
 
@@ -182,16 +185,15 @@ Outputs outputs_of(const at::Tensor& loss, const at::Tensor& lse, const at::Tens
   const auto shape = shape_of_positions(inputs.logits);
   const auto row = [&](int64_t r) { return lse.select(0, r).view_symint(shape); };
   const at::Tensor sum = row(saved::kLse) + row(saved::kLseLost);
-  at::Tensor z_loss = sum.to(at::kDouble).square() * options.z_loss;
+  at::Tensor z_loss = sum.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).square() * options.z_loss;
   if (has_value(inputs.sample_weight)) z_loss = z_loss * *inputs.sample_weight;
   if (options.reduction != kNone) z_loss = z_loss.sum() / denominator;
-  const auto integers = lse.scalar_type() == at::kDouble ? at::kLong : at::kInt;
-  return {loss,
-          sum,
-          row(saved::kTargetLogProb).clone(),
-          row(saved::kEntropy).clone(),
-          z_loss.to(loss.scalar_type()),
-          lse.view(integers).select(0, saved::kArgmax).view_symint(shape).to(at::kLong)};
+  if (loss.scalar_type() != at::kDouble) z_loss = z_loss.to(loss.scalar_type());
+  const at::Tensor argmax = lse.view(lse.scalar_type() == at::kDouble ? at::kLong : at::kInt)
+                                .select(0, saved::kArgmax)
+                                .view_symint(shape)
+                                .to(at::kLong, /*non_blocking=*/false, /*copy=*/true);
+  return {loss, sum, row(saved::kTargetLogProb).clone(), row(saved::kEntropy).clone(), z_loss, argmax};
 }
 
 }  // namespace xent

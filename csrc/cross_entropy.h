@@ -159,9 +159,6 @@ bool has_shape_of_logits(const at::Tensor& logits, const at::Tensor& target);
 
 inline int64_t class_dim(const at::Tensor& logits) { return logits.dim() == 1 ? 0 : 1; }
 
-// Whether a target says something of every class, so that it may have a gradient of the logits' size.
-inline bool is_dense(Form form) { return form == Form::kProbabilities || form == Form::kTeacher; }
-
 // The type in which a position's sums are formed, and of lse.
 at::ScalarType arithmetic_type(const Inputs& inputs, const Options& options);
 
@@ -202,5 +199,9 @@ Outputs fallback(const Inputs& inputs, const Options& options);
 // The same from what the kernels have found out.
 Outputs outputs_of(const at::Tensor& loss, const at::Tensor& lse, const at::Tensor& denominator, const Inputs& inputs,
                    const Options& options);
+
+// The log-probability is of probabilities as they are: where the loss has weighted or smoothed them, it has no sum of
+// these, and they are read once more.
+void correct_target_log_prob(Outputs& outputs, const Inputs& inputs, const Options& options);
 
 }  // namespace xent

@@ -82,10 +82,10 @@ void describe(Problem& problem, const Inputs& inputs, const Options& options, co
   problem.form = inputs.form(options);
   problem.statistics = options.statistics;
   const bool plain = options.form == Form::kNone && !options.statistics && options.softcap == 0;
-  problem.kind = !(plain && options.logit_scale == 1)     ? TargetKind::kGeneral
-                 : problem.form == Form::kProbabilities   ? TargetKind::kSoft
-                 : options.label_smoothing > 0            ? TargetKind::kSmoothedIndex
-                                                          : TargetKind::kIndex;
+  problem.kind = !(plain && options.logit_scale == 1)   ? TargetKind::kGeneral
+                 : problem.form == Form::kProbabilities ? TargetKind::kSoft
+                 : options.label_smoothing > 0          ? TargetKind::kSmoothedIndex
+                                                        : TargetKind::kIndex;
   problem.arithmetic_in_double = arithmetic == at::kDouble;
   problem.label_smoothing = problem.form == Form::kTeacher ? 0 : options.label_smoothing;
   problem.z_loss = options.z_loss;

@@ -23,6 +23,18 @@ at::Tensor cross_entropy_from_python(const at::Tensor& logits, const at::Tensor&
   return cross_entropy(logits, target, weight, reduction, ignore_index, label_smoothing, std::nullopt, false, false);
 }
 
+// The same of general_cross_entropy, for what native has no argument for.
+at::Tensor cross_entropy_with_extras_from_python(const at::Tensor& logits, const at::Tensor& target,
+                                                 const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
+                                                 double label_smoothing, const OptionalTensor& sample_weight,
+                                                 double z_loss, double softcap, double logit_scale) {
+  Options options{reduction, ignore_index, label_smoothing};
+  options.z_loss = z_loss;
+  options.softcap = softcap;
+  options.logit_scale = logit_scale;
+  return general_cross_entropy({logits, target, weight, std::nullopt, sample_weight}, options);
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
 #if defined(__clang__)
@@ -51,6 +63,7 @@ void check_errors() {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cross_entropy", torch::wrap_pybind_function_no_gil(&xent::cross_entropy_from_python));
+  m.def("cross_entropy_with_extras", torch::wrap_pybind_function_no_gil(&xent::cross_entropy_with_extras_from_python));
   m.def("build_info", &xent::build_info);
   m.def("check_errors", &xent::check_errors, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("empty_cache", &xent::release_gradient_memory);

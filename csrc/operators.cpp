@@ -87,6 +87,16 @@ void adapt_gradient_(const Gradients& gradients, at::Tensor& grad_logits, const 
                                  options.integers(), options.numbers());
 }
 
+void correct_target_log_prob(Outputs& outputs, const Inputs& in, const Options& options) {
+  if (in.form(options) != Form::kProbabilities || (!has_value(in.weight) && options.label_smoothing == 0)) return;
+  Options unweighted;
+  unweighted.reduction = kNone;
+  unweighted.softcap = options.softcap;
+  unweighted.logit_scale = options.logit_scale;
+  unweighted.loss_dtype = arithmetic_type(in, options);
+  outputs[2] = -general_cross_entropy({in.logits, in.target, std::nullopt}, unweighted);
+}
+
 bool adapts_gradient(const at::Tensor& logits) {
   return adapt_gradient_operator().hasKernelForDispatchKey(logits.is_cuda() ? c10::DispatchKey::CUDA
                                                                             : c10::DispatchKey::CPU);
@@ -107,7 +117,9 @@ Results results_without_grad(const Inputs& inputs, const Options& options) {
   if (!is_supported(inputs, options)) return as_tuple(fallback(inputs, options));
   const Options typed = with_loss_type(inputs, options);
   const auto [loss, lse, denominator] = forward(inputs, typed);
-  return as_tuple(outputs_of(loss, lse, denominator, inputs, typed));
+  Outputs outputs = outputs_of(loss, lse, denominator, inputs, typed);
+  correct_target_log_prob(outputs, inputs, options);
+  return as_tuple(outputs);
 }
 
 // ---- Meta: shapes, types and strides --------------------------------------------------------------------------------
@@ -244,7 +256,7 @@ TORCH_LIBRARY(cross_entropy_ext, m) {
   define("general_cross_entropy" + loss + "Tensor");
   define("cross_entropy_with_stats" + loss +
          "(Tensor loss, Tensor lse, Tensor target_log_prob, Tensor entropy, Tensor z_loss, Tensor argmax)");
-  define("composite" + loss + "Tensor[]");
+  define("_composite" + loss + "Tensor[]");
   define("_forward" + loss + "(Tensor loss, Tensor lse, Tensor denominator)");
   define("_forward_backward" + loss + "(Tensor loss, Tensor lse, Tensor denominator, Tensor grad_logits)");
   define("_backward" + gradients + "Tensor logits, " + inputs + ", " + saved + ", " + options +
@@ -255,7 +267,7 @@ TORCH_LIBRARY(cross_entropy_ext, m) {
          options + ") -> ()");
 }
 
-TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeImplicitAutograd, m) { m.impl("composite", &composite_of); }
+TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeImplicitAutograd, m) { m.impl("_composite", &composite_of); }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) {
   m.impl("cross_entropy", TORCH_FN((from_plain<at::Tensor, loss_without_grad>)));

@@ -40,6 +40,9 @@ enum class Form : uint8_t {
   kTeacher,        // a = softmax of the teacher's logits, both at a temperature; and perhaps a label at temperature 1
 };
 
+// Whether a target says something of every class, so that it may have a gradient of the logits' size.
+XENT_HOST_DEVICE constexpr bool is_dense(Form form) { return form == Form::kProbabilities || form == Form::kTeacher; }
+
 // What the forward leaves for the backward: rows of `positions` numbers of type T, in `Problem::lse`.
 namespace saved {
 enum Row : int {
@@ -52,9 +55,10 @@ enum Row : int {
   kEntropy = 3,
   kTargetLogProb = 4,
   kArgmax = 5,
-  // Teacher: lse of the logits at temperature 1, and of the teacher's logits.
-  kLabelLse = 3,
-  kLabelLseLost = 4,
+  // Teacher: of the logits x at its temperature T their maximum, and the logarithm of the sum of exp(T (x - maximum)):
+  // apart, for T x has another rounding than the logits that were given. And the teacher's own lse.
+  kLabelMax = 3,
+  kLabelLogSum = 4,
   kTeacherLse = 5,
   kTeacherLseLost = 6,
 };
@@ -92,14 +96,14 @@ struct Problem {
 
   // ---- kGeneral
   Form form = Form::kNone;
-  bool statistics = false;                // the forward saves them
-  double logit_scale = 1, softcap = 0;    // x = softcap tanh(logit_scale x / softcap); zero: no cap
-  int64_t pairs = 0;                      // k; the class_stride of `target` and `probs` is from one pair to the next
-  View probs;                             // of the pairs
-  View labels;                            // class indices besides the teacher, or absent
-  double temperature = 1;                 // 1 / logit_scale
+  bool statistics = false;              // the forward saves them
+  double logit_scale = 1, softcap = 0;  // x = softcap tanh(logit_scale x / softcap); zero: no cap
+  int64_t pairs = 0;                    // k; the class_stride of `target` and `probs` is from one pair to the next
+  View probs;                           // of the pairs
+  View labels;                          // class indices besides the teacher, or absent
+  double temperature = 1;               // where it is not 1, logits are divided by it: logit_scale is its inverse
   double teacher_scale = 1, label_scale = 0;  // alpha T^2 and 1 - alpha
-  bool kl = false;                        // less the teacher's entropy
+  bool kl = false;                            // less the teacher's entropy
 
   // The first position whose target is neither a class nor ignore_index; stays at its initial value where there is
   // none.
@@ -126,7 +130,7 @@ struct Backward : Problem {
   View grad_logits;  // absent where no gradient is asked for
   View grad_target;  // of probabilities, of the pairs' probabilities, or of the teacher's logits
   const void* grad_statistics = nullptr;  // T[3][positions], see GradStatistic; or null
-  bool stream = false;    // the gradients are too large for the caches
+  bool stream = false;                    // the gradients are too large for the caches
   bool buffered = false;  // they cannot be stored as they are made: to be streamed, or in the place of the logits
 };
 

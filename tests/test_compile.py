@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
+from cases import numbered
 from differentiable import (
     SAMPLES,
     alike,
@@ -545,29 +546,29 @@ def test_opcheck_private(sample):
     logits, target, options = sample.make()
     reduction = {"none": 0, "mean": 1, "sum": 2}[options.pop("reduction", "mean")]
     weight, smoothing = options.get("weight"), options.get("label_smoothing", 0.0)
-    loss, lse, denominator = FORWARD(logits, target, weight, reduction, -100, smoothing, torch.float64, False)
-    torch.library.opcheck(FORWARD, (logits, target, weight, reduction, -100, smoothing, torch.float64, False))
+    options = numbered(reduction, -100, smoothing, loss_dtype=7)
+    others = (target, weight, None, None)
+    loss, lse, denominator = FORWARD(logits, *others, *options)
+    torch.library.opcheck(FORWARD, (logits, *others, *options))
+    saved = (*others, lse, denominator, *options)
     for wanted in ([True, False], [True, True], [False, True]):
         if wanted[1] and not target.is_floating_point():
             continue
-        arguments = (target, weight, lse, denominator, reduction, -100, smoothing, wanted)
-        torch.library.opcheck(BACKWARD, (torch.rand_like(loss), logits, *arguments))
+        torch.library.opcheck(BACKWARD, (torch.rand_like(loss), None, logits, *saved, wanted))
     if wanted[0] or not target.is_floating_point():
         upstream = torch.rand_like(loss).requires_grad_()
-        arguments = (target, weight, lse, denominator, reduction, -100, smoothing, [True, False])
-        torch.library.opcheck(BACKWARD, (upstream, logits.detach().requires_grad_(), *arguments))
+        torch.library.opcheck(BACKWARD, (upstream, None, logits.detach().requires_grad_(), *saved, [True, False]))
     inplace = torch.ops.cross_entropy_ext._backward_.default
-    arguments = (target, weight, lse, denominator, reduction, -100, smoothing, False)
-    torch.library.opcheck(
-        inplace, (torch.rand_like(loss), logits.clone(memory_format=torch.preserve_format), *arguments)
-    )
+    copy = logits.clone(memory_format=torch.preserve_format)
+    torch.library.opcheck(inplace, (torch.rand_like(loss), None, copy, *saved, False))
 
 
 def test_operators_are_named():
     """Profiles and graphs show the package's name, and nothing else is registered there."""
     names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("cross_entropy_ext::")}
-    assert names >= {"cross_entropy", "_forward", "_backward"}
-    assert all(n == "cross_entropy" or n.startswith("_") for n in names)
+    public = {"cross_entropy", "general_cross_entropy", "cross_entropy_with_stats"}
+    assert names >= public | {"_forward", "_backward"}
+    assert all(n in public or n.startswith("_") for n in names)
     with torch.profiler.profile() as profile:
         grads(cross_entropy, *SAMPLES[0].make())
     seen = {event.key for event in profile.key_averages()}

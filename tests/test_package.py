@@ -1,6 +1,8 @@
 """The package around the loss: what it says of itself, and what it says when something is missing."""
 
 import importlib.metadata
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -76,3 +78,11 @@ def test_the_example_runs(tmp_path: Path) -> None:
     done = run(str(ROOT / "examples" / "language_model.py"), "--quick", "--output", str(figure), cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_the_compiler_keeps_belongs_to_these_operators() -> None:
+    """A cache on disk of another version of the operators is not used; a tag that the user set stays."""
+    code = "import torch, cross_entropy_ext; print(torch.compiler.config.cache_key_tag)"
+    environment = {**os.environ, "TORCH_COMPILE_CACHE_KEY_TAG": "mine-"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert re.fullmatch("mine-cross_entropy_ext-[0-9a-f]{16}", ran.stdout.strip())

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import numbered
 from oracle import reference
 from test_memory import needs_resident, run_alone
 from torch.func import vmap
@@ -136,16 +137,21 @@ def test_a_float32_weight_goes_with_half_logits_alone() -> None:
 def test_private_operators_refuse_what_they_would_misread() -> None:
     ops = torch.ops.cross_entropy_ext
     x, target = torch.randn(6, 4), torch.tensor([1, 2, -100, 3, 1, 2])
-    _, lse, denominator = ops._forward(x, target, None, 1, -100, 0.0, torch.float32, False)
-    rest = (x, target, None, lse, denominator, 1, -100, 0.0)
-    assert all(g.numel() == 0 for g in ops._backward(torch.ones(()), *rest, [False, False]))
+    inputs, options, one = (x, target, None, None, None), numbered(), torch.ones(())
+    _, lse, denominator = ops._forward(*inputs, *options)
+    rest = (None, *inputs, lse, denominator, *options)
+    assert all(g.numel() == 0 for g in ops._backward(one, *rest, [False, False]))
     with pytest.raises(RuntimeError, match="grad_output of type"):
         ops._backward(torch.ones((), dtype=torch.int32), *rest, [True, False])
     for other in (lse[:1], torch.cat([lse, lse]), lse.double(), lse.t().contiguous().t()):
         with pytest.raises(RuntimeError, match="lse is not what _forward returned"):
-            ops._backward(torch.ones(()), x, target, None, other, denominator, 1, -100, 0.0, [True, False])
+            ops._backward(one, None, *inputs, other, denominator, *options, [True, False])
+    with pytest.raises(RuntimeError, match="grad_statistics are not those"):
+        ops._backward(one, torch.zeros(3, 6), *inputs, lse, denominator, *options, [True, False])
     with pytest.raises(RuntimeError, match="loss_dtype must be"):
-        ops._forward(x, target, None, 1, -100, 0.0, torch.int32, False)
+        ops._forward(*inputs, *numbered(loss_dtype=3))
+    with pytest.raises(RuntimeError, match="got 3 integers"):
+        ops._forward(*inputs, options[0][:3], options[1])
     with pytest.raises(RuntimeError, match="reduction must be"):
         ops.cross_entropy(x, target, None, 7)
 

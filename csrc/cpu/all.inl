@@ -29,6 +29,46 @@ static void backward_rows(const Backward& problem, int64_t begin, int64_t end) {
 }
 
 template <class T>
+static void forward_tiles(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
+  const int64_t width = width_of_tile<T>(problem);
+  Cursor cursor(problem, begin);
+  for (int64_t first = begin; first < end; first += width) {
+    const int64_t count = std::min(width, end - first);
+    switch (problem.kind) {
+      case TargetKind::kIndex:
+        problem.grad_logits ? forward_tile<T, TargetKind::kIndex, true>(problem, cursor, first, count, sums)
+                            : forward_tile<T, TargetKind::kIndex, false>(problem, cursor, first, count, sums);
+        break;
+      case TargetKind::kSmoothedIndex:
+        problem.grad_logits ? forward_tile<T, TargetKind::kSmoothedIndex, true>(problem, cursor, first, count, sums)
+                            : forward_tile<T, TargetKind::kSmoothedIndex, false>(problem, cursor, first, count, sums);
+        break;
+      case TargetKind::kSoft: forward_tile<T, TargetKind::kSoft, false>(problem, cursor, first, count, sums); break;
+      case TargetKind::kGeneral: forward_general_tile<T>(problem, cursor, first, count, sums); break;
+    }
+    cursor.skip(count);
+  }
+}
+
+template <class T>
+static void backward_tiles(const Backward& problem, int64_t begin, int64_t end) {
+  const int64_t width = width_of_tile<T>(problem);
+  Cursor cursor(problem, begin);
+  for (int64_t first = begin; first < end; first += width) {
+    const int64_t count = std::min(width, end - first);
+    switch (problem.kind) {
+      case TargetKind::kIndex: backward_tile<T, TargetKind::kIndex>(problem, cursor, first, count); break;
+      case TargetKind::kSmoothedIndex:
+        backward_tile<T, TargetKind::kSmoothedIndex>(problem, cursor, first, count);
+        break;
+      case TargetKind::kSoft: backward_tile<T, TargetKind::kSoft>(problem, cursor, first, count); break;
+      case TargetKind::kGeneral: backward_general_tile<T>(problem, cursor, first, count); break;
+    }
+    cursor.skip(count);
+  }
+}
+
+template <class T>
 static void forward_positions(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
   problem.lanes == Lanes::kClasses ? forward_rows<T>(problem, begin, end, sums)
                                    : forward_tiles<T>(problem, begin, end, sums);
@@ -48,10 +88,10 @@ static void sum_target_weights(const Problem& problem, int64_t begin, int64_t en
   Cursor cursor(problem, begin);
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t count = std::min(kTile, end - first);
-    int64_t y[kTile];
-    T sample_weights[kTile];
+    int64_t y[kTile + kLanes<T>];
+    T sample_weights[kTile + kLanes<T>];
     read_labels(y, problem, cursor, first, count);
-    read_sample_weights(sample_weights, problem, cursor, count);
+    if (problem.sample_weight) read_sample_weights(sample_weights, problem, cursor, count);
     sums.weight += sum_of_target_weights(weight, problem.sample_weight ? sample_weights : nullptr, y, count);
     cursor.skip(count);
   }

@@ -28,10 +28,13 @@ const Kernels& kernels() {
 constexpr int64_t kFewClasses = 32, kShortRow = 96, kManyPositions = 64;
 
 Lanes choose_lanes(const Problem& problem) {
-  if (problem.kind == TargetKind::kGeneral) return Lanes::kClasses;
+  const bool general = problem.kind == TargetKind::kGeneral;
+  const int64_t most = most_classes_of_tile(problem.arithmetic_in_double ? 8 : 4);
+  if (general && problem.classes > most) return Lanes::kClasses;
   if (problem.classes < kFewClasses) return Lanes::kPositions;
   if (problem.logits.class_stride == 1) {
-    return problem.classes <= kShortRow && problem.positions >= kManyPositions ? Lanes::kPositions : Lanes::kClasses;
+    return problem.classes <= (general ? most : kShortRow) && problem.positions >= kManyPositions ? Lanes::kPositions
+                                                                                                  : Lanes::kClasses;
   }
   const int inner = problem.dims - 1;
   const bool neighbours = problem.logits.stride[inner] == 1 && problem.size[inner] >= kShortRun;

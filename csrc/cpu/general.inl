@@ -1,12 +1,26 @@
-// Whatever is more than the plain loss, for rows: any form of target, transformed logits, statistics, and the gradient
-// of any mixture of them. As in rows.inl vector lanes are classes, in blocks that stay in the first-level cache; logits
-// are transformed and coefficients made there, so that nothing of the logits' size is ever stored but the gradient.
+// Whatever is more than the plain loss: any form of target, transformed logits, statistics, and the gradient of any
+// mixture of them. As in rows.inl and spatial.inl vector lanes are classes or positions, in blocks that stay in the
+// first-level cache; logits are transformed and coefficients made there, so that nothing of the logits' size is ever
+// stored but the gradient.
 //
 // A position's sums are those of rows.inl and two more; its gradient is
 //
-//   d/dx_c = softmax_c (P + E log softmax_c) - D a_c      less at a label's or a pair's class
+//   d/dx_c = softmax_c (P + E log softmax_c) - D a_c      less at the class of a label or of a pair
 //
-// times the derivative of the transform. Options are asked for once for each vector or position, never by element.
+// times the derivative of the transform. A label is a pair of probability one. Options are asked for once for each
+// vector or position, never by element.
+
+// Calls function(i, count) for each vector of n elements, of which the last has fewer than all its lanes.
+template <class T, class Function>
+XENT_INLINE void for_vectors(int64_t n, const Function& function) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) function(i, std::min<int64_t>(kLanes<T>, n - i));
+}
+
+template <class T>
+XENT_INLINE Vector<T> load_some(const T* p, int64_t i, int64_t count) {
+  if (!p) return Vector<T>{};
+  return count == kLanes<T> ? load(p + i) : load_partial(p + i, count, T(0));
+}
 
 // ---- coefficients ---------------------------------------------------------------------------------------------------
 
@@ -36,16 +50,14 @@ class CoefficientReader {
 
  private:
   XENT_INLINE_MEMBER Coefficients<T> softmax_of_teacher(int64_t position, int64_t offset, int64_t n) {
-    constexpr int W = kLanes<T>;
-    const T scale = T(problem_.logit_scale), rounded = saved_row<T>(problem_, saved::kTeacherLse)[position];
+    const T rounded = saved_row<T>(problem_, saved::kTeacherLse)[position];
     const T lost = saved_row<T>(problem_, saved::kTeacherLseLost)[position];
     const T* z = read_or_point(buffers_[1], problem_.target, offset, problem_.target.class_stride, n);
-    for (int64_t i = 0; i < n; i += W) {
-      const int64_t count = n - i;
-      const Vector<T> log_q = ((count >= W ? load(z + i) : load_partial(z + i, count, T(0))) * scale - rounded) - lost;
+    for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
+      const Vector<T> log_q = (transformed<T>(problem_, load_some(z, i, count)) - rounded) - lost;
       store_partial(buffers_[1] + i, log_q, count);
       store_partial(buffers_[0] + i, exp(log_q), count);
-    }
+    });
     return {buffers_[0], buffers_[1]};
   }
 
@@ -133,9 +145,87 @@ static GeneralLaneSums<T> sum_general_block(const Block<T>& block, T row_max, co
   return sums;
 }
 
-// ---- forward --------------------------------------------------------------------------------------------------------
+// ---- what a position's sums say -------------------------------------------------------------------------------------
+//
+// V is double, for one position of many classes, or a vector of positions of few.
 
-// Calls use(class, probability, offset of the probability's gradient) for each pair that is not ignored.
+template <class V>
+XENT_INLINE V constant(double x) {
+  if constexpr (std::is_same_v<V, double>) {
+    return x;
+  } else {
+    return V{} + std::remove_reference_t<decltype(std::declval<V&>()[0])>(x);
+  }
+}
+
+template <class V>
+struct Totals {
+  V max, ties, rest, spread, mass, energy, label_rest;
+};
+
+// Of a position's pairs, or of its label: the sums of w p (max - x), w p, p (max - x) and p.
+template <class V>
+struct Own {
+  V weighted_gap{}, weight{}, gap{}, mass{};
+
+  template <class T>
+  XENT_INLINE_MEMBER void add(T w, T p, T gap_of_class) {  // of numbers
+    if (p == 0) return;                                    // which adds nothing, even at a logit of -inf
+    if (w != 0) weighted_gap += w * p * gap_of_class;
+    weight += w * p;
+    gap += p * gap_of_class;
+    mass += p;
+  }
+};
+
+template <class V>
+struct Found {
+  V log_sum{}, label_log_sum{};
+  V loss{}, entropy{}, target_log_prob{};
+  V saved{};  // in the row kMass
+};
+
+template <class V>
+XENT_INLINE Found<V> find(const Problem& problem, const Totals<V>& sums, const Own<V>& own) {
+  Found<V> found;
+  const V log_sum = found.log_sum = log_of_sum(sums.ties, sums.rest);
+  const V dense = sums.spread + sums.mass * log_sum, zero{};
+  found.entropy = log_sum + sums.energy / (sums.ties + sums.rest);
+  switch (problem.form) {
+    case Form::kNone: break;
+    case Form::kIndices:
+    case Form::kPairs: {
+      const V keep = constant<V>(1 - problem.label_smoothing);
+      const double share = problem.label_smoothing / double(problem.classes);
+      found.loss = keep * select(own.weight == zero, own.weighted_gap, own.weighted_gap + own.weight * log_sum);
+      if (share != 0) found.loss += constant<V>(share) * dense;
+      found.target_log_prob = -(own.gap + own.mass * log_sum);
+      break;
+    }
+    case Form::kProbabilities:
+      found.loss = dense;
+      found.target_log_prob = -dense;
+      found.saved = sums.mass;
+      break;
+    case Form::kTeacher:
+      found.saved = dense;
+      found.loss = constant<V>(problem.teacher_scale) * dense;
+      if (!problem.labels) break;
+      found.label_log_sum = log_of_sum(sums.ties, sums.label_rest);
+      if (problem.label_scale != 0) {
+        const V of_label = constant<V>(problem.temperature) * own.gap + found.label_log_sum;
+        found.loss += constant<V>(problem.label_scale) * of_label;
+      }
+      break;
+  }
+  if (problem.z_loss != 0) {
+    const V lse = sums.max + log_sum;
+    found.loss += constant<V>(problem.z_loss) * lse * lse;
+  }
+  return found;
+}
+
+// Calls use(class, probability, number of the pair) for each pair of a position that is not ignored.
 template <class T, class Use>
 XENT_INLINE void for_pairs(const Problem& problem, const Cursor& cursor, const Use& use) {
   const int64_t target = cursor.offset(problem.target), probs = cursor.offset(problem.probs);
@@ -147,76 +237,140 @@ XENT_INLINE void for_pairs(const Problem& problem, const Cursor& cursor, const U
   }
 }
 
+// The same of the label of a position, as its only pair, where it has one.
+template <class T, class Use>
+XENT_INLINE void for_own(const Problem& problem, const Cursor& cursor, int64_t y, const Use& use) {
+  if (problem.form == Form::kPairs) return for_pairs<T>(problem, cursor, use);
+  if (problem.form == Form::kIndices || problem.labels) use(y, T(1), 0);
+}
+
+// A class may come more than once among a position's pairs.
+template <class T>
+XENT_INLINE T probability_of_class(const Problem& problem, const Cursor& cursor, int64_t c) {
+  if (problem.form != Form::kPairs) return 1;
+  T sum = 0;
+  for_pairs<T>(problem, cursor, [&](int64_t y, T probability, int64_t) { sum += y == c ? probability : T(0); });
+  return sum;
+}
+
 template <class T>
 XENT_INLINE T weight_of_class(const Problem& problem, int64_t c) {
   return problem.weight ? static_cast<const T*>(problem.weight)[c] : T(1);
 }
 
-// Finishes a position from its sums.
-template <class T>
-struct GeneralResult : PositionResult<T> {
-  Lse<T> label_lse;
-  double entropy = 0, target_log_prob = 0;
-  int64_t argmax = -1;
+// ---- the terms of a gradient ----------------------------------------------------------------------------------------
 
-  void finish(const Forward& problem, const Row& row, const Cursor& cursor, const GeneralRowSums<T>& sums,
-              double log_sum) {
-    const double keep = 1 - problem.label_smoothing, share = problem.label_smoothing / double(problem.classes);
-    const auto gap_of = [&](int64_t y) {
-      return double(sums.max) - double(read_logit<T>(problem, row.logits + y * problem.logits.class_stride));
-    };
-    this->lse = Lse<T>::of(double(sums.max), log_sum);
-    entropy = log_sum + sums.energy / (sums.ties + sums.rest);
-    double loss = 0;
+// Lanes are positions, or all the same one.
+template <class T>
+struct GeneralTerms {
+  using V = Vector<T>;
+  V rounded, lost;                  // lse
+  V label_max{}, label_log_sum{};   // of the logits at temperature 1
+  V softmax, entropy{}, dense;      // P, E, D
+  V hit{}, rest;                    // P = hit + rest
+  V of_loss, of_target_log_prob{};  // the gradients of the results
+  V label{};                        // what multiplies softmax(T x) - [c = y]
+  V saved_mass{};
+
+  // `saved_at(row)`, `grad_at(row)`: of what the forward saved, and of the gradients of statistics. `scale`:
+  // grad_output / denominator, times the position's weight. `weight` and `mass`: of Own.
+  template <class SavedAt, class GradAt>
+  XENT_INLINE_MEMBER GeneralTerms(const Problem& problem, V scale, V weight, V mass, bool statistics,
+                                  const SavedAt& saved_at, const GradAt& grad_at)
+      : rounded(saved_at(saved::kLse)), lost(saved_at(saved::kLseLost)), of_loss(scale) {
+    V of_lse{};
+    if (problem.z_loss != 0) of_lse = scale * T(2 * problem.z_loss) * (rounded + lost);
+    if (statistics) {
+      of_target_log_prob = grad_at(kGradTargetLogProb);
+      entropy = -grad_at(kGradEntropy);
+      of_lse += grad_at(kGradLse) + entropy * saved_at(saved::kEntropy);
+    }
+    dense = scale * T(problem.label_smoothing / double(problem.classes));
+    rest = of_lse + scale * T(problem.smoothed_total);
     switch (problem.form) {
       case Form::kNone: break;
-      case Form::kIndices: {
-        const double gap = gap_of(row.y), hit = keep * double(weight_of_class<T>(problem, row.y));
-        loss = index_loss(hit, share, gap, sums.spread, sums.mass, log_sum);
-        target_log_prob = -(gap + log_sum);
-        break;
-      }
-      case Form::kPairs:
-        loss = index_loss(0., share, 0., sums.spread, sums.mass, log_sum);
-        for_pairs<T>(problem, cursor, [&](int64_t y, T probability, int64_t) {
-          const double gap = gap_of(y), p = double(probability);
-          loss += index_loss(keep * double(weight_of_class<T>(problem, y)) * p, 0., gap, 0., 0., log_sum);
-          target_log_prob -= index_loss(p, 0., gap, 0., 0., log_sum);
-        });
-        break;
+      case Form::kIndices:
+      case Form::kPairs: hit = scale * T(1 - problem.label_smoothing) * weight - of_target_log_prob * mass; break;
       case Form::kProbabilities:
-        loss = index_loss(0., 1., 0., sums.spread, sums.mass, log_sum);
-        target_log_prob = -loss;
-        this->mass = T(sums.mass);
+        saved_mass = saved_at(saved::kMass);
+        dense = scale - of_target_log_prob;
+        rest = of_lse + dense * saved_mass;
         break;
-      case Form::kTeacher: {
-        const double of_teacher = index_loss(0., 1., 0., sums.spread, sums.mass, log_sum);
-        this->mass = T(of_teacher);
-        loss = problem.teacher_scale * of_teacher;
+      case Form::kTeacher:
+        saved_mass = saved_at(saved::kMass);
+        dense = rest = scale * T(problem.teacher_scale);
         if (!problem.labels) break;
-        const double label_log_sum = log_of_sum(sums.ties, sums.label_rest);
-        label_lse = Lse<T>::of(problem.temperature * double(sums.max), label_log_sum);
-        loss += index_loss(problem.label_scale, 0., problem.temperature * gap_of(row.y), 0., 0., label_log_sum);
+        label_max = saved_at(saved::kLabelMax);
+        label_log_sum = saved_at(saved::kLabelLogSum);
+        label = scale * T(problem.label_scale * problem.temperature);
         break;
-      }
     }
-    this->loss = finish_loss(problem, row, loss, double(sums.max) + log_sum);
+    softmax = hit + rest;
   }
+
+  XENT_INLINE_MEMBER V log_softmax(V x) const { return (x - rounded) - lost; }
+  XENT_INLINE_MEMBER V label_log_softmax(const Problem& problem, V x) const {
+    return (x - label_max) * T(problem.temperature) - label_log_sum;
+  }
+
+  // Completes the gradient of everything but entropy and transform.
+  XENT_INLINE_MEMBER V complete(const Backward& problem, V gradient, V x, V log_p) const {
+    if (problem.grad_statistics) gradient += entropy_gradient(entropy, exp(log_p), log_p);
+    return is_transformed(problem) ? gradient * slope_of_transform<T>(problem, x) : gradient;
+  }
+
+  // `careful`: among the classes is one whose softmax is near one, as its coefficient may be.
+  template <bool careful>
+  XENT_INLINE_MEMBER V gradient(const Backward& problem, V x, V a) const {
+    const V log_p = log_softmax(x);
+    V result = careful ? soft_gradient(softmax, log_p, dense * a) : plain_gradient(softmax, exp(log_p), dense * a);
+    if (problem.label_scale != 0) result += label * exp(label_log_softmax(problem, x));
+    return complete(problem, result, x, log_p);
+  }
+
+  // What pairs of one class, of weight w and of probabilities that add up to p, have of `hit`.
+  XENT_INLINE_MEMBER V hit_of(const Problem& problem, V w, V p) const {
+    return (of_loss * T(1 - problem.label_smoothing) * w - of_target_log_prob) * p;
+  }
+
+  // Of a class that a label or pairs give `own` of `hit`, besides its coefficient a.
+  XENT_INLINE_MEMBER V own_gradient(const Backward& problem, V x, V own, V a) const {
+    const V log_p = log_softmax(x), zero{};
+    V result = problem.form == Form::kTeacher ? soft_gradient(softmax, log_p, dense * a)
+                                              : target_gradient(own, (hit - own) + rest, dense * a, log_p);
+    if (problem.label_scale != 0) result += target_gradient(label, zero, zero, label_log_softmax(problem, x));
+    return complete(problem, result, x, log_p);
+  }
+
+  // Of a probability, or of the teacher's logit.
+  XENT_INLINE_MEMBER V of_target_class(const Problem& problem, V x, V a, V log_q, V weight) const {
+    const V minus_log_p = -log_softmax(x);
+    if (problem.form == Form::kProbabilities) return dense * T(1 - problem.label_smoothing) * weight * minus_log_p;
+    return dense * T(problem.logit_scale) *
+           teacher_gradient(a, problem.kl ? log_q + minus_log_p : minus_log_p, saved_mass);
+  }
+};
+
+// ---- rows: forward --------------------------------------------------------------------------------------------------
+
+// What a position leaves behind. An ignored one leaves zeros, and no class.
+template <class T>
+struct GeneralResult : PositionResult<T> {
+  T label_max = 0, label_log_sum = 0;
+  T entropy = 0, target_log_prob = 0;
+  Int<T> argmax = -1;
 
   XENT_INLINE_MEMBER void write(const Forward& problem, int64_t p, Sums& sums) const {
     PositionResult<T>::write(problem, p, sums);
-    if (problem.form == Form::kProbabilities || problem.form == Form::kTeacher) {
-      saved_row<T>(problem, saved::kMass)[p] = this->mass;
-    }
+    if (is_dense(problem.form)) saved_row<T>(problem, saved::kMass)[p] = this->mass;
     if (problem.statistics) {
-      saved_row<T>(problem, saved::kEntropy)[p] = T(entropy);
-      saved_row<T>(problem, saved::kTargetLogProb)[p] = T(target_log_prob);
-      const Int<T> index = Int<T>(argmax);
-      std::memcpy(saved_row<T>(problem, saved::kArgmax) + p, &index, sizeof index);
+      saved_row<T>(problem, saved::kEntropy)[p] = entropy;
+      saved_row<T>(problem, saved::kTargetLogProb)[p] = target_log_prob;
+      std::memcpy(saved_row<T>(problem, saved::kArgmax) + p, &argmax, sizeof argmax);
     }
-    if (problem.form == Form::kTeacher) {
-      saved_row<T>(problem, saved::kLabelLse)[p] = label_lse.rounded;
-      saved_row<T>(problem, saved::kLabelLseLost)[p] = label_lse.lost;
+    if (problem.labels) {
+      saved_row<T>(problem, saved::kLabelMax)[p] = label_max;
+      saved_row<T>(problem, saved::kLabelLogSum)[p] = label_log_sum;
     }
   }
 };
@@ -244,146 +398,48 @@ static void forward_general_rows(const Forward& problem, int64_t begin, int64_t 
   for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
     const Row row = row_at(problem, cursor, p);
     GeneralResult<T> result;
-    if (row.y >= 0) {
-      GeneralRowSums<T> of_row;
-      int64_t block_of_maximum = 0;
-      for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
-        const Block<T> block = blocks.read(row, c);
-        if (block.max > of_row.max) {
-          of_row.raise_max(block.max, wanted);
-          block_of_maximum = c;
-        }
-        const auto a = coefficients.read(p, row.target, c, block.n);
-        of_row.add(sum_general_block(block, of_row.max, a, problem.kl, wanted), block.n);
-      }
-      const double log_sum = log_of_sum(of_row.ties, of_row.rest);
-      result.finish(problem, row, cursor, of_row, log_sum);
-      if (problem.statistics) {
-        const bool is_nan = of_row.rest != of_row.rest;
-        result.argmax = is_nan ? find_class(problem, row, 0, std::numeric_limits<T>::quiet_NaN())
-                               : find_class(problem, row, block_of_maximum, of_row.max);
-      }
-      const double w = problem.form == Form::kIndices ? double(weight_of_class<T>(problem, row.y)) : 1;
-      sums.weight += w * row.sample_weight;
+    if (row.y < 0) {
+      result.write(problem, p, sums);
+      continue;
     }
+    GeneralRowSums<T> of_row;
+    int64_t block_of_maximum = 0;
+    for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
+      const Block<T> block = blocks.read(row, c);
+      if (block.max > of_row.max) {
+        of_row.raise_max(block.max, wanted);
+        block_of_maximum = c;
+      }
+      const auto a = coefficients.read(p, row.target, c, block.n);
+      of_row.add(sum_general_block(block, of_row.max, a, problem.kl, wanted), block.n);
+    }
+    Own<double> own;
+    for_own<T>(problem, cursor, row.y, [&](int64_t y, T probability, int64_t) {
+      const T logit = read_logit<T>(problem, row.logits + y * problem.logits.class_stride);
+      own.add(double(weight_of_class<T>(problem, y)), double(probability), double(of_row.max) - double(logit));
+    });
+    const Found<double> found = find<double>(
+        problem,
+        {double(of_row.max), of_row.ties, of_row.rest, of_row.spread, of_row.mass, of_row.energy, of_row.label_rest},
+        own);
+    result.lse = Lse<T>::of(double(of_row.max), found.log_sum);
+    result.label_max = of_row.max;
+    result.label_log_sum = T(found.label_log_sum);
+    result.mass = T(found.saved);
+    result.entropy = T(found.entropy);
+    result.target_log_prob = T(found.target_log_prob);
+    result.loss = found.loss * row.sample_weight;
+    if (problem.statistics) {
+      const bool is_nan = of_row.rest != of_row.rest;
+      result.argmax = Int<T>(is_nan ? find_class(problem, row, 0, std::numeric_limits<T>::quiet_NaN())
+                                    : find_class(problem, row, block_of_maximum, of_row.max));
+    }
+    sums.weight += (problem.form == Form::kIndices ? own.weight : 1) * row.sample_weight;
     result.write(problem, p, sums);
   }
 }
 
-// ---- backward -------------------------------------------------------------------------------------------------------
-
-template <class T>
-struct GeneralTerms {
-  Lse<T> lse, label_lse;
-  T softmax = 0, entropy = 0, dense = 0;  // P, E, D
-  T hit = 0, rest = 0;                    // of an index target's class: P = hit + rest
-  T of_loss = 0;                          // grad_output / denominator, times the position's weight
-  T of_target_log_prob = 0;
-  T label = 0, temperature = 1;  // what multiplies softmax(T x) - [c = y]
-
-  GeneralTerms(const Backward& problem, const Cursor& cursor, int64_t p, int64_t y) {
-    const auto saved_at = [&](int row) { return saved_row<T>(problem, row)[p]; };
-    lse = {saved_at(saved::kLse), saved_at(saved::kLseLost)};
-    const double scale = scale_at(problem, cursor), keep = 1 - problem.label_smoothing;
-    const double z = 2 * problem.z_loss * (double(lse.rounded) + double(lse.lost));
-    double of_lse = problem.z_loss == 0 ? 0 : scale * z, of_target = 0;
-    if (problem.grad_statistics) {
-      const T* const grads = static_cast<const T*>(problem.grad_statistics) + p;
-      const double of_entropy = double(grads[kGradEntropy * problem.positions]);
-      of_target = double(grads[kGradTargetLogProb * problem.positions]);
-      of_lse += double(grads[kGradLse * problem.positions]) - of_entropy * double(saved_at(saved::kEntropy));
-      entropy = T(-of_entropy);
-    }
-    of_loss = T(scale);
-    of_target_log_prob = T(of_target);
-    dense = T(scale * (problem.label_smoothing / double(problem.classes)));
-    rest = T(of_lse + scale * problem.smoothed_total);
-    switch (problem.form) {
-      case Form::kNone: break;
-      case Form::kIndices: hit = T(scale * keep * double(weight_of_class<T>(problem, y)) - of_target); break;
-      case Form::kPairs:
-        for_pairs<T>(problem, cursor, [&](int64_t c, T probability, int64_t) { hit += pair(problem, c, probability); });
-        break;
-      case Form::kProbabilities:
-        dense = T(scale - of_target);
-        rest = T(of_lse + (scale - of_target) * double(saved_at(saved::kMass)));
-        break;
-      case Form::kTeacher:
-        dense = rest = T(scale * problem.teacher_scale);
-        if (!problem.labels) break;
-        label_lse = {saved_at(saved::kLabelLse), saved_at(saved::kLabelLseLost)};
-        temperature = T(problem.temperature);
-        label = T(scale * problem.label_scale * problem.temperature);
-        break;
-    }
-    softmax = hit + rest;
-  }
-
-  // The coefficient that a pair adds to its class.
-  XENT_INLINE_MEMBER T pair(const Problem& problem, int64_t c, T probability) const {
-    return pair(problem, c) * probability;
-  }
-  XENT_INLINE_MEMBER T pair(const Problem& problem, int64_t c) const {
-    return of_loss * T(1 - problem.label_smoothing) * weight_of_class<T>(problem, c) - of_target_log_prob;
-  }
-
-  XENT_INLINE_MEMBER Vector<T> log_softmax(Vector<T> x) const { return (x - lse.rounded) - lse.lost; }
-  XENT_INLINE_MEMBER Vector<T> label_log_softmax(Vector<T> x) const {
-    return (x * temperature - label_lse.rounded) - label_lse.lost;
-  }
-
-  // What of_target, the gradient of the target's part, is completed by.
-  XENT_INLINE_MEMBER Vector<T> with_entropy(const Problem& problem, Vector<T> of_target, Vector<T> x,
-                                            Vector<T> log_softmax) const {
-    if (entropy != 0) of_target += entropy_gradient(broadcast(entropy), exp(log_softmax), log_softmax);
-    return is_transformed(problem) ? of_target * slope_of_transform<T>(problem, x) : of_target;
-  }
-
-  // `careful`: among the classes is one whose softmax is near one, as its coefficient may be.
-  template <bool careful>
-  XENT_INLINE_MEMBER Vector<T> gradient(const Problem& problem, Vector<T> x, Vector<T> a) const {
-    const Vector<T> log_p = log_softmax(x), total = broadcast(softmax);
-    Vector<T> result = careful ? soft_gradient(total, log_p, dense * a) : plain_gradient(total, exp(log_p), dense * a);
-    if (label != 0) result += label * exp(label_log_softmax(x));
-    return with_entropy(problem, result, x, log_p);
-  }
-
-  // Of a class that an index target or pairs give the coefficient `own`, besides a.
-  XENT_INLINE_MEMBER T own_gradient(const Problem& problem, T logit, T own, T a) const {
-    const Vector<T> x = broadcast(logit), log_p = log_softmax(x);
-    const Vector<T> result =
-        target_gradient(broadcast(own), broadcast((hit - own) + rest), broadcast(dense * a), log_p);
-    return with_entropy(problem, result, x, log_p)[0];
-  }
-
-  // Of a label's class, beside a teacher.
-  XENT_INLINE_MEMBER T label_gradient(const Problem& problem, T logit, T q) const {
-    const Vector<T> x = broadcast(logit), zero{};
-    const Vector<T> of_teacher = soft_gradient(broadcast(softmax), log_softmax(x), broadcast(dense * q));
-    const Vector<T> of_label = target_gradient(broadcast(label), zero, zero, label_log_softmax(x));
-    return with_entropy(problem, of_teacher + of_label, x, log_softmax(x))[0];
-  }
-
-  // Of a probability, or of the teacher's logit.
-  XENT_INLINE_MEMBER Vector<T> of_target_class(const Backward& problem, Vector<T> x, Vector<T> a, Vector<T> log_q,
-                                               Vector<T> weight, Vector<T> loss) const {
-    const Vector<T> minus_log_p = -log_softmax(x);
-    if (problem.form == Form::kProbabilities) return dense * T(1 - problem.label_smoothing) * weight * minus_log_p;
-    return dense * T(problem.logit_scale) * teacher_gradient(a, problem.kl ? log_q + minus_log_p : minus_log_p, loss);
-  }
-};
-
-// Calls function(i, count) for each vector of n elements, of which the last has fewer than all its lanes.
-template <class T, class Function>
-XENT_INLINE void for_vectors(int64_t n, const Function& function) {
-  for (int64_t i = 0; i < n; i += kLanes<T>) function(i, std::min<int64_t>(kLanes<T>, n - i));
-}
-
-template <class T>
-XENT_INLINE Vector<T> load_some(const T* p, int64_t i, int64_t count) {
-  if (!p) return Vector<T>{};
-  return count == kLanes<T> ? load(p + i) : load_partial(p + i, count, T(0));
-}
+// ---- rows: backward -------------------------------------------------------------------------------------------------
 
 template <class T>
 static void zero_target_gradient(const Backward& problem, int64_t offset) {
@@ -399,8 +455,9 @@ template <class T>
 static void backward_general_rows(const Backward& problem, int64_t begin, int64_t end) {
   alignas(64) T logits_buffer[kBlock<T>], gradient_buffer[kBlock<T>];
   CoefficientReader<T> coefficients(problem);
-  const T* const weight = static_cast<const T*>(problem.weight);
-  const bool pairs = problem.form == Form::kPairs, dense = !pairs && problem.form != Form::kIndices;
+  const T *const weight = static_cast<const T*>(problem.weight), *const grads =
+                                                                     static_cast<const T*>(problem.grad_statistics);
+  const bool dense = is_dense(problem.form);
   Cursor cursor(problem, begin);
   for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
     const int64_t logits = cursor.offset(problem.logits), target = cursor.offset(problem.target);
@@ -412,8 +469,13 @@ static void backward_general_rows(const Backward& problem, int64_t begin, int64_
       zero_target_gradient<T>(problem, dq);
       continue;
     }
-    const GeneralTerms<T> terms(problem, cursor, p, y);
-    const Vector<T> loss = broadcast(dense ? saved_row<T>(problem, saved::kMass)[p] : T(0));
+    Own<T> own;
+    for_own<T>(problem, cursor, y,
+               [&](int64_t c, T probability, int64_t) { own.add(weight_of_class<T>(problem, c), probability, T(0)); });
+    const GeneralTerms<T> terms(
+        problem, broadcast(T(scale_at(problem, cursor))), broadcast(own.weight), broadcast(own.mass), grads != nullptr,
+        [&](int row) { return broadcast(saved_row<T>(problem, row)[p]); },
+        [&](int row) { return broadcast(grads[row * problem.positions + p]); });
     for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
       const int64_t n = std::min(kBlock<T>, problem.classes - c);
       const T* const x = read_logits(logits_buffer, problem, logits + c * problem.logits.class_stride, n);
@@ -422,7 +484,7 @@ static void backward_general_rows(const Backward& problem, int64_t begin, int64_
         for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
           const Vector<T> w = weight ? load_some(weight + c, i, count) : broadcast(T(1));
           const Vector<T> of_class = terms.of_target_class(problem, load_some(x, i, count), load_some(a, i, count),
-                                                           load_some(log_q, i, count), w, loss);
+                                                           load_some(log_q, i, count), w);
           store_partial(gradient_buffer + i, of_class, count);
         });
         const int64_t stride = problem.grad_target.class_stride;
@@ -431,40 +493,329 @@ static void backward_general_rows(const Backward& problem, int64_t begin, int64_
       if (!problem.grad_logits) continue;
       const int64_t stride = problem.grad_logits.class_stride, out = dx + c * stride;
       T* const result = write_or_point(gradient_buffer, problem.grad_logits, out, stride, problem.buffered);
-      const bool careful = dense && block_maximum(x, n) - terms.lse.rounded > T(-0.7);
+      const bool careful = dense && block_maximum(x, n) - terms.rounded[0] > T(-0.7);
       for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vector<T> logit = load_some(x, i, count), coefficient = load_some(a, i, count);
         const Vector<T> of_class = careful ? terms.template gradient<true>(problem, logit, coefficient)
                                            : terms.template gradient<false>(problem, logit, coefficient);
         store_partial(result + i, of_class, count);
       });
-      const auto coefficient_of = [&](int64_t at) { return a ? a[at - c] : T(0); };
-      const auto is_here = [&](int64_t at) { return c <= at && at < c + n; };
-      if (pairs) {
-        for_pairs<T>(problem, cursor, [&](int64_t at, T, int64_t) {
-          if (!is_here(at)) return;
-          T own = 0;  // a class may come more than once
-          for_pairs<T>(problem, cursor, [&](int64_t same, T probability, int64_t) {
-            if (same == at) own += terms.pair(problem, same, probability);
-          });
-          result[at - c] = terms.own_gradient(problem, x[at - c], own, coefficient_of(at));
-        });
-      } else if (problem.form == Form::kIndices && is_here(y)) {
-        result[y - c] = terms.own_gradient(problem, x[y - c], terms.hit, coefficient_of(y));
-      } else if (problem.labels && is_here(y)) {
-        result[y - c] = terms.label_gradient(problem, x[y - c], coefficient_of(y));
-      }
+      for_own<T>(problem, cursor, y, [&](int64_t at, T, int64_t) {
+        if (at < c || at >= c + n) return;
+        const T hit = terms.hit_of(problem, broadcast(weight_of_class<T>(problem, at)),
+                                   broadcast(probability_of_class<T>(problem, cursor, at)))[0];
+        const T coefficient = a ? a[at - c] : T(0);
+        result[at - c] = terms.own_gradient(problem, broadcast(x[at - c]), broadcast(hit), broadcast(coefficient))[0];
+      });
       if (result == gradient_buffer) {
         write_from(gradient_buffer, problem.grad_logits, out, stride, n, problem.stream);
       }
     }
-    if (pairs && problem.grad_target) {
-      zero_target_gradient<T>(problem, dq);  // of ignored pairs
-      for_pairs<T>(problem, cursor, [&](int64_t at, T, int64_t j) {
-        const T logit = read_logit<T>(problem, logits + at * problem.logits.class_stride);
-        const T gradient = -terms.pair(problem, at) * terms.log_softmax(broadcast(logit))[0];
-        write_from(&gradient, problem.grad_target, dq + j * problem.grad_target.class_stride, 1, 1);
+    if (problem.form != Form::kPairs || !problem.grad_target) continue;
+    zero_target_gradient<T>(problem, dq);  // of ignored pairs
+    for_own<T>(problem, cursor, y, [&](int64_t at, T, int64_t j) {
+      const T logit = read_logit<T>(problem, logits + at * problem.logits.class_stride);
+      const Vector<T> hit = terms.hit_of(problem, broadcast(weight_of_class<T>(problem, at)), broadcast(T(1)));
+      const T gradient = -(hit * terms.log_softmax(broadcast(logit)))[0];
+      write_from(&gradient, problem.grad_target, dq + j * problem.grad_target.class_stride, 1, 1);
+    });
+  }
+}
+
+// ---- tiles ----------------------------------------------------------------------------------------------------------
+//
+// A tile has all classes of its positions (choose_lanes).
+
+// What a tile of positions is worked on with.
+template <class T>
+struct GeneralTile {
+  Tile<T> x;      // logits, transformed
+  Tile<T> q;      // probabilities, or the teacher's, or a place for the gradient of pairs
+  Tile<T> log_q;  // of a teacher
+  int64_t lanes;
+  int64_t y[kTile + kLanes<T>];  // as read_labels has them
+
+  GeneralTile(const Problem& problem, const Cursor& cursor, int64_t first, int64_t count)
+      : x(problem), q(problem), log_q(problem), lanes(whole_groups<T>(count)) {
+    read_labels(y, problem, cursor, first, count);
+    std::fill(y + count, y + lanes, int64_t{-1});
+    read_tile(x, cursor, count, problem.logits, 0, problem.classes);
+    if (is_transformed(problem)) {
+      for_cells(problem,
+                [&](int64_t c, int64_t v) { store(x.row(c) + v, transformed<T>(problem, load(x.row(c) + v))); });
+    }
+    if (problem.form == Form::kProbabilities) {
+      read_tile(q, cursor, count, problem.target, 0, problem.classes);
+      const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.classes));
+      if (keep == 1 && !problem.weight) return;
+      for_cells(problem, [&](int64_t c, int64_t v) {
+        store(q.row(c) + v, weight_of_class<T>(problem, c) * (load(q.row(c) + v) * keep + share));
       });
     }
+    if (problem.form == Form::kTeacher) {
+      read_tile(log_q, cursor, count, problem.target, 0, problem.classes);
+      alignas(64) T rounded[kTile + kGroupLanes<T>], lost[kTile + kGroupLanes<T>];
+      std::copy_n(saved_row<T>(problem, saved::kTeacherLse) + first, count, rounded);
+      std::copy_n(saved_row<T>(problem, saved::kTeacherLseLost) + first, count, lost);
+      for (int64_t i = count; i < lanes; ++i) rounded[i] = lost[i] = 0;
+      for_cells(problem, [&](int64_t c, int64_t v) {
+        const Vector<T> z = transformed<T>(problem, load(log_q.row(c) + v));
+        const Vector<T> logarithm = (z - load(rounded + v)) - load(lost + v);
+        store(log_q.row(c) + v, logarithm);
+        store(q.row(c) + v, exp(logarithm));
+      });
+    }
+  }
+
+  template <class Use>
+  XENT_INLINE_MEMBER void for_cells(const Problem& problem, const Use& use) const {
+    for (int64_t c = 0; c < problem.classes; ++c) {
+      for (int64_t v = 0; v < lanes; v += kLanes<T>) use(c, v);
+    }
+  }
+
+  XENT_INLINE_MEMBER Ints<T> counts_at(int64_t v) const { return load_classes<T>(y + v) >= 0; }
+
+  // The dense coefficient of class c.
+  XENT_INLINE_MEMBER Vector<T> coefficient(const Problem& problem, int64_t c, int64_t v) const {
+    if (problem.form == Form::kNone) return Vector<T>{};
+    if (is_dense(problem.form)) return load(q.row(c) + v);
+    return problem.label_smoothing == 0 ? Vector<T>{} : broadcast(weight_of_class<T>(problem, c));
+  }
+};
+
+// The j-th pairs of a tile's positions, or their labels: no class, and a probability of zero, where they are ignored.
+template <class T>
+struct PairOfTile {
+  alignas(64) int64_t y[kTile];
+  alignas(64) T probability[kTile];
+
+  PairOfTile(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t count, int64_t j) {
+    const bool pairs = problem.form == Form::kPairs;
+    if (pairs) {
+      read_positions(y, cursor, count, problem.target, j);
+      read_positions(probability, cursor, count, problem.probs, j);
+    }
+    for (int64_t i = 0; i < tile.lanes; ++i) {
+      const bool counts = tile.y[i] >= 0 && !(pairs && y[i] == problem.ignore_index);
+      y[i] = !counts ? -1 : pairs ? y[i] : tile.y[i];
+      probability[i] = !counts ? T(0) : pairs ? probability[i] : T(1);
+    }
+  }
+};
+
+XENT_INLINE int64_t count_of_own(const Problem& problem) {
+  return problem.form == Form::kPairs ? problem.pairs : problem.form == Form::kIndices || problem.labels ? 1 : 0;
+}
+
+// Own, of each position. `max`: of its logits, or null where gaps are not asked for.
+template <class T>
+struct OwnOfTile {
+  alignas(64) T weighted_gap[kTile], weight[kTile], gap[kTile], mass[kTile];
+
+  OwnOfTile(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t count, const T* max) {
+    for (T* sums : {weighted_gap, weight, gap, mass}) std::fill_n(sums, tile.lanes, T(0));
+    for (int64_t j = 0; j < count_of_own(problem); ++j) {
+      const PairOfTile<T> pair(problem, tile, cursor, count, j);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t c = pair.y[i];
+        if (c < 0) continue;
+        Own<T> own{weighted_gap[i], weight[i], gap[i], mass[i]};
+        own.add(weight_of_class<T>(problem, c), pair.probability[i], max ? max[i] - tile.x.row(c)[i] : T(0));
+        weighted_gap[i] = own.weighted_gap;
+        weight[i] = own.weight;
+        gap[i] = own.gap;
+        mass[i] = own.mass;
+      }
+    }
+  }
+
+  XENT_INLINE_MEMBER Own<Vector<T>> at(int64_t v) const {
+    return {load(weighted_gap + v), load(weight + v), load(gap + v), load(mass + v)};
+  }
+};
+
+// Of n positions from p on.
+template <class T>
+XENT_INLINE void save(const Problem& problem, int row, int64_t p, Vector<T> value, int64_t n) {
+  store_partial(saved_row<T>(problem, row) + p, value, n);
+}
+
+// The first class of the largest logit, or of a NaN.
+template <class T>
+static Ints<T> argmax_of_tile(const Problem& problem, const Tile<T>& x, Vector<T> max, int64_t v) {
+  Ints<T> index{}, of_nan = index - 1;
+  for (int64_t c = problem.classes - 1; c >= 0; --c) {
+    const Vector<T> logit = load(x.row(c) + v);
+    index = logit == max ? Ints<T>{} + Int<T>(c) : index;
+    of_nan = logit != logit ? Ints<T>{} + Int<T>(c) : of_nan;
+  }
+  return of_nan >= 0 ? of_nan : index;
+}
+
+template <class T>
+static Totals<Vector<T>> sum_general_tile(const Problem& problem, const GeneralTile<T>& tile, Vector<T> max, int64_t v,
+                                          const Wanted<T>& wanted) {
+  GeneralLaneSums<T> sums;
+  for (int64_t first = 0; first < problem.classes; first += kTermsOfASum) {
+    GeneralLaneSums<T> part;
+    for (int64_t c = first; c < std::min(first + kTermsOfASum, problem.classes); ++c) {
+      part.add(load(tile.x.row(c) + v), max, tile.coefficient(problem, c, v),
+               problem.kl ? load(tile.log_q.row(c) + v) : Vector<T>{}, wanted);
+    }
+    sums.add(part);
+  }
+  const Vector<T> ties = T(problem.classes) - sums.count_of_others();
+  return {max,         ties,           sums.rest, sums.spread + sums.spread_lost, sums.mass + sums.mass_lost,
+          sums.energy, sums.label_rest};
+}
+
+template <class T>
+static void forward_general_tile(const Forward& problem, const Cursor& cursor, int64_t first, int64_t count,
+                                 Sums& sums) {
+  using V = Vector<T>;
+  const Wanted<T> wanted{problem.statistics, T(problem.labels ? problem.temperature : 0)};
+  const GeneralTile<T> tile(problem, cursor, first, count);
+  alignas(64) T maxima[kTile], sample_weights[kTile + kGroupLanes<T>], losses[kTile + kGroupLanes<T>];
+  read_sample_weights(sample_weights, problem, cursor, count);
+  std::fill(sample_weights + count, sample_weights + tile.lanes, T(0));
+  for (int64_t v = 0; v < tile.lanes; v += kLanes<T>) {
+    V max = broadcast(std::numeric_limits<T>::lowest());
+    for (int64_t c = 0; c < problem.classes; ++c) max = maximum(load(tile.x.row(c) + v), max);
+    store(maxima + v, max);
+  }
+  const OwnOfTile<T> own(problem, tile, cursor, count, maxima);
+  for (int64_t v = 0; v < count; v += kLanes<T>) {
+    const int64_t n = std::min<int64_t>(kLanes<T>, count - v), p = first + v;
+    const V zero{}, max = load(maxima + v);
+    const auto counts = tile.counts_at(v) != Ints<T>{};
+    const auto keep = [&](V value) { return select(counts, value, zero); };
+    const Found<V> found = find<V>(problem, sum_general_tile(problem, tile, max, v, wanted), own.at(v));
+    store(losses + v, keep(found.loss * load(sample_weights + v)));
+    V rounded, lost;
+    two_sum(max, found.log_sum, rounded, lost);
+    save<T>(problem, saved::kLse, p, keep(rounded), n);
+    save<T>(problem, saved::kLseLost, p, keep(lost), n);
+    if (is_dense(problem.form)) save<T>(problem, saved::kMass, p, keep(found.saved), n);
+    if (problem.labels) {
+      save<T>(problem, saved::kLabelMax, p, keep(max), n);
+      save<T>(problem, saved::kLabelLogSum, p, keep(found.label_log_sum), n);
+    }
+    if (problem.statistics) {
+      save<T>(problem, saved::kEntropy, p, keep(found.entropy), n);
+      save<T>(problem, saved::kTargetLogProb, p, keep(found.target_log_prob), n);
+      const Ints<T> argmax = counts ? argmax_of_tile(problem, tile.x, max, v) : Ints<T>{} - 1;
+      std::memcpy(saved_row<T>(problem, saved::kArgmax) + p, &argmax, size_t(n) * sizeof(T));
+    }
+  }
+  sums.loss += sum_of<T>(losses, count);
+  const T* const weight = problem.form == Form::kIndices ? static_cast<const T*>(problem.weight) : nullptr;
+  sums.weight += sum_of_target_weights(weight, problem.sample_weight ? sample_weights : nullptr, tile.y, count);
+  if (problem.loss) write_from(losses, problem.loss, first, 1, count);
+}
+
+// One element for each of `count` positions, run by run.
+template <class T>
+static void write_positions(const T* in, Cursor cursor, int64_t count, const View& view, int64_t offset) {
+  const int64_t inner = view.stride[cursor.problem.dims - 1];
+  for (int64_t done = 0; done < count;) {
+    const int64_t run = cursor.run(count - done);
+    write_from(in + done, view, cursor.offset(view) + offset, inner, run);
+    done += run;
+    cursor.advance(run);
+  }
+}
+
+// The gradients of the j-th pairs of a tile: of their logits, into `out`, and of their probabilities.
+template <class T>
+static void backward_pairs(const Backward& problem, const GeneralTile<T>& tile, Tile<T>& out, const Cursor& cursor,
+                           int64_t count, int64_t j, const GeneralTerms<T>* terms) {
+  PairOfTile<T> pair(problem, tile, cursor, count, j);
+  for (int64_t other = 0; other < problem.pairs; ++other) {  // of the same class, which may come more than once
+    if (other == j) continue;
+    const PairOfTile<T> same(problem, tile, cursor, count, other);
+    for (int64_t i = 0; i < tile.lanes; ++i) {
+      pair.probability[i] += same.y[i] == pair.y[i] ? same.probability[i] : T(0);
+    }
+  }
+  alignas(64) T logit[kTile], weight[kTile], of_probability[kTile];
+  for (int64_t i = 0; i < tile.lanes; ++i) {
+    const int64_t c = std::max<int64_t>(0, pair.y[i]);
+    logit[i] = tile.x.row(c)[i];
+    weight[i] = weight_of_class<T>(problem, c);
+  }
+  for (int64_t v = 0; v < tile.lanes; v += kLanes<T>) {
+    const GeneralTerms<T>& of = terms[v / kLanes<T>];
+    const Vector<T> x = load(logit + v), w = load(weight + v), zero{};
+    const Vector<T> hit = of.hit_of(problem, w, load(pair.probability + v));
+    const Vector<T> own = of.own_gradient(problem, x, hit, problem.label_smoothing == 0 ? zero : w);
+    for (int64_t i = v; i < v + kLanes<T>; ++i) {
+      if (pair.y[i] >= 0) out.row(pair.y[i])[i] = own[i - v];
+    }
+    const Vector<T> of_one = of.hit_of(problem, w, zero + T(1)) * of.log_softmax(x);
+    store(of_probability + v, select(load_classes<T>(pair.y + v) >= 0, -of_one, zero));
+  }
+  if (problem.grad_target) {
+    write_positions(of_probability, cursor, count, problem.grad_target, j * problem.grad_target.class_stride);
+  }
+}
+
+template <class T>
+static void backward_general_tile(const Backward& problem, const Cursor& cursor, int64_t first, int64_t count) {
+  using V = Vector<T>;
+  constexpr int W = kLanes<T>;
+  const bool dense = is_dense(problem.form), pairs = problem.form == Form::kPairs;
+  const T* const grads = static_cast<const T*>(problem.grad_statistics);
+  GeneralTile<T> tile(problem, cursor, first, count);
+  Tile<T>& out = pairs ? tile.q : tile.x;  // the gradient of pairs needs the logits again
+  const OwnOfTile<T> own(problem, tile, cursor, count, nullptr);
+  alignas(64) T scale[kTile + kGroupLanes<T>] = {}, sample_weights[kTile];
+  read_scales(scale, problem, cursor, count);
+  read_sample_weights(sample_weights, problem, cursor, count);
+  for (int64_t i = 0; i < count; ++i) scale[i] *= sample_weights[i];
+  alignas(64) unsigned char memory[(kTile / W) * sizeof(GeneralTerms<T>)];
+  auto* const terms = reinterpret_cast<GeneralTerms<T>*>(memory);
+
+  for (int64_t v = 0; v < tile.lanes; v += W) {
+    const int64_t n = std::min<int64_t>(W, count - v);
+    const auto counts = tile.counts_at(v) != Ints<T>{};
+    const auto at = [&](const T* row) {
+      return n <= 0 ? V{} : n == W ? load(row + first + v) : load_partial(row + first + v, n, T(0));
+    };
+    const GeneralTerms<T>& of = *new (terms + v / W) GeneralTerms<T>(
+        problem, load(scale + v), load(own.weight + v), load(own.mass + v), grads != nullptr,
+        [&](int row) { return at(saved_row<T>(problem, row)); },
+        [&](int row) { return at(grads + row * problem.positions); });
+    const bool labelled = problem.form == Form::kIndices || problem.labels;
+    const Ints<T> y = load_classes<T>(tile.y + v);
+    V own_gradient{};
+    if (labelled) {
+      T logit[W], coefficient[W];
+      for (int k = 0; k < W; ++k) {
+        const int64_t c = std::max<int64_t>(0, tile.y[v + k]);
+        logit[k] = tile.x.row(c)[v + k];
+        coefficient[k] = dense                          ? tile.q.row(c)[v + k]
+                         : problem.label_smoothing == 0 ? T(0)
+                                                        : weight_of_class<T>(problem, c);
+      }
+      own_gradient = of.own_gradient(problem, load(logit), of.hit, load(coefficient));
+    }
+    Ints<T> index{};
+    for (int64_t c = 0; c < problem.classes; ++c, index += 1) {
+      const V x = load(tile.x.row(c) + v), a = tile.coefficient(problem, c, v);
+      V gradient = dense ? of.template gradient<true>(problem, x, a) : of.template gradient<false>(problem, x, a);
+      if (labelled) gradient = select(y == index, own_gradient, gradient);
+      if (dense && problem.grad_target) {
+        const V log_q = problem.form == Form::kTeacher ? load(tile.log_q.row(c) + v) : V{};
+        const V of_class = of.of_target_class(problem, x, a, log_q, broadcast(weight_of_class<T>(problem, c)));
+        store(tile.q.row(c) + v, select(counts, of_class, V{}));
+      }
+      store(out.row(c) + v, select(counts, gradient, V{}));
+    }
+  }
+  for (int64_t j = 0; j < problem.pairs; ++j) backward_pairs(problem, tile, out, cursor, count, j, terms);
+  if (problem.grad_logits) write_tile(out, cursor, count, problem.grad_logits, 0, problem.classes, problem.stream);
+  if (dense && problem.grad_target) {
+    write_tile(tile.q, cursor, count, problem.grad_target, 0, problem.classes, problem.stream);
   }
 }

@@ -197,6 +197,26 @@ static void write_tile(const Tile<T>& tile, Cursor cursor, int64_t count, const 
   }
 }
 
+template <class T>
+using Ints = typename VectorOf<T>::ints;
+template <class T>
+using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+
+template <class T>
+XENT_INLINE Ints<T> load_ints(const Int<T>* p) {
+  Ints<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Classes, and the negative numbers of those that are none, as lanes beside T.
+template <class T>
+XENT_INLINE Ints<T> load_classes(const int64_t* y) {
+  Int<T> narrow[kLanes<T>];
+  for (int k = 0; k < kLanes<T>; ++k) narrow[k] = Int<T>(y[k]);
+  return load_ints<T>(narrow);
+}
+
 // In double, and in eight chains that do not wait for each other.
 template <class T>
 XENT_INLINE double sum_of(const T* x, int64_t n) {
@@ -209,13 +229,18 @@ XENT_INLINE double sum_of(const T* x, int64_t n) {
   return ((chains[0] + chains[1]) + (chains[2] + chains[3])) + ((chains[4] + chains[5]) + (chains[6] + chains[7]));
 }
 
-// Over checked targets, of the products of a class's weight and a position's. Without weights, a count.
+// Over checked targets, of the products of a class's weight and a position's. Without weights, a count. `y` and
+// `sample_weight` have room for whole vectors.
 template <class T>
 XENT_INLINE double sum_of_target_weights(const T* weight, const T* sample_weight, const int64_t* y, int64_t count) {
   if (weight || sample_weight) {
-    T weights[kTile];
-    for (int64_t i = 0; i < count; ++i) weights[i] = y[i] < 0 ? T(0) : weight ? weight[y[i]] : T(1);
-    for (int64_t i = 0; i < count && sample_weight; ++i) weights[i] = y[i] < 0 ? T(0) : weights[i] * sample_weight[i];
+    T weights[kTile + kLanes<T>];
+    if (!weight) std::fill_n(weights, count, T(1));
+    for (int64_t i = 0; i < count && weight; ++i) weights[i] = y[i] < 0 ? T(0) : weight[y[i]];
+    for (int64_t i = 0; i < count && sample_weight; i += kLanes<T>) {
+      const Vector<T> product = load(weights + i) * load(sample_weight + i);
+      store(weights + i, select(load_classes<T>(y + i) >= 0, product, Vector<T>{}));
+    }
     return sum_of(weights, count);
   }
   int64_t counted = 0;
@@ -224,11 +249,6 @@ XENT_INLINE double sum_of_target_weights(const T* weight, const T* sample_weight
 }
 
 // ---- targets --------------------------------------------------------------------------------------------------------
-
-template <class T>
-using Ints = typename VectorOf<T>::ints;
-template <class T>
-using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
 
 // The targets of a tile. `hit` is an index target's own coefficient, (1 - e) w_y, and `smoothed` its (e / C) w_y.
 template <class T>
@@ -240,7 +260,8 @@ struct TileTargets {
   double sum_of_weights = 0;
   bool any_valid = false;
 
-  TileTargets(const Problem& problem, const Cursor& cursor, int64_t first, int64_t count) {
+  // `weighed`: whether the sum of their weights is asked for.
+  TileTargets(const Problem& problem, const Cursor& cursor, int64_t first, int64_t count, bool weighed) {
     const int64_t lanes = whole_groups<T>(count);
     const T* weight = static_cast<const T*>(problem.weight);
     const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.classes));
@@ -248,7 +269,7 @@ struct TileTargets {
     for (int64_t i = count; i < lanes; ++i) sample_weight[i] = 0;
     if (problem.kind == TargetKind::kSoft) {
       any_valid = count > 0;
-      sum_of_weights = sum_of(sample_weight, count);
+      if (weighed) sum_of_weights = sum_of(sample_weight, count);
       for (int64_t i = 0; i < lanes; ++i) {
         y[i] = -1;
         valid[i] = -Int<T>(i < count);
@@ -260,12 +281,12 @@ struct TileTargets {
     read_positions(classes, cursor, count, problem.target);
     check_targets(classes, problem, first, count);
     for (int64_t i = count; i < lanes; ++i) classes[i] = -1;
-    sum_of_weights = sum_of_target_weights(weight, problem.sample_weight ? sample_weight : nullptr, classes, count);
+    if (weighed) {
+      sum_of_weights = sum_of_target_weights(weight, problem.sample_weight ? sample_weight : nullptr, classes, count);
+    }
     Ints<T> any{};
     for (int64_t v = 0; v < lanes; v += kLanes<T>) {
-      Int<T> narrow[kLanes<T>];
-      for (int k = 0; k < kLanes<T>; ++k) narrow[k] = Int<T>(classes[v + k]);
-      const Ints<T> index = load_ints(narrow), counts = index >= 0;
+      const Ints<T> index = load_classes<T>(classes + v), counts = index >= 0;
       store_ints(y + v, index);
       store_ints(valid + v, counts);
       store(hit + v, select(counts, broadcast(keep), Vector<T>{}));
@@ -280,14 +301,8 @@ struct TileTargets {
     }
   }
 
-  XENT_INLINE_MEMBER Ints<T> classes_at(int64_t v) const { return load_ints(y + v); }
-  XENT_INLINE_MEMBER Ints<T> valid_at(int64_t v) const { return load_ints(valid + v); }
-
-  static XENT_INLINE_MEMBER Ints<T> load_ints(const Int<T>* p) {
-    Ints<T> v;
-    __builtin_memcpy(&v, p, sizeof v);
-    return v;
-  }
+  XENT_INLINE_MEMBER Ints<T> classes_at(int64_t v) const { return load_ints<T>(y + v); }
+  XENT_INLINE_MEMBER Ints<T> valid_at(int64_t v) const { return load_ints<T>(valid + v); }
 
   static XENT_INLINE_MEMBER void store_ints(Int<T>* p, Ints<T> v) { __builtin_memcpy(p, &v, sizeof v); }
 };
@@ -413,7 +428,7 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
   constexpr bool soft = kind == TargetKind::kSoft, smoothed = kind == TargetKind::kSmoothedIndex;
   Tile<T> x(problem);
   std::conditional_t<soft, Tile<T>, NoTile> q(problem);
-  const TileTargets<T> targets(problem, cursor, first, count);
+  const TileTargets<T> targets(problem, cursor, first, count, !one_pass);
   TileSums<T> tile;
   const int64_t of_block = classes_of_block<T>(problem), lanes = whole_groups<T>(count);
   for (int64_t c = 0; c < problem.classes && targets.any_valid; c += of_block) {
@@ -697,7 +712,7 @@ static void backward_tile(const Backward& problem, Cursor cursor, int64_t first,
   constexpr int W = kLanes<T>;
   Tile<T> x(problem);
   std::conditional_t<soft, Tile<T>, NoTile> q(problem);
-  const TileTargets<T> targets(problem, cursor, first, count);
+  const TileTargets<T> targets(problem, cursor, first, count, false);
   const TileTerms<T> terms(problem, targets, cursor, first, count);
   if constexpr (!soft) {
     const Prefetch next(x, cursor, problem.logits, 0);
@@ -751,45 +766,5 @@ static void backward_tile(const Backward& problem, Cursor cursor, int64_t first,
     if constexpr (soft) {
       if (problem.grad_target) write_tile(q, cursor, count, problem.grad_target, c, classes, problem.stream);
     }
-  }
-}
-
-template <class T>
-static void forward_tiles(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
-  const int64_t width = width_of_tile<T>(problem);
-  Cursor cursor(problem, begin);
-  for (int64_t first = begin; first < end; first += width) {
-    const int64_t count = std::min(width, end - first);
-    switch (problem.kind) {
-      case TargetKind::kIndex:
-        problem.grad_logits ? forward_tile<T, TargetKind::kIndex, true>(problem, cursor, first, count, sums)
-                            : forward_tile<T, TargetKind::kIndex, false>(problem, cursor, first, count, sums);
-        break;
-      case TargetKind::kSmoothedIndex:
-        problem.grad_logits ? forward_tile<T, TargetKind::kSmoothedIndex, true>(problem, cursor, first, count, sums)
-                            : forward_tile<T, TargetKind::kSmoothedIndex, false>(problem, cursor, first, count, sums);
-        break;
-      case TargetKind::kSoft: forward_tile<T, TargetKind::kSoft, false>(problem, cursor, first, count, sums); break;
-      case TargetKind::kGeneral: break;  // rows have it
-    }
-    cursor.skip(count);
-  }
-}
-
-template <class T>
-static void backward_tiles(const Backward& problem, int64_t begin, int64_t end) {
-  const int64_t width = width_of_tile<T>(problem);
-  Cursor cursor(problem, begin);
-  for (int64_t first = begin; first < end; first += width) {
-    const int64_t count = std::min(width, end - first);
-    switch (problem.kind) {
-      case TargetKind::kIndex: backward_tile<T, TargetKind::kIndex>(problem, cursor, first, count); break;
-      case TargetKind::kSmoothedIndex:
-        backward_tile<T, TargetKind::kSmoothedIndex>(problem, cursor, first, count);
-        break;
-      case TargetKind::kSoft: backward_tile<T, TargetKind::kSoft>(problem, cursor, first, count); break;
-      case TargetKind::kGeneral: break;
-    }
-    cursor.skip(count);
   }
 }

@@ -234,13 +234,13 @@ static void read_into(int64_t* buffer, const View& view, int64_t offset, int64_t
   }
 }
 
-// One element for each of `count` positions, run by run.
+// One element for each of `count` positions, run by run; of class c, where the view has classes.
 template <class T>
-static void read_positions(T* out, Cursor cursor, int64_t count, const View& view) {
+static void read_positions(T* out, Cursor cursor, int64_t count, const View& view, int64_t c = 0) {
   const int64_t inner = view.stride[cursor.problem.dims - 1];
   for (int64_t done = 0; done < count;) {
     const int64_t run = cursor.run(count - done);
-    read_into(out + done, view, cursor.offset(view), inner, run);
+    read_into(out + done, view, cursor.offset(view) + c * view.class_stride, inner, run);
     done += run;
     cursor.advance(run);
   }
@@ -284,38 +284,29 @@ XENT_INLINE void check_targets(int64_t* y, const Problem& problem, int64_t first
   if (is_bad) report_bad_targets(y, problem, first, count);
 }
 
-// Marks a position whose pairs name a class that there is none of by -2, and one of ignored pairs alone by -1.
-XENT_INLINE int64_t label_of_pairs(const Problem& problem, int64_t offset) {
-  bool any = false, is_bad = false;
-  for (int64_t j = 0; j < problem.pairs; ++j) {
-    int64_t y;
-    read_into(&y, problem.target, offset + j * problem.target.class_stride, 1, 1);
-    const bool ignored = y == problem.ignore_index;
-    any |= !ignored;
-    is_bad |= !ignored && uint64_t(y) >= uint64_t(problem.classes);
-  }
-  return is_bad ? -2 : any ? 0 : -1;
-}
-
-// What the targets of `count` positions say: a class; -1 where they are to be ignored; 0 where they have no class of
-// their own.
-static void read_labels(int64_t* y, const Problem& problem, Cursor cursor, int64_t first, int64_t count) {
+// What the targets of `count` positions say: a class; -1 where they are to be ignored, as a position of only ignored
+// pairs is; 0 where they have no class of their own. At most kTile positions.
+static void read_labels(int64_t* y, const Problem& problem, const Cursor& cursor, int64_t first, int64_t count) {
   if (problem.form == Form::kPairs) {
+    int64_t of_pair[kTile];
     bool any_bad = false;
-    for (int64_t i = 0; i < count; ++i, cursor.advance(1)) {
-      y[i] = label_of_pairs(problem, cursor.offset(problem.target));
-      any_bad |= y[i] == -2;
+    std::fill_n(y, count, int64_t{-1});
+    for (int64_t j = 0; j < problem.pairs; ++j) {
+      read_positions(of_pair, cursor, count, problem.target, j);
+      for (int64_t i = 0; i < count; ++i) {
+        const bool ignored = of_pair[i] == problem.ignore_index,
+                   is_class = uint64_t(of_pair[i]) < uint64_t(problem.classes);
+        y[i] = ignored | (y[i] == -2) ? y[i] : is_class ? 0 : -2;
+        any_bad |= y[i] == -2;
+      }
     }
     if (any_bad) report_bad_targets(y, problem, first, count);
-    return;
-  }
-  const bool is_dense = problem.form != Form::kIndices;
-  if (is_dense && !problem.labels) {
+  } else if (problem.form == Form::kIndices || problem.labels) {
+    read_positions(y, cursor, count, problem.labels ? problem.labels : problem.target);
+    check_targets(y, problem, first, count);
+  } else {
     std::fill_n(y, count, int64_t{0});
-    return;
   }
-  read_positions(y, cursor, count, is_dense ? problem.labels : problem.target);
-  check_targets(y, problem, first, count);
 }
 
 // The factors of `count` positions.
@@ -338,7 +329,8 @@ XENT_INLINE bool is_transformed(const Problem& problem) { return problem.softcap
 
 template <class T>
 XENT_INLINE Vector<T> transformed(const Problem& problem, Vector<T> x) {
-  x = x * T(problem.logit_scale);
+  // What a temperature divides is rounded once, as elsewhere, and is not part of a fused multiply-add where it is used.
+  x = problem.temperature != 1 ? x / T(problem.temperature) : x * T(problem.logit_scale);
   return problem.softcap != 0 ? softcapped(x, broadcast(T(problem.softcap))) : x;
 }
 

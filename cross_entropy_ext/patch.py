@@ -1,0 +1,199 @@
+"""`patch_torch()`: programs that know nothing of this package compute their losses with it.
+
+What is replaced is two functions, `F.cross_entropy` and `F.nll_loss`, under every name that a module has for them.
+The classes stay what they are: `nn.CrossEntropyLoss` and `nn.NLLLoss` look the functions up whenever they are called.
+So instances that exist already, subclasses, and classes kept where no search would find them are patched with the
+functions, and `isinstance`, `type`, pickles and checkpoints notice nothing.
+"""
+
+import sys
+from collections.abc import Callable
+from threading import RLock
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.functional import cross_entropy as native_cross_entropy
+from torch.nn.functional import nll_loss as native_nll_loss
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+from . import functional
+
+__all__ = ["patch_torch", "unpatch_torch"]
+
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_is_torch_function_mode_enabled = torch._C._is_torch_function_mode_enabled
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    if torch.jit.is_scripting():  # which has no Python to call back into
+        return native_cross_entropy(
+            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+        )
+    if _patched and _is_intercepted(input, target, weight):
+        return handle_torch_function(
+            _public(cross_entropy, native_cross_entropy, input, target, weight),
+            (input, target, weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+    loss = functional.cross_entropy if _patched else native_cross_entropy
+    return loss(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+
+
+def nll_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    if torch.jit.is_scripting():
+        return native_nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+    if _patched and _is_intercepted(input, target, weight):
+        return handle_torch_function(
+            _public(nll_loss, native_nll_loss, input, target, weight),
+            (input, target, weight),
+            input,
+            target,
+            weight=weight,
+            size_average=size_average,
+            ignore_index=ignore_index,
+            reduce=reduce,
+            reduction=reduction,
+        )
+    loss = functional.nll_loss if _patched else native_nll_loss
+    return loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+
+
+cross_entropy.__doc__ = native_cross_entropy.__doc__
+nll_loss.__doc__ = native_nll_loss.__doc__
+
+_REPLACEMENTS = {native_cross_entropy: cross_entropy, native_nll_loss: nll_loss}
+
+
+class _Level:
+    """One call of `patch_torch()`, which the end of a `with` undoes, unless that has been done already."""
+
+    def __enter__(self) -> "_Level":
+        if self not in _levels:
+            raise RuntimeError("this patch has been undone: call patch_torch() again")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        _undo(self)
+
+
+_lock = RLock()
+_levels: list[_Level] = []  # the calls in effect, oldest first
+_patched = False  # whether there are any: a constant for torch.compile, which would compile anew for every length
+
+
+def patch_torch() -> _Level:
+    """Let everything that calls PyTorch's cross entropy, or its negative log-likelihood loss, run this package's.
+
+    :func:`torch.nn.functional.cross_entropy` and :func:`torch.nn.functional.nll_loss` are replaced there and in every
+    module that imported them, before or after; :class:`torch.nn.CrossEntropyLoss` and :class:`torch.nn.NLLLoss`, their
+    instances and their subclasses follow, because they call these functions. The arguments are native's, and so are the
+    values, but for what this package does differently on purpose.
+
+    The patch is for the whole process and all its threads, and lasts until :func:`unpatch_torch`, or to the end of a
+    ``with`` statement. Calls may be nested, and undone in any order and by any thread: PyTorch is itself again after
+    the last. Then names that were patched are native's again, and whoever kept the replacement elsewhere gets native's
+    results from it. What somebody else has put in the place of a function, before or in between, is left.
+
+    Under ``torch.compile`` a function that was compiled before is compiled anew, and finds its first compilation again
+    afterwards. The exception is a function that constructs ``nn.CrossEntropyLoss`` itself: torch.compile then does not
+    notice that the loss has changed, and keeps the one it has compiled until :func:`torch.compiler.reset`.
+
+    Not reached are functions that were kept elsewhere than under a module's name (in a closure, a dictionary, a
+    ``functools.partial``, a default argument), TorchScript, and whatever calls ``torch.ops.aten`` itself.
+
+    Example:
+        >>> patch_torch()  # at the head of a program
+        >>> with patch_torch():  # or around a part of it
+        ...     loss = torch.nn.CrossEntropyLoss()(torch.randn(8, 1000), torch.randint(1000, (8,)))
+
+    Returns:
+        A context manager whose end undoes this call.
+    """
+    # Dynamo looks its rules for torch's functions up by name, once, when it is imported: let it find torch's functions.
+    import torch._dynamo  # noqa: F401
+
+    global _patched
+    level = _Level()
+    with _lock:
+        _levels.append(level)
+        _patched = True
+        # Every time, for what has got hold of the native functions since.
+        _rename(_REPLACEMENTS)
+    return level
+
+
+def unpatch_torch() -> None:
+    """Undo the latest :func:`patch_torch` that is in effect. If there is none, nothing happens."""
+    with _lock:
+        if _levels:
+            _undo(_levels[-1])
+
+
+def _undo(level: _Level) -> None:
+    global _patched
+    with _lock:
+        if level in _levels:
+            _levels.remove(level)
+        if not _levels and _patched:
+            _rename({replacement: native for native, replacement in _REPLACEMENTS.items()})
+            _patched = False
+
+
+def _rename(functions: dict[Callable[..., Tensor], Callable[..., Tensor]]) -> None:
+    """Let every name that a module outside this package has for one of these functions stand for the other."""
+    other = {id(function): replacement for function, replacement in functions.items()}
+    for module_name, module in sys.modules.copy().items():
+        if not isinstance(module, ModuleType) or f"{module_name}.".startswith(f"{__package__}."):
+            continue
+        # Past the __getattribute__ of modules that are loaded when they are first asked for something.
+        names = ModuleType.__getattribute__(module, "__dict__")
+        for name, value in names.copy().items():
+            if id(value) in other and names.get(name) is value:
+                names[name] = other[id(value)]
+
+
+def _is_intercepted(*arguments: Any) -> bool:
+    """Whether a `__torch_function__` is to decide.
+
+    Dynamo answers for subclasses alone, and asks them itself when it comes to the operator.
+    """
+    if _is_dynamo_compiling():
+        return _is_torch_function_mode_enabled()
+    return has_torch_function_variadic(*arguments)
+
+
+def _public(
+    replacement: Callable[..., Tensor], native: Callable[..., Tensor], *arguments: Any
+) -> Callable[..., Tensor]:
+    """The function that `__torch_function__` is told of: what `F.cross_entropy` is now, for it to be recognized by.
+
+    A graph of torch.fx records the native one, which it writes, and looks up when it runs, as
+    `torch.nn.functional.cross_entropy`; so it does not depend on whether torch was patched when it was recorded.
+    """
+    return native if any(isinstance(argument, fx.Proxy) for argument in arguments) else replacement
