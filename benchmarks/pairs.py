@@ -1,8 +1,8 @@
 """What is written around the loss today, in PyTorch, and what it is now.
 
 A new row is two functions and a line in PAIRS. Both take the same arguments, the first of which gets the gradient, and
-return the loss and whatever else they are for. Today's is the shortest that is right. Arguments are drawn by their names.
-The lines of a function, but for the last one that returns, are what the README shows.
+return the loss and whatever else they are for. Today's is the shortest that is right. Arguments are drawn by their
+names. The lines of a function, but for the last one that returns, are what the README shows.
 """
 
 from __future__ import annotations

@@ -516,7 +516,7 @@ def idioms_block() -> str:
     costs = [f"{record['over_plain'] - 1:+.0%} ({dimensions(record)})" for _, record in costs_of(result)]
     text = (
         f"Forward and backward of {usual_shape(groups)} logits in float32, unless the row says otherwise. Memory is "
-        "the peak on top of the arguments, in sizes of the logits' gradient, which has to be one of them. "
+        "the peak on top of the arguments, in sizes of the logits' gradient, of which the gradient itself is one. "
         f"`sample_weight` costs {', '.join(costs)} over the plain loss.\n\n"
         f"Measured by `{result['command']}` ({described(result)})."
     )
