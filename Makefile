@@ -76,6 +76,7 @@ gpu:
 # With `pip install '.[peers]'` the accuracy table has Liger in it. A result stands for the machine it was measured on.
 benchmarks: build
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.idioms
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.accuracy

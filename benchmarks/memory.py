@@ -7,11 +7,13 @@ package), so that nothing taken from earlier steps hides what a step needs.
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 import os
 import re
 import statistics
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch
 
 import cross_entropy_ext
 
-from .providers import REGISTRY, forget_compiled
+from .providers import REGISTRY, Loss, forget_compiled
 from .records import first_line
 from .shapes import Case, Shape, make_inputs
 from .timing import Run, step
@@ -56,10 +58,14 @@ class CpuPeaks:
         theirs.close()
 
     def of(self, case: Case, shape: Shape, provider: str, backward: bool) -> int | None:
+        return self.of_made(_provider_step, case, shape, provider, backward)
+
+    def of_made(self, make: Callable[..., tuple[Run, torch.Tensor]], *arguments: object) -> int | None:
+        """Of what a module's function makes there of the arguments: something to run, and the tensor to run it on."""
         if self.connection is None:
             return None
         try:
-            self.connection.send((case, shape, provider, backward))
+            self.connection.send((make, arguments))
             answer = self.connection.recv()
         except (EOFError, OSError):  # the system ended it, most likely for its memory
             self.connection = None
@@ -92,21 +98,25 @@ def resident(name: str) -> int:
     return 1024 * int(found[1])
 
 
+@functools.cache
+def _loss_of(provider: str) -> Loss:
+    return next(one for one in REGISTRY if one.name == provider).load()
+
+
+def _provider_step(case: Case, shape: Shape, provider: str, backward: bool) -> tuple[Run, torch.Tensor]:
+    inputs = make_inputs(case, shape, "cpu")
+    return step(_loss_of(provider), inputs, backward), inputs.logits.requires_grad_(backward)
+
+
 def _serve(connection: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
-    losses = {}
     while True:
         try:
-            case, shape, name, backward = connection.recv()
+            make, arguments = connection.recv()
         except EOFError:
             return
         try:
-            if name not in losses:
-                losses[name] = next(provider for provider in REGISTRY if provider.name == name).load()
-            inputs = make_inputs(case, shape, "cpu")
-            inputs.logits.requires_grad_(backward)
-            connection.send(_cpu_peak(step(losses[name], inputs, backward), inputs.logits))
-            del inputs
+            connection.send(_cpu_peak(*make(*arguments)))
         except Exception as error:
             connection.send(first_line(error))
         forget_compiled()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from . import records as files
 ROOT = Path(__file__).parents[1]
 PAGE, README, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "README.md", ROOT / "docs" / "benchmarks"
 BEGIN = "<!-- From here on `python -m benchmarks.report` writes. -->"
+BEGIN_IDIOMS = "<!-- `python -m benchmarks.report` writes this table, too. -->"
 END = "<!-- Up to here. -->"
-PARTS = ("run", "scaling", "training", "accuracy")
+PARTS = ("run", "idioms", "scaling", "training", "accuracy")
 TRAINING, EVALUATION = "forward+backward", "forward"
 PEERS = ("liger", "quack", "flash-attn", "apex", "unsloth", "cut-cross-entropy")
 
@@ -183,6 +185,87 @@ def failures(groups: Groups) -> str:
     return "\n".join(["What failed, or was wrong:", "", *said]) if said else ""
 
 
+def pairs_of(result: dict) -> dict[str, dict[str, dict]]:
+    """The records of what is written around the loss: name, then today, now and copy."""
+    found: dict[str, dict[str, dict]] = {}
+    for record in result["records"]:
+        if record["table"] == "pairs" and "which" in record:
+            found.setdefault(record["name"], {})[record["which"]] = record
+    return found
+
+
+def costs_of(result: dict) -> list[tuple[dict, dict]]:
+    """Of each shape the plain loss, and what has a price."""
+    records = [record for record in result["records"] if record["table"] == "cost" and "over_plain" in record]
+    plain = {tuple(r["shape"]): r for r in result["records"] if r["table"] == "cost" and r.get("which") == "plain"}
+    return [(plain[tuple(record["shape"])], record) for record in records]
+
+
+def faster(group: dict[str, dict]) -> float | None:
+    times = [group.get(which, {}).get("median_ms") for which in ("today", "now")]
+    return times[0] / times[1] if all(times) else None
+
+
+def gradients(record: dict) -> float | None:
+    """The peak of memory, in gradients of the logits."""
+    peak = record.get("peak_extra_bytes")
+    return None if peak is None else peak / record["gradient_bytes"]
+
+
+def dimensions(record: dict) -> str:
+    return "x".join(map(str, record["shape"]))
+
+
+def code_cell(lines: list[str]) -> str:
+    return "<br>".join(f"`{line}`".replace("|", "\\|") for line in lines)
+
+
+def usual_shape(groups: dict[str, dict[str, dict]]) -> str:
+    """What most of the rows are measured on."""
+    return statistics.mode(dimensions(group["now"]) for group in groups.values())
+
+
+def idioms_table(groups: dict[str, dict[str, dict]]) -> str:
+    usual, rows = usual_shape(groups), []
+    for name, group in groups.items():
+        today, now = group["today"], group["now"]
+        shape = "" if dimensions(now) == usual else f", {dimensions(now)}"
+        both = [[number(record.get("median_ms")), number(gradients(record), ".1f")] for record in (today, now)]
+        cells = [" → ".join(pair) for pair in zip(*both, strict=True)]
+        cells.insert(1, number(faster(group), ".1f"))
+        rows.append([name + shape, code_cell(today["code"]), code_cell(now["code"]), *cells])
+    return markdown_table(["", "today", "now", "time, ms", "times as fast", "memory"], rows, left=3)
+
+
+def idioms_measures(groups: dict[str, dict[str, dict]]) -> str:
+    rows = []
+    for name, group in groups.items():
+        cells = [name, dimensions(group["now"])]
+        for record in (group["today"], group["now"], group["copy"]):
+            cells.append(record.get("error") or number(record["median_ms"]))
+        cells += [number(faster(group), ".1f"), number(group["now"].get("copies"), ".2f")]
+        cells += [number(gradients(group[which]), ".2f") for which in ("today", "now")]
+        rows.append(cells)
+    header = ["", "logits", "today, ms", "now, ms", "copy, ms", "today / now", "copies", "memory today", "memory now"]
+    return markdown_table(header, rows, left=2)
+
+
+def idioms_code(groups: dict[str, dict[str, dict]]) -> str:
+    blocks = []
+    for name, group in groups.items():
+        lines = [f"# {name}", *group["today"]["code"], "", "# now", *group["now"]["code"]]
+        blocks.append("\n".join(["```python", *lines, "```"]))
+    return "\n\n".join(blocks)
+
+
+def costs_table(result: dict) -> str:
+    rows = []
+    for plain, record in costs_of(result):
+        times = [number(plain["median_ms"]), number(record["median_ms"])]
+        rows.append([record["name"], dimensions(record), *times, f"{record['over_plain'] - 1:+.1%}"])
+    return markdown_table(["", "logits", "plain, ms", "with it, ms", "costs"], rows, left=2)
+
+
 def training_table(result: dict) -> str:
     rows = []
     for record in result["records"]:
@@ -294,6 +377,32 @@ def run_section(device: str, result: dict) -> list[str]:
     ]
 
 
+def idioms_section(device: str, result: dict) -> list[str]:
+    groups = pairs_of(result)
+    return [
+        "What people write around the loss today, in PyTorch, and what they write now; values and gradients of both "
+        "are those of today's code in float64. Forward and backward in float32, medians of interleaved turns. `copies` "
+        "is the time of now in units of copying the logits. Memory is the peak on top of the arguments, in sizes of "
+        "the logits' gradient.",
+        idioms_measures(groups),
+        "What an argument costs over the plain loss; the median of the ratios of neighbouring turns:",
+        costs_table(result),
+        wrong_pairs(result),
+        "<details><summary>The code</summary>",
+        idioms_code(groups),
+        "</details>",
+    ]
+
+
+def wrong_pairs(result: dict) -> str:
+    said = [
+        f"* {record['name']}, {record.get('which', '')}: {record.get('error') or record.get('wrong')}"
+        for record in result["records"]
+        if "error" in record or "wrong" in record
+    ]
+    return "\n".join(["What failed, or was wrong:", "", *said]) if said else ""
+
+
 def scaling_section(device: str, result: dict) -> list[str]:
     sections = [
         figure(device, "classes", "Time for each element against the number of classes"),
@@ -348,12 +457,14 @@ EXPLAINED = {
 }
 TITLES = {
     "run": "Every case",
+    "idioms": "What is written around the loss",
     "scaling": "Scaling",
     "training": "Training whole models",
     "accuracy": "Accuracy",
 }
 SECTIONS = {
     "run": run_section,
+    "idioms": idioms_section,
     "scaling": scaling_section,
     "training": training_section,
     "accuracy": accuracy_section,
@@ -371,7 +482,8 @@ def page() -> str:
         "# Benchmarks",
         "",
         "Written by `python -m benchmarks.report` from `benchmarks/results/`. `python -m benchmarks.run` measures what "
-        "follows on your machine; `benchmarks.scaling`, `benchmarks.training` and `benchmarks.accuracy` do the rest.",
+        "follows on your machine; `benchmarks.idioms`, `benchmarks.scaling`, `benchmarks.training` and "
+        "`benchmarks.accuracy` do the rest.",
         "",
     ]
     for device in devices():
@@ -386,8 +498,8 @@ def page() -> str:
     return "\n".join(lines)
 
 
-def readme_block() -> str:
-    """Between the README's two marks."""
+def run_block() -> str:
+    """At the head of the README."""
     result = files.read("cpu", "run")
     return (
         f"{BEGIN}\n![Time of forward and backward in units of a copy of the logits](docs/benchmarks/cpu-run.svg)\n\n"
@@ -397,8 +509,26 @@ def readme_block() -> str:
     )
 
 
-def with_block(readme: str) -> str:
-    return re.sub(re.escape(BEGIN) + ".*" + re.escape(END), lambda _: readme_block(), readme, flags=re.DOTALL)
+def idioms_block() -> str:
+    """What people write around the loss, today and now."""
+    result = files.read("cpu", "idioms")
+    groups = pairs_of(result)
+    costs = [f"{record['over_plain'] - 1:+.0%} ({dimensions(record)})" for _, record in costs_of(result)]
+    text = (
+        f"Forward and backward of {usual_shape(groups)} logits in float32, unless the row says otherwise. Memory is "
+        "the peak on top of the arguments, in sizes of the logits' gradient, of which the gradient itself is one. "
+        f"`sample_weight` costs {', '.join(costs)} over the plain loss.\n\n"
+        f"Measured by `{result['command']}` ({described(result)})."
+    )
+    return f"{BEGIN_IDIOMS}\n\n{idioms_table(groups)}\n\n{text}\n{END}"
+
+
+def with_blocks(readme: str) -> str:
+    """Anew what is between the README's marks."""
+    for begin, block in ((BEGIN, run_block), (BEGIN_IDIOMS, idioms_block)):
+        pattern = re.escape(begin) + ".*?" + re.escape(END)
+        readme = re.sub(pattern, lambda _, block=block: block(), readme, flags=re.DOTALL)
+    return readme
 
 
 def main() -> None:
@@ -409,7 +539,7 @@ def main() -> None:
             if result:
                 draw(device, result, FIGURES)
     PAGE.write_text(page())
-    README.write_text(with_block(README.read_text()))
+    README.write_text(with_blocks(README.read_text()))
     print(f"{PAGE}\n{README}")
 
 

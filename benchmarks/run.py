@@ -33,7 +33,7 @@ from . import records as files
 from .memory import CpuPeaks, cuda_peak
 from .providers import Provider, Refused, forget_compiled, importable
 from .shapes import CASES, Case, Inputs, make_inputs, make_logits
-from .timing import Timed, measure, step
+from .timing import Timed, count_of_sets, measure, step
 from .values import Expected
 
 DIRECTIONS = ("forward+backward", "forward")
@@ -54,12 +54,8 @@ def wanted_providers(
 
 def sets_of_logits(case: Case, inputs: Inputs, device: str) -> list[torch.Tensor]:
     """One, or on a GPU as many as fill its L2 cache four times."""
-    count = 1
-    if device != "cpu":
-        size = inputs.logits.numel() * inputs.logits.element_size()
-        cache = torch.cuda.get_device_properties(device).L2_cache_size
-        count = max(1, min(64, -(-4 * cache // size)))
     shape = tuple(inputs.logits.shape)
+    count = count_of_sets(inputs.logits, device)
     return [inputs.logits, *(make_logits(case, shape, device, seed) for seed in range(2, count + 1))]
 
 

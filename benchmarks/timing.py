@@ -53,6 +53,14 @@ def step(loss: Loss, inputs: Inputs, backward: bool) -> Callable[[Tensor], tuple
     return train if backward else evaluate
 
 
+def count_of_sets(logits: Tensor, device: str) -> int:
+    """Of logits that a provider gets in turn: one, or on a GPU as many as fill its L2 cache four times."""
+    if device == "cpu":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(1, min(64, -(-4 * cache // (logits.numel() * logits.element_size()))))
+
+
 @dataclass
 class Timed:
     """A provider among others: what a turn calls, and what its turns took."""

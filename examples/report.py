@@ -1,18 +1,23 @@
-"""Tables and the figure of the language model example."""
+"""What the examples print and draw: command line, tables, figures."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from types import ModuleType
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NATIVE = "PyTorch"
 OURS = "ours"
@@ -20,8 +25,112 @@ OURS_IN_PLACE = "ours, in place"
 
 COLOURS = {NATIVE: "#8a8f98", OURS: "#0072b2", OURS_IN_PLACE: "#d55e00"}
 INK = "#22262b"
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.edgecolor": "#b5bac1",
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e8eb",
+}
 
 console = Console()
+
+
+def parse_arguments(program: str, description: str, given: Sequence[str] | None) -> argparse.Namespace:
+    """The command line that the short examples have in common."""
+    parser = argparse.ArgumentParser(
+        program, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, in seconds")
+    parser.add_argument(
+        "--output", type=Path, default=Path(f"{program}.png"), help=f"the figure (default {program}.png, here)"
+    )
+    return parser.parse_args(given)
+
+
+def pyplot() -> ModuleType:
+    """matplotlib without a display; imported only where something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+@contextlib.contextmanager
+def figure(path: Path, title: str, columns: int, rows: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure in this style, written to a file at the end, and its axes row by row."""
+    plt = pyplot()
+    with plt.rc_context(STYLE):
+        drawn, axes = plt.subplots(
+            rows, columns, figsize=(4.2 * columns, 0.6 + 3.4 * rows), squeeze=False, layout="constrained"
+        )
+        drawn.suptitle(title, fontsize=14, fontweight="bold", x=0.012, ha="left")
+        yield drawn, list(axes.flat)
+        save(plt, drawn, path)
+    console.print(f"Figure: {path}", highlight=False)
+
+
+def save(plt: ModuleType, drawn: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(path, dpi=130)
+    plt.close(drawn)
+
+
+def draw_runs(axes: Axes, title: str, unit: str, runs: dict[str, list[dict]], what: str) -> None:
+    """The mean of several runs of each variant, and between which curves they all are."""
+    for (name, found), colour in zip(runs.items(), COLOURS.values(), strict=False):
+        points = list(zip(*(curves[what] for curves in found), strict=True))
+        steps = range(1, len(points) + 1)
+        axes.fill_between(steps, [*map(min, points)], [*map(max, points)], color=colour, alpha=0.2, linewidth=0)
+        axes.plot(steps, [*map(mean, points)], color=colour, linewidth=2, label=name)
+    axes.set_title(title)
+    axes.set_xlabel(unit)
+    axes.grid(True)
+    axes.legend(frameon=False)
+
+
+def mean_of_last(runs: list[dict], what: str, form: str = ".1%") -> str:
+    return format(mean(curves[what][-1] for curves in runs), form)
+
+
+def print_rows(title: str, header: Sequence[str], rows: dict[str, Sequence[str]]) -> None:
+    """A table with a row for each variant."""
+    table = Table(title=title)
+    for place, name in enumerate(header):
+        table.add_column(name, justify="right" if place else "left")
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    console.print(table)
+
+
+def equal_curves(curves: dict[str, list[float]], unit: str, tolerance: float) -> bool:
+    """Print how far each curve is from PyTorch's, and say whether all are within the tolerance."""
+    reference, all_equal = curves[NATIVE], True
+    for name, curve in curves.items():
+        if name == NATIVE:
+            continue
+        # A NaN would compare false with anything, so that "within" has to be what is asked.
+        differences = [abs(a - b) for a, b in zip(curve, reference, strict=True)]
+        equal = all(difference <= tolerance for difference in differences)
+        all_equal &= equal
+        verdict = "[green]equal to[/]" if equal else "[red]DIFFERENT FROM[/]"
+        console.print(
+            f"[bold]{name}[/]: {verdict} {NATIVE}'s loss in every {unit}, "
+            f"largest difference {max(differences):.1e} (tolerance {tolerance:.0e})",
+            highlight=False,
+        )
+    return all_equal
 
 
 @dataclass(frozen=True)
@@ -52,21 +161,7 @@ def print_curves(unit: str, curves: dict[str, list[float]], every: int, toleranc
         table.add_row(str(i + 1), *(f"{curve[i]:.6f}" for curve in curves.values()))
     console.print(table)
 
-    all_equal = True
-    for name, curve in curves.items():
-        if name == NATIVE:
-            continue
-        # A NaN would compare false with anything, so that "within" has to be what is asked.
-        differences = [abs(a - b) for a, b in zip(curve, reference, strict=True)]
-        equal = all(difference <= tolerance for difference in differences)
-        all_equal &= equal
-        verdict = "[green]equal to[/]" if equal else "[red]DIFFERENT FROM[/]"
-        console.print(
-            f"[bold]{name}[/]: {verdict} {NATIVE}'s loss in every {unit}, "
-            f"largest difference {max(differences):.1e} (tolerance {tolerance:.0e})",
-            highlight=False,
-        )
-    return all_equal
+    return equal_curves(curves, unit, tolerance)
 
 
 def print_summary(summaries: dict[str, Summary], timed_steps: int) -> None:
@@ -102,32 +197,12 @@ def draw(
     path: Path, sonnet: dict[str, list[float]], summaries: dict[str, Summary], logits_mib: float, machine: str
 ) -> None:
     """Save the figure: both loss curves above, time in the loss, speed and memory of model (b) below."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    style = {
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titlesize": 11.5,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titlepad": 10,
-        "axes.edgecolor": "#b5bac1",
-        "axes.labelcolor": INK,
-        "text.color": INK,
-        "xtick.color": INK,
-        "ytick.color": INK,
-        "axes.axisbelow": True,
-        "grid.color": "#e6e8eb",
-    }
-    with plt.rc_context(style):
-        figure = plt.figure(figsize=(12, 8), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, hspace=0.04)
-        grid = figure.add_gridspec(2, 6, height_ratios=(1.1, 1))
-        figure.suptitle(
+    plt = pyplot()
+    with plt.rc_context(STYLE):
+        drawn = plt.figure(figsize=(12, 8), layout="constrained")
+        drawn.get_layout_engine().set(w_pad=0.12, h_pad=0.12, hspace=0.04)
+        grid = drawn.add_gridspec(2, 6, height_ratios=(1.1, 1))
+        drawn.suptitle(
             "Two language models, trained with PyTorch's cross-entropy loss and with ours",
             fontsize=15,
             fontweight="bold",
@@ -135,37 +210,35 @@ def draw(
             ha="left",
         )
 
-        _curves(figure.add_subplot(grid[0, :3]), "(a) Sonnet 2, n-gram model", "epoch", sonnet)
+        draw_curves(drawn.add_subplot(grid[0, :3]), "(a) Sonnet 2, n-gram model", "epoch", sonnet)
         curves = {name: summary.losses for name, summary in summaries.items()}
-        _curves(figure.add_subplot(grid[0, 3:]), "(b) Standard library source, transformer", "step", curves)
+        draw_curves(drawn.add_subplot(grid[0, 3:]), "(b) Standard library source, transformer", "step", curves)
 
-        axes = figure.add_subplot(grid[1, :2])
+        axes = drawn.add_subplot(grid[1, :2])
         times = {name: s.loss_ms for name, s in summaries.items()}
         _bars(axes, "(b) Time in the loss", "ms per step", times, "less")
         _split(axes, summaries)
 
         speeds = {name: s.tokens_per_s for name, s in summaries.items()}
-        _bars(figure.add_subplot(grid[1, 2:4]), "(b) Training speed", "tokens/s, whole step", speeds, "more")
+        _bars(drawn.add_subplot(grid[1, 2:4]), "(b) Training speed", "tokens/s, whole step", speeds, "more")
 
-        axes = figure.add_subplot(grid[1, 4:])
+        axes = drawn.add_subplot(grid[1, 4:])
         peaks = {name: s.peak_mib for name, s in summaries.items()}
         _bars(axes, "(b) Peak memory of training", "MiB above the baseline", peaks, "less")
         axes.axhline(logits_mib, color=INK, linewidth=1, linestyle=(0, (4, 3)))
         axes.text(2.45, logits_mib, "the logits\nalone", va="center", ha="left", fontsize=8.5)
 
-        figure.supxlabel(
+        drawn.supxlabel(
             f"{machine}. Times are medians over steps taken in turn.",
             fontsize=8.5,
             color="#6b7178",
             x=0.012,
             ha="left",
         )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
+        save(plt, drawn, path)
 
 
-def _curves(axes: Axes, title: str, unit: str, curves: dict[str, list[float]]) -> None:
+def draw_curves(axes: Axes, title: str, unit: str, curves: dict[str, list[float]]) -> None:
     """Curves that coincide stay visible: the first is a broad band, the next a line in it, the last dots."""
     looks = (
         {"linewidth": 7, "alpha": 0.55, "solid_capstyle": "round"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
 import re
@@ -15,8 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import figures, providers, records, report, run, scaling, shapes, timing, values
+from benchmarks import figures, idioms, pairs, providers, records, report, run, scaling, shapes, timing, values
 from benchmarks.memory import CpuPeaks
+from benchmarks.pairs import NOW, PAIRS, TODAY, Pair
 from benchmarks.providers import Provider, Refused
 from benchmarks.shapes import CASES, Case
 from cross_entropy_ext.functional import cross_entropy
@@ -29,8 +31,8 @@ BOTH = ("forward+backward", "forward")
 
 def test_readme_says_what_was_recorded():
     readme = (ROOT / "README.md").read_text()
-    assert report.BEGIN in readme and report.END in readme
-    assert report.with_block(readme) == readme, "run `python -m benchmarks.report`"
+    assert report.BEGIN in readme and report.BEGIN_IDIOMS in readme and readme.count(report.END) == 2
+    assert report.with_blocks(readme) == readme, "run `python -m benchmarks.report`"
 
 
 def test_page_says_what_was_recorded():
@@ -80,6 +82,84 @@ def test_every_case_was_recorded():
                 assert "wrong" not in record and record["median_ms"] > 0, (case.name, name, record)
                 expected = json.loads(json.dumps(case.fields(case.cpu)))
                 assert {key: record[key] for key in expected} == expected
+
+
+def test_every_pair_was_recorded():
+    """As the code is today, on today's shapes, right, and with no memory but a gradient."""
+    groups = report.pairs_of(records.read("cpu", "idioms"))
+    assert list(groups) == [pair.name for pair in PAIRS]
+    for pair in PAIRS:
+        group = groups[pair.name]
+        for which in (TODAY, NOW, "copy"):
+            record = group[which]
+            assert "wrong" not in record and record["median_ms"] > 0, record
+            assert tuple(record["shape"]) == pair.shape
+        for which in (TODAY, NOW):
+            assert group[which]["code"] == pairs.code(pair.function(which)), "run `python -m benchmarks.idioms`"
+        assert report.gradients(group[NOW]) < 1.1 and report.faster(group) > 3
+    costs = report.costs_of(records.read("cpu", "idioms"))
+    assert [tuple(record["shape"]) for _, record in costs] == list(idioms.COSTS)
+    assert not [record for _, record in costs if "wrong" in record]
+
+
+@pytest.mark.parametrize("changed", ["time", "memory", "code", "cost"])
+def test_pages_would_differ_in_idioms(changed, monkeypatch):
+    result = records.read("cpu", "idioms")
+    assert "\n\n".join(filter(None, report.idioms_section("cpu", result))) in report.page()
+    before = report.idioms_block(), report.idioms_section("cpu", result)
+    record = next(r for r in result["records"] if r.get("which") == (NOW if changed != "cost" else "with"))
+    change = {"time": "median_ms", "memory": "peak_extra_bytes", "cost": "over_plain"}.get(changed)
+    if change:
+        record[change] *= 1.5
+    else:
+        record["code"][0] += " | 1"
+    monkeypatch.setattr(report.files, "read", lambda device, part: result)
+    after = report.idioms_block(), report.idioms_section("cpu", result)
+    assert after[0] != before[0] and after[1] != before[1]
+    if changed == "code":
+        assert " \\| 1`" in after[0]
+
+
+def test_what_failed_is_on_the_page():
+    fields = {"table": "pairs", "name": "broken", "shape": [2, 3], "dtype": "float32"}
+    result = {"records": [{**fields, "which": NOW, "error": "RuntimeError: no"}, {**fields, "error": "MemoryError: "}]}
+    assert "* broken, now: RuntimeError: no" in report.wrong_pairs(result)
+    assert report.pairs_of(result)["broken"].keys() == {NOW}
+
+
+# -- pairs of code -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
+def test_pairs_are_equal_and_a_wrong_one_is_found(pair):
+    assert inspect.signature(pair.today) == inspect.signature(pair.now)
+    assert pair.shape[1:] == pair.quick[1:] or pair.quick[1] < pair.shape[1]
+    logits, *rest = pairs.draw(pair.arguments, (8, 50), "cpu")
+    wrong = idioms.Wrong(pair, [logits, *rest])
+    logits = logits.clone().requires_grad_()
+    for which in (TODAY, NOW):
+        results = pairs.step(pair.function(which), rest)(logits)
+        assert wrong(results) == ""
+        assert "gradient" in wrong((*results[:-1], results[-1].roll(1, 1)))
+        assert "gradient" in wrong((*results[:-1], results[-1] * float("nan")))
+        assert "the loss" in wrong((results[0] * 1.01, *results[1:]))
+        if len(results) > 2:
+            assert "another result" in wrong((results[0], results[1] + 1, results[2]))
+
+
+@pytest.mark.parametrize("which", [TODAY, NOW])
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
+def test_the_code_that_is_shown_runs(pair, which):
+    """The README's lines alone, with nothing but the arguments and the names that are imported."""
+    function, drawn = pair.function(which), pairs.draw(pair.arguments, (8, 50), "cpu")
+    scope = {**vars(pairs), **dict(zip(pair.arguments, drawn, strict=True))}
+    shown = pairs.code(function)
+    exec("\n".join(shown), scope)
+    found = function(*drawn)
+    assert scope["loss"].equal(found[0] if isinstance(found, tuple) else found)
+    assert not any("return" in line for line in shown) and max(map(len, shown)) < 100
+    cell = report.code_cell(shown)
+    assert cell.count("`") == 2 * len(shown) and "\n" not in cell
 
 
 # -- inputs and providers ------------------------------------------------------------------------------------
@@ -205,6 +285,18 @@ def test_peak_of_what_is_known():
     peaks.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_peak_of_a_pair():
+    peaks = CpuPeaks()
+    shape = (256, 32_000)
+    found = {which: peaks.of_made(pairs.ready, "distillation", which, shape) for which in (TODAY, NOW)}
+    size = 4 * math.prod(shape)
+    assert 1 <= found[NOW] / size < 1.1 and 3 < found[TODAY] / size < 6
+    assert peaks.of_made(pairs.ready, "no such pair", NOW, shape) is None
+    assert peaks.of_made(pairs.ready, "MixUp", NOW, (512, 32_000)) > size  # and goes on
+    peaks.close()
+
+
 # -- the commands --------------------------------------------------------------------------------------------
 
 
@@ -245,6 +337,37 @@ def test_run_records_everything(tmp_path):
             elements, positions = math.prod(record["shape"]), record["shape"][0]
             moved = {"copy": 8 * elements}.get(name, (8 if "+" in direction else 4) * elements + 8 * positions)
             assert record["bytes"] == moved
+
+
+def test_idioms_record_everything(tmp_path):
+    path = tmp_path / "idioms.json"
+    shown = run_module("idioms", "--quick", "--only", "MixUp|sample_weight", "--seconds", "0.5", "--json", str(path))
+    result = json.loads(path.read_text())
+    assert result["complete"] and result["quick"]
+    group = report.pairs_of(result)["MixUp"]
+    for record in (group[TODAY], group[NOW], group["copy"]):
+        assert record["min_ms"] <= record["median_ms"] <= record["max_ms"] and "wrong" not in record
+        assert math.isclose(record["copies"], record["median_ms"] / group["copy"]["median_ms"])
+    assert group[NOW]["gradient_bytes"] == 4 * math.prod(group[NOW]["shape"])
+    if sys.platform == "linux":
+        assert 0 < report.gradients(group[NOW]) < report.gradients(group[TODAY])
+    costs = report.costs_of(result)
+    assert [tuple(record["shape"]) for _, record in costs] == list(idioms.QUICK_COSTS)
+    assert all(record["over_plain"] > 0 for _, record in costs)
+    assert "MixUp" in shown and "x plain" in shown
+
+
+def test_a_pair_that_fails_or_is_wrong_is_a_record():
+    def explode(logits, target):
+        raise RuntimeError("no such thing\nat all")
+
+    pair = Pair("z", pairs.z_loss_today, explode, (8, 50))
+    found = {record["which"]: record for record in idioms.pair_records(pair, (8, 50), "cpu", 0.0, CpuPeaks())}
+    assert found[NOW]["error"] == "RuntimeError: no such thing" and found[TODAY]["median_ms"] > 0
+    pair = Pair("z", pairs.z_loss_today, lambda logits, target: 2 * F.cross_entropy(logits, target), (8, 50))
+    found = {record["which"]: record for record in idioms.pair_records(pair, (8, 50), "cpu", 0.0, CpuPeaks())}
+    assert found[NOW]["wrong"].startswith("the loss is off") and found[NOW]["median_ms"] > 0
+    idioms.console.print(idioms.table([*found.values(), {"name": "a row", "error": "MemoryError: "}]))
 
 
 def test_a_provider_that_fails_is_a_record(monkeypatch):
