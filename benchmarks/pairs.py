@@ -21,6 +21,7 @@ from cross_entropy_ext.functional import (
     cross_entropy_with_stats,
     distillation_loss,
     mixup_cross_entropy,
+    nll_loss,
     sparse_cross_entropy,
 )
 
@@ -132,6 +133,16 @@ def mixup_now(logits, a, b, lam):
     return loss
 
 
+def nll_today(log_probs, target):
+    loss = F.nll_loss(log_probs, target)
+    return loss
+
+
+def nll_now(log_probs, target):
+    loss = nll_loss(log_probs, target)
+    return loss
+
+
 # ---- which, on what -------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +172,7 @@ PAIRS = [
     Pair("distillation with labels", distillation_with_labels_today, distillation_with_labels_now),
     Pair("a teacher's 16 best classes", top_k_teacher_today, top_k_teacher_now),
     Pair("MixUp", mixup_today, mixup_now, (1024, 1000), (64, 1000)),
+    Pair("negative log likelihood", nll_today, nll_now),
 ]
 
 
@@ -193,6 +205,7 @@ def _best(shape: Shape, generator: torch.Generator) -> torch.return_types.topk:
 ARGUMENTS: dict[str, Callable[[Shape, torch.Generator], Tensor | float]] = {
     "logits": _logits,
     "student": _logits,
+    "log_probs": lambda shape, generator: _logits(shape, generator).log_softmax(1),
     "teacher": _logits,
     "target": _classes,
     "a": _classes,
