@@ -45,7 +45,7 @@ $(VENV)/torch: always
 $(VENV)/installed: $(VENV)/torch pyproject.toml
 	@echo 'Setting up $(VENV) with $(TORCH), and building: this takes a few minutes, once.'
 	$(BIN)/python -m pip install --quiet 'setuptools>=77' ninja '$(TORCH)'
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,examples,bench]'
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[dev,examples,bench,clients]'
 	@touch $@
 
 lint: $(VENV)/installed
@@ -77,6 +77,7 @@ gpu:
 benchmarks: build
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.idioms
+	$(BIN)/python -m benchmarks.clients
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.accuracy

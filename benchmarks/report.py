@@ -21,7 +21,7 @@ PAGE, README, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "README.md", ROO
 BEGIN = "<!-- From here on `python -m benchmarks.report` writes. -->"
 BEGIN_IDIOMS = "<!-- `python -m benchmarks.report` writes this table, too. -->"
 END = "<!-- Up to here. -->"
-PARTS = ("run", "idioms", "scaling", "training", "accuracy")
+PARTS = ("run", "idioms", "scaling", "training", "clients", "accuracy")
 TRAINING, EVALUATION = "forward+backward", "forward"
 PEERS = ("liger", "quack", "flash-attn", "apex", "unsloth", "cut-cross-entropy")
 
@@ -431,6 +431,14 @@ def training_section(device: str, result: dict) -> list[str]:
     ]
 
 
+def clients_section(device: str, result: dict) -> list[str]:
+    return [
+        "Whole training steps of transformers' models as they are, which make their loss themselves from `labels=`: with "
+        "the native loss, and after `patch_torch()`. Losses agree step by step.",
+        training_table(result),
+    ]
+
+
 def accuracy_section(device: str, result: dict) -> list[str]:
     return [
         "Errors against float64, for normal logits of standard deviation `scale`: of the loss of the worst row, "
@@ -460,6 +468,7 @@ TITLES = {
     "idioms": "What is written around the loss",
     "scaling": "Scaling",
     "training": "Training whole models",
+    "clients": "Programs that know nothing of this package",
     "accuracy": "Accuracy",
 }
 SECTIONS = {
@@ -467,6 +476,7 @@ SECTIONS = {
     "idioms": idioms_section,
     "scaling": scaling_section,
     "training": training_section,
+    "clients": clients_section,
     "accuracy": accuracy_section,
 }
 
@@ -482,8 +492,8 @@ def page() -> str:
         "# Benchmarks",
         "",
         "Written by `python -m benchmarks.report` from `benchmarks/results/`. `python -m benchmarks.run` measures what "
-        "follows on your machine; `benchmarks.idioms`, `benchmarks.scaling`, `benchmarks.training` and "
-        "`benchmarks.accuracy` do the rest.",
+        "follows on your machine; `benchmarks.idioms`, `benchmarks.scaling`, `benchmarks.training`, "
+        "`benchmarks.clients` and `benchmarks.accuracy` do the rest.",
         "",
     ]
     for device in devices():
