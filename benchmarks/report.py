@@ -433,8 +433,8 @@ def training_section(device: str, result: dict) -> list[str]:
 
 def clients_section(device: str, result: dict) -> list[str]:
     return [
-        "Whole training steps of transformers' models as they are, which make their loss themselves from `labels=`: with "
-        "the native loss, and after `patch_torch()`. Losses agree step by step.",
+        "Whole training steps of transformers' models as they are, which make their loss themselves from `labels=`: "
+        "with the native loss, and after `patch_torch()`. Losses agree step by step.",
         training_table(result),
     ]
 
