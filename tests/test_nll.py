@@ -207,6 +207,13 @@ def test_core_nll_ignored_positions_are_not_read(dtype: torch.dtype) -> None:
             assert not results[1][1][ignored].any()
 
 
+def test_core_nll_one_class_whose_stride_means_nothing() -> None:
+    for shape, stride in [((3, 1), (1, 0)), ((3, 1), (1, 7)), ((2, 1, 4), (4, 0, 1)), ((2, 1, 4), (4, 5, 1))]:
+        input = torch.randn(8).as_strided(shape, stride)
+        for reduction in REDUCTIONS:
+            check(input, target_for(input, ignored=0.3), reduction=reduction, reason=f"{shape} {stride}")
+
+
 def test_core_nll_special_values() -> None:
     """-inf and NaN at the target are the loss; a class that weighs nothing adds nothing, even at -inf."""
     input = torch.tensor([[-torch.inf, 0.0], [nan, -1.0], [-1.0, -2.0]])
@@ -520,6 +527,9 @@ def test_nll_opcheck() -> None:
             loss, denominator = FORWARD(input, target, weight, reduction, -100, torch.float64)
             g = torch.rand_like(loss).requires_grad_()
             torch.library.opcheck(BACKWARD, (g, input, target, weight, denominator, reduction, -100))
+    strided = log_probabilities(2, 5, 3, 4).contiguous(memory_format=torch.channels_last)
+    arguments = (target_for(strided), None, torch.ones((), dtype=torch.double), 1, -100)
+    torch.library.opcheck(BACKWARD, (torch.ones(()), strided, *arguments))
 
 
 def test_nll_meta_and_fake() -> None:
