@@ -1,6 +1,7 @@
 // What the fused kernels take, decided once for all devices.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <cmath>
 
@@ -52,6 +53,13 @@ bool is_logits_type(at::ScalarType type) {
 
 bool is_index_type(at::ScalarType type) {
   return type == at::kLong || type == at::kInt || type == at::kShort || type == at::kChar || type == at::kByte;
+}
+
+bool is_concrete(const at::Tensor& tensor) {
+  constexpr c10::DispatchKeySet kTracing({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
+                                          c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
+                                          c10::DispatchKey::FuncTorchGradWrapper});
+  return !tensor.key_set().has_any(kTracing) && !tensor.is_meta() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
 bool has_shape_of_logits(const at::Tensor& logits, const at::Tensor& target) {

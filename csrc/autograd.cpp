@@ -9,11 +9,11 @@
 #include <ATen/ops/_make_dual.h>
 #include <ATen/ops/_unpack_dual.h>
 #include <ATen/ops/log_softmax.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -180,14 +180,6 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
 
 // ---- the gradient in the logits' place ------------------------------------------------------------------------------
 
-// A tensor with memory behind it, rather than one that a compiler or a transform of functions traces with.
-bool is_concrete(const at::Tensor& tensor) {
-  constexpr c10::DispatchKeySet kTracing({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
-                                          c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
-                                          c10::DispatchKey::FuncTorchGradWrapper});
-  return !tensor.key_set().has_any(kTracing) && !tensor.is_meta() && !c10::impl::TorchDispatchModeTLS::any_modes_set();
-}
-
 // Every element has an address of its own: strides in increasing order each step past all that is below.
 bool has_distinct_addresses(const at::Tensor& tensor) {
   std::vector<std::pair<int64_t, int64_t>> dims;
@@ -299,14 +291,15 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
 
     variable_list result(7);
     at::Tensor& grad_target = result[pairs ? 3 : 1];
-    at::Tensor grad = grads[0];
+    at::Tensor grad = grads[0], divide_by = denominator;
     const OptionalTensor of_statistics = gradients_of_statistics(grads, lse);
     if (!grad.defined()) {  // of the statistics alone
       if (!of_statistics) return result;
       const auto shape = options.reduction == kNone ? shape_of_positions(in.logits) : c10::SymDimVector();
       grad = at::zeros_symint(shape, in.logits.options().dtype(*options.loss_dtype));
+      divide_by = at::ones_like(denominator);  // by which the loss's mean may be undefined
     }
-    const Gradients gradients{grad, of_statistics, lse, denominator};
+    const Gradients gradients{grad, of_statistics, lse, divide_by};
 
     const bool was_made = ctx->saved_data.count("grad_logits") && wanted_logits && !c10::GradMode::is_enabled();
     if (was_made && adapts_gradient(in.logits)) {

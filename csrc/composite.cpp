@@ -23,8 +23,17 @@ at::Tensor zero_unless(const at::Tensor& condition, const at::Tensor& tensor) {
   return condition.defined() ? at::where(condition, tensor, at::zeros_like(tensor)) : tensor;
 }
 
-// a * b, where zero times infinity is zero.
-at::Tensor product(const at::Tensor& a, const at::Tensor& b) { return a * at::where(a.eq(0), at::zeros_like(b), b); }
+// a * b, where zero times infinity is zero; at any other b, zero has the derivative b.
+at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
+  return a * at::where(a.eq(0).logical_and(b.isinf()), at::zeros_like(b), b);
+}
+
+// The error of the kernels, where values can be asked for; elsewhere whatever uses them raises its own.
+void check_classes(const at::Tensor& index, const at::Tensor& counts, int64_t classes) {
+  if (!index.is_cpu() || !is_concrete(index)) return;
+  const at::Tensor bad = index.masked_select(counts.logical_and(index.lt(0).logical_or(index.ge(classes))));
+  if (bad.numel() > 0) TORCH_CHECK_INDEX(false, "Target ", bad[0].item<int64_t>(), " is out of bounds.");
+}
 
 // A mean's denominator, or one where the mean is over nothing and that is to be zero: for the gradient, too.
 at::Tensor safe_denominator(const at::Tensor& denominator, const at::Tensor& sum, bool empty_is_zero) {
@@ -46,6 +55,7 @@ class Composite {
       index_ = labels.to(at::kLong);
       if (form_ != Form::kPairs) index_ = index_.unsqueeze(dim_);
       const at::Tensor counts = index_.ne(options.ignore_index);
+      check_classes(index_, counts, in.logits.size(dim_));
       index_ = zero_unless(counts, index_);
       probs_ = counts.to(type_);
       if (form_ == Form::kPairs) probs_ = zero_unless(counts, in.companion->to(type_));

@@ -154,6 +154,9 @@ bool has_value(const OptionalTensor& tensor);
 bool is_logits_type(at::ScalarType type);  // of logits, probabilities and losses
 bool is_index_type(at::ScalarType type);
 
+// A tensor with memory behind it, rather than one that a compiler or a transform of functions traces with.
+bool is_concrete(const at::Tensor& tensor);
+
 // Probabilities or class indices: by shape alone, as native decides.
 bool has_shape_of_logits(const at::Tensor& logits, const at::Tensor& target);
 

@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kNllThreads) nll_forward(const __grid_constant
     } else if (label != kIgnored) {
       weight = class_weight<A>(task, label);
       const int64_t at = offset_of(task, task.logits, p) + label * task.logits.class_stride;
-      if (weight != A(0)) loss = -weight * read_element<A>(task.logits, at);
+      if (weight != A(0)) loss = -weight * read_number<A>(task.logits, at);
     }
     if (task.loss) write_element(task.loss, p, loss);
     sums.loss += double(loss);
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kNllThreads, kNllResident) nll_backward(const 
       const int64_t slab = first_slab + k / inner, i = first_inner + k % inner, position = slab * task.inner + i;
       const int64_t label = read_label<TargetKind::kIndex>(task, offset_of(task, task.target, position));
       if (label < first_class || label >= first_class + classes) continue;  // or it is none
-      const double g = read_element<double>(task.grad_output, offset_of(task, task.grad_output, position));
+      const double g = read_number<double>(task.grad_output, offset_of(task, task.grad_output, position));
       write_element(task.grad_logits, (slab * task.classes + label) * task.inner + i,
                     -g * double(class_weight<A>(task, label)) * scale);
     }
