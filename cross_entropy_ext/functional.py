@@ -4,6 +4,7 @@ fused kernels in the same pass."""
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import warnings
 from typing import Literal, NamedTuple
@@ -161,7 +162,7 @@ class CrossEntropyStats(NamedTuple):
 
     All but ``loss`` and ``z_loss`` have an element for each position, (N, d1, ..., dK): 0 where it is ignored
     (``argmax``: -1). They are of the logits as the loss sees them, after ``logit_scale`` and ``softcap``, and neither
-    weighted nor smoothed; in float32, or float64 for float64 logits.
+    weighted nor smoothed; in float32, or float64 where the logits or probabilities are.
     """
 
     loss: Tensor
@@ -169,7 +170,10 @@ class CrossEntropyStats(NamedTuple):
     lse: Tensor
     """The logarithm of the sum of exponentials, in nats. Differentiable."""
     target_log_prob: Tensor
-    """The logarithm of the target's softmax; of probabilities q, the sum of q log softmax. Differentiable."""
+    """The logarithm of the target's softmax; of probabilities q, the sum of q log softmax. Differentiable.
+
+    Where the loss weights or smooths probabilities, a second pass makes it of them as they are.
+    """
     entropy: Tensor
     """Of the softmax, in nats: -sum p log p. Differentiable."""
     z_loss: Tensor
@@ -308,6 +312,9 @@ def mixup_cross_entropy(
     Returns, Raises:
         As :func:`sparse_cross_entropy`.
     """
+    for name, target in (("target_a", target_a), ("target_b", target_b)):
+        if target.is_floating_point() or target.is_complex():
+            raise ValueError(f"{name} must be a tensor of class indices, but got {target.dtype}")
     if target_a.shape != target_b.shape:
         raise ValueError(
             f"target_b must have the shape of target_a, {tuple(target_a.shape)}, but got {tuple(target_b.shape)}"
@@ -320,6 +327,8 @@ def mixup_cross_entropy(
         )
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     if isinstance(lam, Tensor):
+        if lam.is_complex():
+            raise ValueError(f"lam must be a number or a tensor of a real type, but got {lam.dtype}")
         if lam.dim() > target_a.dim() or lam.shape != target_a.shape[: lam.dim()]:
             raise ValueError(
                 f"lam must be a number or a tensor whose shape begins that of target_a, {tuple(target_a.shape)}, "
@@ -464,6 +473,12 @@ def _unusual_nll_loss(input, target, weight, ignore_index, reduction) -> Tensor:
 
 # csrc/cross_entropy.h: Form, and at::ScalarType's numbers of what a loss may be.
 _FORMS = {None: 0, "pairs": 3, "teacher": 4}
+# What the tensors are called.
+_NAMES = {
+    None: ("input", "target", "weight", "companion", "sample_weight"),
+    "pairs": ("input", "indices", "weight", "probs", "sample_weight"),
+    "teacher": ("student_logits", "teacher_logits", "weight", "target", "sample_weight"),
+}
 _LOSS_DTYPES = {None: -1, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
 
@@ -546,6 +561,11 @@ def _general(
     """Calls an operator of everything that native does not have: tensors, and its options as two lists of numbers."""
     if empty not in _EMPTY:
         raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
+    for place, (name, tensor) in enumerate(zip(_NAMES[form], tensors, strict=True)):
+        if not isinstance(tensor, Tensor) and (tensor is not None or place < 2 or name == "probs"):
+            raise TypeError(f"{name} must be a tensor, but got {tensor!r}")
+    if not -(2**63) <= operator.index(ignore_index) < 2**63:
+        raise ValueError(f"ignore_index must be an integer of 64 bits, but got {ignore_index}")
     if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap must be None or a finite number above 0, but got {softcap}")
     if loss_dtype not in _LOSS_DTYPES:
@@ -556,7 +576,7 @@ def _general(
         tensors = (*tensors[:-1], sample_weight.to(torch.float64 if wide else torch.float32))
     flags = (empty == "zero") | inplace << 1 | statistics << 2 | kl << 3 | _FORMS[form] << 4
     integers = [F._Reduction.get_enum(reduction), operator.index(ignore_index), _LOSS_DTYPES[loss_dtype], flags]
-    numbers = [
+    values = [
         _number("label_smoothing", label_smoothing),
         _number("z_loss", z_loss),
         0.0 if softcap is None else _number("softcap", softcap),
@@ -565,14 +585,16 @@ def _general(
         _number("alpha", alpha),
     ]
     if all(tensor is None or type(tensor) in _PLAIN for tensor in tensors):
-        return op(*tensors, integers, numbers)
-    results = _ops._composite.default(*tensors, integers, numbers)
+        return op(*tensors, integers, values)
+    results = _ops._composite.default(*tensors, integers, values)
     return results if statistics else results[0]
 
 
 def _number(name: str, value: float) -> float:
     if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         return value + 0.0
+    if isinstance(value, numbers.Real):  # of NumPy
+        return float(value)
     raise TypeError(f"{name} must be a number, but got {value!r}")
 
 

@@ -209,6 +209,7 @@ void check(const Inputs& inputs, const Options& options) {
     }
   }
   if (has_value(weight) && options.form == Form::kPairs) {
+    check_type(*weight, !weight->is_complex(), "weight", "a real type");
     TORCH_CHECK_VALUE(weight->dim() == 1 && weight->sym_size(0) == logits.sym_size(class_dim(logits)),
                       "weight must have one element for each of the ", logits.sym_size(class_dim(logits)),
                       " classes, but got the shape ", weight->sym_sizes());

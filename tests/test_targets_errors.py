@@ -278,3 +278,91 @@ def test_complex_sample_weights_and_other_strangers() -> None:
     ):
         with pytest.raises((TypeError, ValueError, RuntimeError)):
             call()
+
+
+# ---- what is no tensor, no class index, or no number ----------------------------------------------------------------
+
+X, Y = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "call"),
+    [
+        (TypeError, "sample_weight must be a tensor, but got 1.0", lambda: ext.cross_entropy(X, Y, sample_weight=1.0)),
+        (TypeError, "target must be a tensor, but got None", lambda: ext.cross_entropy_with_stats(X, None)),
+        (TypeError, "probs must be a tensor, but got None", lambda: ext.sparse_cross_entropy(X, Y[:, None], None)),
+        (TypeError, "teacher_logits must be a tensor, but got 'a'", lambda: ext.distillation_loss(X, "a")),
+        (TypeError, "z_loss must be a number, but got '1'", lambda: ext.cross_entropy(X, Y, z_loss="1")),
+        (
+            ValueError,
+            "target_b must be .* indices, but got torch.float32",
+            lambda: ext.mixup_cross_entropy(X, Y, X, 0.5),
+        ),
+        (ValueError, "lam must be .* real type, but got torch.complex64", lambda: mixed(torch.tensor(0.5j))),
+        (ValueError, "weight must be .* real type, but got ComplexFloat", lambda: mixed(0.5, torch.ones(6) * 1j)),
+        (ValueError, f"ignore_index must be .* 64 bits, but got {2**63}", lambda: mixed(0.5, ignore_index=2**63)),
+    ],
+)
+def test_what_is_no_tensor_no_class_and_no_number(error: type[Exception], said: str, call) -> None:
+    with pytest.raises(error, match=said):
+        call()
+
+
+def mixed(lam, weight=None, **options) -> Tensor:
+    return ext.mixup_cross_entropy(X, Y, Y.flip(0), lam, weight, **options)
+
+
+def test_numbers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    assert mixed(numpy.float32(0.5)) == mixed(0.5)
+
+
+# ---- what the review of these losses found --------------------------------------------------------------------------
+
+
+def test_a_probability_of_zero_has_a_gradient_whoever_makes_it() -> None:
+    """By the kernels, by the composite (a sample_weight with a gradient, transforms), and of the gradient."""
+    x, q, i = X.double(), torch.eye(6, dtype=torch.double)[:4], torch.tensor([[0, 1], [2, 3], [4, 0], [5, 5]])
+    p = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5], [0.0, 1.0]], dtype=torch.double)
+    ones = torch.ones(4, dtype=torch.double)
+    for loss, at, exact in (
+        (lambda q, **options: ext.cross_entropy(x, q, z_loss=0.1, **options), q, -x.log_softmax(1) / 4),
+        (lambda p, **options: ext.sparse_cross_entropy(x, i, p, **options), p, -x.log_softmax(1).gather(1, i) / 4),
+    ):
+        leaf = at.clone().requires_grad_()
+        torch.testing.assert_close(torch.autograd.grad(loss(leaf), leaf)[0], exact)
+        weight = ones.clone().requires_grad_()
+        torch.testing.assert_close(torch.autograd.grad(loss(leaf, sample_weight=weight), leaf)[0], exact)
+        torch.testing.assert_close(torch.func.grad(loss)(at), exact)
+    assert torch.autograd.gradgradcheck(lambda x, q: ext.cross_entropy(x, q), (x.requires_grad_(), q.requires_grad_()))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda y, weight: ext.cross_entropy(X, y, sample_weight=weight),
+        lambda y, weight: ext.sparse_cross_entropy(X, y[:, None], torch.ones(4, 1), sample_weight=weight),
+        lambda y, weight: ext.distillation_loss(X, X, y, alpha=0.5, sample_weight=weight),
+    ],
+)
+def test_a_class_out_of_bounds_where_there_is_no_kernel(call) -> None:
+    y = torch.tensor([0, 7, -100, 1])
+    for weight in (torch.ones(4), torch.ones(4, requires_grad=True)):
+        with pytest.raises(IndexError, match="Target 7 is out of bounds"):
+            call(y, weight)
+
+
+def test_statistics_have_gradients_where_the_mean_has_none() -> None:
+    x = X.clone().requires_grad_()
+    stats = ext.cross_entropy_with_stats(x, Y, sample_weight=torch.zeros(4))
+    assert stats.loss.isnan()
+    (found,) = torch.autograd.grad(stats.lse.sum(), x)
+    torch.testing.assert_close(found, X.softmax(1))
+
+
+@pytest.mark.parametrize("classes", [5, 40, 200, 3000])
+def test_the_largest_logit_is_infinite(classes: int) -> None:
+    x, y = torch.randn(1, classes), torch.tensor([0])
+    x[0, 3] = math.inf
+    assert ext.cross_entropy_with_stats(x, y).argmax.item() == 3
+    assert ext.cross_entropy_with_stats(torch.full((1, classes), -math.inf), y).argmax.item() == 0

@@ -375,7 +375,7 @@ struct GeneralResult : PositionResult<T> {
   }
 };
 
-// The first class from c on whose logit is `value`, or NaN.
+// The first class from c on whose logit is `value`, or NaN; -1 where there is none.
 template <class T>
 static int64_t find_class(const Problem& problem, const Row& row, int64_t c, T value) {
   T buffer[kBlock<T>];
@@ -386,7 +386,7 @@ static int64_t find_class(const Problem& problem, const Row& row, int64_t c, T v
       if (x[i] == value || (value != value && x[i] != x[i])) return c + i;
     }
   }
-  return 0;  // all are -inf
+  return -1;
 }
 
 template <class T>
@@ -430,9 +430,10 @@ static void forward_general_rows(const Forward& problem, int64_t begin, int64_t 
     result.target_log_prob = T(found.target_log_prob);
     result.loss = found.loss * row.sample_weight;
     if (problem.statistics) {
-      const bool is_nan = of_row.rest != of_row.rest;
-      result.argmax = Int<T>(is_nan ? find_class(problem, row, 0, std::numeric_limits<T>::quiet_NaN())
-                                    : find_class(problem, row, block_of_maximum, of_row.max));
+      int64_t argmax = -1;  // an infinite maximum makes a NaN of the sum, too
+      if (of_row.rest != of_row.rest) argmax = find_class(problem, row, 0, std::numeric_limits<T>::quiet_NaN());
+      if (argmax < 0) argmax = find_class(problem, row, block_of_maximum, of_row.max);
+      result.argmax = Int<T>(std::max<int64_t>(0, argmax));  // the first, where all are -inf
     }
     sums.weight += (problem.form == Form::kIndices ? own.weight : 1) * row.sample_weight;
     result.write(problem, p, sums);
