@@ -337,7 +337,8 @@ def mixup_cross_entropy(
         lam = lam.to(torch.promote_types(lam.dtype, dtype))  # before 1 - lam is formed
         share = lam.reshape(lam.shape + (1,) * (target_a.dim() - lam.dim())).expand(target_a.shape)
     else:
-        share = torch.full((), _number("lam", lam), dtype=dtype, device=input.device).expand(target_a.shape)
+        # A product, which torch.compile traces for whatever number is drawn; torch.full would be compiled for each.
+        share = (torch.ones((), dtype=dtype, device=input.device) * _number("lam", lam)).expand(target_a.shape)
     return sparse_cross_entropy(
         input,
         torch.stack([target_a, target_b], axis),

@@ -16,6 +16,7 @@ import torch._inductor.config
 import torch.autograd.forward_ad as fwad
 from differentiable import close, labels, normal, same, soft, transposed, weights
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -769,3 +770,14 @@ def test_opcheck_of_every_target(problem: Problem) -> None:
     assert len(watch.seen) == 1
     operator, arguments, options = watch.seen[0]
     torch.library.opcheck(operator, arguments, options)
+
+
+def test_a_lam_that_is_drawn_anew_is_not_compiled_anew() -> None:
+    """MixUp draws one at each step: once for a constant, and once for any number."""
+    counter = CompileCounter()
+    x, y = torch.randn(8, 10), torch.randint(10, (8,))
+    compiled = torch.compile(ext.mixup_cross_entropy, fullgraph=True, backend=counter)
+    for step in range(12):
+        lam = step / 13
+        torch.testing.assert_close(compiled(x, y, y.flip(0), lam), ext.mixup_cross_entropy(x, y, y.flip(0), lam))
+    assert counter.frame_count <= 2
