@@ -1213,3 +1213,112 @@ def test_sanitizer_other_passes() -> None:
     with pytest.raises(IndexError):
         cross_entropy_ext.check_errors()
     assert loss.isnan()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Every target and every output. Against the CPU's kernels in float64, which test_targets.py holds to the oracle.
+
+
+def labels_of(logits: Tensor) -> Tensor:
+    shape = (logits.size(0), *logits.shape[2:])
+    labels = torch.randint(logits.size(1), shape, generator=torch.Generator().manual_seed(1))
+    labels.view(-1)[::7] = -100
+    return labels
+
+
+def pairs_of(logits: Tensor, k: int = 3) -> tuple[Tensor, Tensor]:
+    shape = (logits.size(0), k, *logits.shape[2:])
+    random = torch.Generator().manual_seed(2)
+    indices, probs = torch.randint(logits.size(1), shape, generator=random), torch.rand(shape, generator=random)
+    indices[:, 2] = indices[:, 0]  # one comes twice
+    return indices, probs
+
+
+def weighted_by(logits: Tensor) -> Tensor:
+    return torch.rand(labels_of(logits).shape, generator=torch.Generator().manual_seed(3))
+
+
+Tensors = tuple[Tensor, ...]
+TARGETS: dict[str, tuple[Callable[[Tensor], Tensors], Callable[..., Tensor]]] = {
+    "sample_weight": (
+        lambda x: (labels_of(x), weighted_by(x)),
+        lambda x, y, s: ext.cross_entropy(x, y, sample_weight=s, label_smoothing=0.1),
+    ),
+    "z_loss": (lambda x: (labels_of(x),), lambda x, y: ext.cross_entropy(x, y, z_loss=0.1, reduction="sum")),
+    "softcap": (lambda x: (labels_of(x),), lambda x, y: ext.cross_entropy(x, y, softcap=5.0, logit_scale=0.7)),
+    "sparse": (pairs_of, lambda x, i, p: ext.sparse_cross_entropy(x, i, p, label_smoothing=0.1)),
+    "mixup": (lambda x: (labels_of(x), labels_of(x).flip(0)), lambda x, a, b: ext.mixup_cross_entropy(x, a, b, 0.3)),
+    "distillation": (
+        lambda x: (x.detach().float().flip(0),),
+        lambda x, t: ext.distillation_loss(x, t, temperature=3.0, reduction="none").sum(),
+    ),
+    "distillation and labels": (
+        lambda x: (x.detach().float().flip(0), labels_of(x)),
+        lambda x, t, y: ext.distillation_loss(x, t, y, temperature=3.0, alpha=0.7, kind="ce"),
+    ),
+    "statistics": (
+        lambda x: (labels_of(x), weighted_by(x)),
+        lambda x, y, s: (lambda r: r.loss + (s * (r.entropy + r.lse - r.target_log_prob)).mean())(
+            ext.cross_entropy_with_stats(x, y)
+        ),
+    ),
+    "nll": (lambda x: (labels_of(x),), lambda x, y: ext.nll_loss(x, y)),
+}
+LAYOUTS = {
+    "small rows": ((65, 21), None),
+    "rows": ((40, 4103), None),
+    "vocabulary": ((6, 50257), None),
+    "image": ((2, 19, 16, 24), None),
+    "channels_last": ((2, 150, 8, 8), (0, 2, 3, 1)),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@two_dtypes
+def test_every_target(name: str, layout: str, dtype: torch.dtype) -> None:
+    shape, order = LAYOUTS[layout]
+    draw, loss = TARGETS[name]
+    random = torch.Generator().manual_seed(0)
+    here = place((3 * torch.randn(shape, generator=random)).to(dtype), order=order)
+    others = draw(here)
+    exact_leaf, leaf = here.detach().double().requires_grad_(), here.detach().to(DEVICE).requires_grad_()
+    wide = [t.double() if t.is_floating_point() else t for t in others]
+    exact, found = loss(exact_leaf, *wide), loss(leaf, *(t.to(DEVICE) for t in others))
+    (exact_grad,), (grad,) = torch.autograd.grad(exact, exact_leaf), torch.autograd.grad(found, leaf)
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.cpu().double(), exact, rtol=4 * max(rounding, 1e-6), atol=1e-5)
+    scale = exact_grad.abs().max().item()
+    torch.testing.assert_close(grad.cpu().double(), exact_grad, rtol=rounding, atol=scale * 1e-5)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_in_a_graph(name: str) -> None:
+    """Captured once and replayed on other logits: nothing waits for the device, nothing is left from the capture."""
+    draw, loss = TARGETS[name]
+    values = torch.randn(3, 64, 1000)
+    leaf = values[0].to(DEVICE).requires_grad_()
+    others = [t.to(DEVICE) for t in draw(values[0])]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            torch.autograd.grad(loss(leaf, *others), leaf)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (grad,) = torch.autograd.grad(loss(leaf, *others), leaf)
+    for logits in values[1:]:
+        with torch.no_grad():
+            leaf.copy_(logits)
+        graph.replay()
+        (expected,) = torch.autograd.grad(loss(leaf, *others), leaf)
+        torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_sanitizer_targets(name: str) -> None:
+    draw, loss = TARGETS[name]
+    for shape in ((5, 21), (3, 1031), (2, 19, 3, 8)):
+        logits = torch.randn(shape)
+        leaf = logits.to(DEVICE).requires_grad_()
+        loss(leaf, *(t.to(DEVICE) for t in draw(logits))).backward()
