@@ -225,7 +225,7 @@ def cross_entropy_with_stats(
         inplace=inplace,
         statistics=True,
     )
-    return CrossEntropyStats(*results)
+    return CrossEntropyStats(*(results[i] for i in range(len(CrossEntropyStats._fields))))
 
 
 def sparse_cross_entropy(
@@ -563,7 +563,8 @@ def _general(
     if empty not in _EMPTY:
         raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
     for place, (name, tensor) in enumerate(zip(_NAMES[form], tensors, strict=True)):
-        if not isinstance(tensor, Tensor) and (tensor is not None or place < 2 or name == "probs"):
+        optional = tensor is None and place >= 2 and name != "probs"
+        if not (optional or isinstance(tensor, Tensor) or hasattr(type(tensor), "__torch_function__")):
             raise TypeError(f"{name} must be a tensor, but got {tensor!r}")
     if not -(2**63) <= operator.index(ignore_index) < 2**63:
         raise ValueError(f"ignore_index must be an integer of 64 bits, but got {ignore_index}")
@@ -585,7 +586,8 @@ def _general(
         _number("temperature", temperature),
         _number("alpha", alpha),
     ]
-    if all(tensor is None or type(tensor) in _PLAIN for tensor in tensors):
+    # What is no tensor but stands for one, as for torch.fx, records the operator.
+    if all(tensor is None or type(tensor) in _PLAIN or not isinstance(tensor, Tensor) for tensor in tensors):
         return op(*tensors, integers, values)
     results = _ops._composite.default(*tensors, integers, values)
     return results if statistics else results[0]

@@ -86,7 +86,7 @@ class Composite {
     outputs[2] = of_positions(target_log_prob());
     outputs[3] = of_positions(-product(log_p_.exp(), log_p_).sum(dim_, true));
     outputs[4] = reduce(z_loss).detach();
-    const at::Tensor argmax = at::argmax(in_.logits.detach() * options_.logit_scale, dim_, true);
+    const at::Tensor argmax = at::argmax(logits_.detach(), dim_, true);
     outputs[5] = (valid_.defined() ? at::where(valid_, argmax, at::full_like(argmax, -1)) : argmax).squeeze(dim_);
     return outputs;
   }

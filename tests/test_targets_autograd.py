@@ -781,3 +781,26 @@ def test_a_lam_that_is_drawn_anew_is_not_compiled_anew() -> None:
         lam = step / 13
         torch.testing.assert_close(compiled(x, y, y.flip(0), lam), ext.mixup_cross_entropy(x, y, y.flip(0), lam))
     assert counter.frame_count <= 2
+
+
+def test_fx_records_the_operator_of_every_loss() -> None:
+    x, t, y = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
+    for module, arguments in (
+        (CrossEntropyLoss(), (x, y)),
+        (CrossEntropyLoss(z_loss=0.1, softcap=5.0), (x, y, torch.rand(4))),
+        (DistillationLoss(2.0, 0.5), (x, t, y)),
+    ):
+        same(torch.fx.symbolic_trace(module)(*arguments), module(*arguments))
+
+
+@pytest.mark.parametrize("shape", [(5, 30), (5, 3000), (2, 19, 4, 8)], ids=str)
+def test_more_pairs_than_classes_are_the_dense_target_that_they_stand_for(shape: tuple[int, ...]) -> None:
+    """150 for each position, most classes more than once; as many gradients of their probabilities."""
+    x, k = torch.randn(shape, dtype=torch.double).requires_grad_(), 150
+    of_pairs = (shape[0], k, *shape[2:])
+    indices = torch.randint(min(shape[1], 40), of_pairs)
+    probs = torch.rand(of_pairs, dtype=torch.double).requires_grad_()
+    dense = torch.zeros(shape, dtype=torch.double).scatter_add(1, indices, probs)
+    found, expected = ext.sparse_cross_entropy(x, indices, probs), ext.cross_entropy(x, dense)
+    close(found, expected)
+    close(torch.autograd.grad(found, (x, probs)), torch.autograd.grad(expected, (x, probs)))

@@ -228,12 +228,18 @@ XENT_INLINE Found<V> find(const Problem& problem, const Totals<V>& sums, const O
 // Calls use(class, probability, number of the pair) for each pair of a position that is not ignored.
 template <class T, class Use>
 XENT_INLINE void for_pairs(const Problem& problem, const Cursor& cursor, const Use& use) {
+  constexpr int64_t kAtATime = 64;
   const int64_t target = cursor.offset(problem.target), probs = cursor.offset(problem.probs);
-  for (int64_t j = 0; j < problem.pairs; ++j) {
-    int64_t y;
-    read_into(&y, problem.target, target + j * problem.target.class_stride, 1, 1);
-    if (y == problem.ignore_index) continue;
-    use(y, read_one<T>(problem.probs, probs + j * problem.probs.class_stride), j);
+  const int64_t step = problem.target.class_stride, step_of_probs = problem.probs.class_stride;
+  for (int64_t first = 0; first < problem.pairs; first += kAtATime) {
+    const int64_t n = std::min(kAtATime, problem.pairs - first);
+    int64_t y[kAtATime];
+    T probabilities[kAtATime];
+    read_into(y, problem.target, target + first * step, step, n);
+    read_into(probabilities, problem.probs, probs + first * step_of_probs, step_of_probs, n);
+    for (int64_t i = 0; i < n; ++i) {
+      if (y[i] != problem.ignore_index) use(y[i], probabilities[i], first + i);
+    }
   }
 }
 
@@ -242,15 +248,6 @@ template <class T, class Use>
 XENT_INLINE void for_own(const Problem& problem, const Cursor& cursor, int64_t y, const Use& use) {
   if (problem.form == Form::kPairs) return for_pairs<T>(problem, cursor, use);
   if (problem.form == Form::kIndices || problem.labels) use(y, T(1), 0);
-}
-
-// A class may come more than once among a position's pairs.
-template <class T>
-XENT_INLINE T probability_of_class(const Problem& problem, const Cursor& cursor, int64_t c) {
-  if (problem.form != Form::kPairs) return 1;
-  T sum = 0;
-  for_pairs<T>(problem, cursor, [&](int64_t y, T probability, int64_t) { sum += y == c ? probability : T(0); });
-  return sum;
 }
 
 template <class T>
@@ -455,6 +452,7 @@ static void zero_target_gradient(const Backward& problem, int64_t offset) {
 template <class T>
 static void backward_general_rows(const Backward& problem, int64_t begin, int64_t end) {
   alignas(64) T logits_buffer[kBlock<T>], gradient_buffer[kBlock<T>];
+  T of_class[kBlock<T>] = {};  // the probabilities that a position's pairs have for it
   CoefficientReader<T> coefficients(problem);
   const T *const weight = static_cast<const T*>(problem.weight), *const grads =
                                                                      static_cast<const T*>(problem.grad_statistics);
@@ -484,9 +482,9 @@ static void backward_general_rows(const Backward& problem, int64_t begin, int64_
       if (dense && problem.grad_target) {
         for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
           const Vector<T> w = weight ? load_some(weight + c, i, count) : broadcast(T(1));
-          const Vector<T> of_class = terms.of_target_class(problem, load_some(x, i, count), load_some(a, i, count),
-                                                           load_some(log_q, i, count), w);
-          store_partial(gradient_buffer + i, of_class, count);
+          const Vector<T> of_target = terms.of_target_class(problem, load_some(x, i, count), load_some(a, i, count),
+                                                            load_some(log_q, i, count), w);
+          store_partial(gradient_buffer + i, of_target, count);
         });
         const int64_t stride = problem.grad_target.class_stride;
         write_from(gradient_buffer, problem.grad_target, dq + c * stride, stride, n, problem.stream);
@@ -497,17 +495,23 @@ static void backward_general_rows(const Backward& problem, int64_t begin, int64_
       const bool careful = dense && block_maximum(x, n) - terms.rounded[0] > T(-0.7);
       for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
         const Vector<T> logit = load_some(x, i, count), coefficient = load_some(a, i, count);
-        const Vector<T> of_class = careful ? terms.template gradient<true>(problem, logit, coefficient)
+        const Vector<T> of_logit = careful ? terms.template gradient<true>(problem, logit, coefficient)
                                            : terms.template gradient<false>(problem, logit, coefficient);
-        store_partial(result + i, of_class, count);
+        store_partial(result + i, of_logit, count);
       });
-      for_own<T>(problem, cursor, y, [&](int64_t at, T, int64_t) {
-        if (at < c || at >= c + n) return;
-        const T hit = terms.hit_of(problem, broadcast(weight_of_class<T>(problem, at)),
-                                   broadcast(probability_of_class<T>(problem, cursor, at)))[0];
-        const T coefficient = a ? a[at - c] : T(0);
-        result[at - c] = terms.own_gradient(problem, broadcast(x[at - c]), broadcast(hit), broadcast(coefficient))[0];
+      // A class may come more than once: its probabilities are added up before its gradient is made.
+      const auto for_own_here = [&](const auto& use) {
+        for_own<T>(problem, cursor, y, [&](int64_t at, T probability, int64_t) {
+          if (c <= at && at < c + n) use(at, probability);
+        });
+      };
+      for_own_here([&](int64_t at, T probability) { of_class[at - c] += probability; });
+      for_own_here([&](int64_t at, T) {
+        const Vector<T> w = broadcast(weight_of_class<T>(problem, at)), logit = broadcast(x[at - c]);
+        const Vector<T> hit = terms.hit_of(problem, w, broadcast(of_class[at - c]));
+        result[at - c] = terms.own_gradient(problem, logit, hit, broadcast(a ? a[at - c] : T(0)))[0];
       });
+      for_own_here([&](int64_t at, T) { of_class[at - c] = 0; });
       if (result == gradient_buffer) {
         write_from(gradient_buffer, problem.grad_logits, out, stride, n, problem.stream);
       }
@@ -532,7 +536,7 @@ template <class T>
 struct GeneralTile {
   Tile<T> x;      // logits, transformed
   Tile<T> q;      // probabilities, or the teacher's, or a place for the gradient of pairs
-  Tile<T> log_q;  // of a teacher
+  Tile<T> log_q;  // of a teacher; of pairs the probability of each class
   int64_t lanes;
   int64_t y[kTile + kLanes<T>];  // as read_labels has them
 
@@ -727,23 +731,30 @@ static void write_positions(const T* in, Cursor cursor, int64_t count, const Vie
   }
 }
 
+// A class may come more than once among a position's pairs: `log_q` becomes the sum of its probabilities, in the order
+// in which OwnOfTile adds up, so that no rounding is left of a class that has all there is.
+template <class T>
+static void add_up_classes(const Problem& problem, GeneralTile<T>& tile, const Cursor& cursor, int64_t count) {
+  tile.for_cells(problem, [&](int64_t c, int64_t v) { store(tile.log_q.row(c) + v, Vector<T>{}); });
+  for (int64_t j = 0; j < problem.pairs; ++j) {
+    const PairOfTile<T> pair(problem, tile, cursor, count, j);
+    for (int64_t i = 0; i < count; ++i) {
+      if (pair.y[i] >= 0) tile.log_q.row(pair.y[i])[i] += pair.probability[i];
+    }
+  }
+}
+
 // The gradients of the j-th pairs of a tile: of their logits, into `out`, and of their probabilities.
 template <class T>
 static void backward_pairs(const Backward& problem, const GeneralTile<T>& tile, Tile<T>& out, const Cursor& cursor,
                            int64_t count, int64_t j, const GeneralTerms<T>* terms) {
   const PairOfTile<T> pair(problem, tile, cursor, count, j);
-  // A class may come more than once. In the order in which OwnOfTile adds up, so that no rounding is left of a class
-  // that has all there is.
-  alignas(64) T probability[kTile] = {};
-  for (int64_t other = 0; other < problem.pairs; ++other) {
-    const PairOfTile<T> same(problem, tile, cursor, count, other);
-    for (int64_t i = 0; i < tile.lanes; ++i) probability[i] += same.y[i] == pair.y[i] ? same.probability[i] : T(0);
-  }
-  alignas(64) T logit[kTile], weight[kTile], of_probability[kTile];
+  alignas(64) T logit[kTile], weight[kTile], probability[kTile], of_probability[kTile];
   for (int64_t i = 0; i < tile.lanes; ++i) {
     const int64_t c = std::max<int64_t>(0, pair.y[i]);
     logit[i] = tile.x.row(c)[i];
     weight[i] = weight_of_class<T>(problem, c);
+    probability[i] = pair.y[i] < 0 ? T(0) : tile.log_q.row(c)[i];
   }
   for (int64_t v = 0; v < tile.lanes; v += kLanes<T>) {
     const GeneralTerms<T>& of = terms[v / kLanes<T>];
@@ -814,6 +825,7 @@ static void backward_general_tile(const Backward& problem, const Cursor& cursor,
       store(out.row(c) + v, select(counts, gradient, V{}));
     }
   }
+  if (pairs) add_up_classes(problem, tile, cursor, count);
   for (int64_t j = 0; j < problem.pairs; ++j) backward_pairs(problem, tile, out, cursor, count, j, terms);
   if (problem.grad_logits) write_tile(out, cursor, count, problem.grad_logits, 0, problem.classes, problem.stream);
   if (dense && problem.grad_target) {
