@@ -387,7 +387,7 @@ struct Gradient<TargetKind::kGeneral, A> {
   }
 
   // Of each `step`-th pair from `first` on: its probability's, and its class's, where `out` is the gradient of all
-  // classes but for the pairs. Several threads may write the same to one class.
+  // classes but for the pairs. A class that comes more than once is written where it comes first.
   template <class T>
   XENT_DEVICE void write_pairs(const Task& task, int64_t position, const T* logits, T* out, int64_t first,
                                int64_t step) const {
@@ -402,12 +402,15 @@ struct Gradient<TargetKind::kGeneral, A> {
       }
       if (!out || c < 0) continue;
       A own = 0, others = 0;  // where there are no others exactly zero, which hits - own would not be
+      bool is_first = true;
       for (int64_t i = 0; i < task.pairs; ++i) {
         const int64_t label = pairs.label(i);
         if (label < 0) continue;
+        is_first &= label != c || i >= j;
         const A hit = hit_of(task, label) * pairs.prob(i);
         (label == c ? own : others) += hit;
       }
+      if (!is_first) continue;
       const A a = class_weight<A>(task, c) * numbers<A>(task).share;
       out[c * task.grad_logits.class_stride] = narrow<T>(of_class(task, x, a, own, others, false));
     }
