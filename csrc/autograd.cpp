@@ -74,15 +74,15 @@ struct SavedInputs {
   Inputs inputs() const { return {logits, target, weight, companion, sample_weight}; }
 };
 
-variable_list to_save(const Inputs& in, at::Tensor fifth, at::Tensor sixth, at::Tensor seventh = {}) {
+variable_list to_save(const Inputs& in, at::Tensor first, at::Tensor second) {
+  const auto or_undefined = [](const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); };
   return {in.logits,
           in.target,
-          in.weight.value_or(at::Tensor()),
-          in.companion.value_or(at::Tensor()),
-          in.sample_weight.value_or(at::Tensor()),
-          std::move(fifth),
-          std::move(sixth),
-          std::move(seventh)};
+          or_undefined(in.weight),
+          or_undefined(in.companion),
+          or_undefined(in.sample_weight),
+          std::move(first),
+          std::move(second)};
 }
 
 // d loss / d w_c = sum over positions of q'_c (lse - x_c), for probabilities; one of zero adds nothing, even at -inf.

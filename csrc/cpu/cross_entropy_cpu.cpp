@@ -119,10 +119,10 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
     loss = new_tensor(shape, loss_dtype);
     problem.loss = View{data_of(loss), element_type(loss_dtype)};
   }
-  Forward teacher = problem;
+  std::optional<Forward> teacher;
   if (problem.form == Form::kTeacher) {
-    describe_teacher(teacher, problem);
-    teacher.loss = {};
+    describe_teacher(teacher.emplace(problem), problem);
+    teacher->loss = {};
   }
 
   double count = double(problem.positions);  // what a mean divides by
@@ -142,7 +142,7 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
   SumsOfPieces pieces(size_t(count_of_pieces(problem, problem.classes)));
   for_each_piece(problem, problem.classes, [&](int64_t piece, int64_t begin, int64_t end) {
     Sums of_teacher;
-    if (problem.form == Form::kTeacher) kernels().forward(teacher, begin, end, of_teacher);
+    if (teacher) kernels().forward(*teacher, begin, end, of_teacher);
     kernels().forward(problem, begin, end, pieces[size_t(piece)]);
     if (gradient.grad_logits) kernels().backward(gradient, begin, end);
   });
