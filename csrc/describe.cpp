@@ -118,6 +118,7 @@ void describe(Problem& problem, const Inputs& inputs, const Options& options, co
 void describe_teacher(Problem& teacher, const Problem& problem) {
   teacher.logits = problem.target;
   teacher.form = Form::kNone;
+  teacher.kl = false;
   teacher.target = teacher.labels = teacher.sample_weight = View();
   teacher.z_loss = teacher.softcap = 0;
   const int64_t size = problem.arithmetic_in_double ? 8 : 4;
