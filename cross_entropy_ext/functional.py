@@ -62,6 +62,7 @@ def cross_entropy(
     logit_scale: float = 1.0,
     loss_dtype: torch.dtype | None = None,
     empty: Literal["nan", "zero"] = "nan",
+    denominator: float | Tensor | None = None,
     inplace: bool = False,
 ) -> Tensor:
     r"""Cross entropy between logits and target: :func:`torch.nn.functional.cross_entropy` in one pass.
@@ -97,6 +98,9 @@ def cross_entropy(
         loss_dtype: dtype of the result. Default: the input's, promoted with probabilities and their weights; float32
             for half logits under autocast. Sums are formed in float32 or better whatever it is.
         empty: what a mean over nothing (0 / 0) is: ``'nan'``, as in PyTorch, or ``'zero'``.
+        denominator: what ``'mean'`` divides by instead: a number, or a scalar tensor on the logits' device, which is
+            not waited for. The number of tokens in all micro-batches and processes makes each of them add its share of
+            one mean. May require a gradient.
         inplace: let the gradient take the logits' storage in the backward, which then needs no memory of its own. The
             logits are intact until then; autograd raises an error for whatever would use them afterwards. Without
             effect where it cannot be done (expanded logits, ``create_graph=True``, under ``torch.compile``).
@@ -107,12 +111,13 @@ def cross_entropy(
     Raises:
         IndexError: a target is neither a class nor ``ignore_index``.
         ValueError: ``sample_weight`` of another shape; ``z_loss``, ``softcap`` or ``logit_scale`` that is not finite;
-            ``softcap`` not above 0.
+            ``softcap`` not above 0; ``denominator`` with another reduction, or not a scalar.
         RuntimeError, ValueError, TypeError: as PyTorch's own function, with its messages.
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
-    if sample_weight is not None or softcap is not None or z_loss != 0 or logit_scale != 1:
+    extras = sample_weight is not None or softcap is not None or denominator is not None
+    if extras or z_loss != 0 or logit_scale != 1:
         return _with_extras(
             input,
             target,
@@ -126,6 +131,7 @@ def cross_entropy(
             logit_scale,
             loss_dtype,
             empty,
+            denominator,
             inplace,
         )
     if not (
@@ -198,6 +204,7 @@ def cross_entropy_with_stats(
     logit_scale: float = 1.0,
     loss_dtype: torch.dtype | None = None,
     empty: Literal["nan", "zero"] = "nan",
+    denominator: float | Tensor | None = None,
     inplace: bool = False,
 ) -> CrossEntropyStats:
     r"""Cross entropy and what else the same read of the logits tells: :class:`CrossEntropyStats`.
@@ -213,7 +220,7 @@ def cross_entropy_with_stats(
         reduction = _legacy_reduction(size_average, reduce)
     results = _general(
         _ops.cross_entropy_with_stats.default,
-        (input, target, weight, None, sample_weight),
+        (input, target, weight, None, sample_weight, denominator),
         reduction=reduction,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -243,6 +250,7 @@ def sparse_cross_entropy(
     logit_scale: float = 1.0,
     loss_dtype: torch.dtype | None = None,
     empty: Literal["nan", "zero"] = "nan",
+    denominator: float | Tensor | None = None,
 ) -> Tensor:
     r"""Cross entropy against probabilities of which k are not zero: a teacher's top k, or a mixture of labels.
 
@@ -259,7 +267,8 @@ def sparse_cross_entropy(
         weight: one factor per class, of shape (C), any floating dtype.
         reduction: ``'none'``, ``'sum'``, or ``'mean'``, which divides by the number of positions that are not ignored,
             or the sum of their ``sample_weight``: not by class weights, as for probabilities.
-        label_smoothing, sample_weight, z_loss, softcap, logit_scale, loss_dtype, empty: as for :func:`cross_entropy`.
+        label_smoothing, sample_weight, z_loss, softcap, logit_scale, loss_dtype, empty, denominator: as for
+            :func:`cross_entropy`.
 
     Returns:
         A scalar, or for ``reduction='none'`` a loss for each position; in the input's dtype, or ``loss_dtype``.
@@ -270,7 +279,7 @@ def sparse_cross_entropy(
     """
     return _general(
         _ops.general_cross_entropy.default,
-        (input, indices, weight, probs, sample_weight),
+        (input, indices, weight, probs, sample_weight, denominator),
         form="pairs",
         reduction=reduction,
         ignore_index=ignore_index,
@@ -299,6 +308,7 @@ def mixup_cross_entropy(
     logit_scale: float = 1.0,
     loss_dtype: torch.dtype | None = None,
     empty: Literal["nan", "zero"] = "nan",
+    denominator: float | Tensor | None = None,
 ) -> Tensor:
     r"""The loss of MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899): :math:`\lambda\,\mathrm{ce}(x, a) + (1 -
     \lambda)\,\mathrm{ce}(x, b)`, in one pass over the logits.
@@ -353,6 +363,7 @@ def mixup_cross_entropy(
         logit_scale=logit_scale,
         loss_dtype=loss_dtype,
         empty=empty,
+        denominator=denominator,
     )
 
 
@@ -400,7 +411,7 @@ def distillation_loss(
         raise ValueError(f"kind must be 'kl' or 'ce', but got {kind!r}")
     return _general(
         _ops.general_cross_entropy.default,
-        (student_logits, teacher_logits, None, target, sample_weight),
+        (student_logits, teacher_logits, None, target, sample_weight, None),
         form="teacher",
         reduction=reduction,
         ignore_index=ignore_index,
@@ -476,9 +487,9 @@ def _unusual_nll_loss(input, target, weight, ignore_index, reduction) -> Tensor:
 _FORMS = {None: 0, "pairs": 3, "teacher": 4}
 # What the tensors are called.
 _NAMES = {
-    None: ("input", "target", "weight", "companion", "sample_weight"),
-    "pairs": ("input", "indices", "weight", "probs", "sample_weight"),
-    "teacher": ("student_logits", "teacher_logits", "weight", "target", "sample_weight"),
+    None: ("input", "target", "weight", "companion", "sample_weight", "denominator"),
+    "pairs": ("input", "indices", "weight", "probs", "sample_weight", "denominator"),
+    "teacher": ("student_logits", "teacher_logits", "weight", "target", "sample_weight", "denominator"),
 }
 _LOSS_DTYPES = {None: -1, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
@@ -496,6 +507,7 @@ def _with_extras(
     logit_scale,
     loss_dtype,
     empty,
+    denominator,
     inplace,
 ) -> Tensor:
     """The loss with what native has no argument for; as `cross_entropy`, without the general parser where it can be."""
@@ -504,6 +516,7 @@ def _with_extras(
         and type(target) in _PLAIN
         and (weight is None or type(weight) in _PLAIN)
         and (sample_weight is None or (type(sample_weight) in _PLAIN and sample_weight.is_floating_point()))
+        and denominator is None
         and reduction in ("mean", "sum", "none")
         and type(ignore_index) is int
         and -(2**63) <= ignore_index < 2**63
@@ -527,7 +540,7 @@ def _with_extras(
         )
     return _general(
         _ops.general_cross_entropy.default,
-        (input, target, weight, None, sample_weight),
+        (input, target, weight, None, sample_weight, denominator),
         reduction=reduction,
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
@@ -562,6 +575,7 @@ def _general(
     """Calls an operator of everything that native does not have: tensors, and its options as two lists of numbers."""
     if empty not in _EMPTY:
         raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
+    tensors = (*tensors[:-1], _divisor(tensors[-1], tensors[0]))
     for place, (name, tensor) in enumerate(zip(_NAMES[form], tensors, strict=True)):
         optional = tensor is None and place >= 2 and name != "probs"
         if not (optional or isinstance(tensor, Tensor) or hasattr(type(tensor), "__torch_function__")):
@@ -572,10 +586,10 @@ def _general(
         raise ValueError(f"softcap must be None or a finite number above 0, but got {softcap}")
     if loss_dtype not in _LOSS_DTYPES:
         raise RuntimeError(f"loss_dtype must be float16, bfloat16, float32 or float64. Got: {loss_dtype}")
-    sample_weight = tensors[-1]
+    sample_weight = tensors[4]
     if isinstance(sample_weight, Tensor) and not (sample_weight.is_floating_point() or sample_weight.is_complex()):
         wide = tensors[0].dtype == torch.float64
-        tensors = (*tensors[:-1], sample_weight.to(torch.float64 if wide else torch.float32))
+        tensors = (*tensors[:4], sample_weight.to(torch.float64 if wide else torch.float32), tensors[5])
     flags = (empty == "zero") | inplace << 1 | statistics << 2 | kl << 3 | _FORMS[form] << 4
     integers = [F._Reduction.get_enum(reduction), operator.index(ignore_index), _LOSS_DTYPES[loss_dtype], flags]
     values = [
@@ -591,6 +605,17 @@ def _general(
         return op(*tensors, integers, values)
     results = _ops._composite.default(*tensors, integers, values)
     return results if statistics else results[0]
+
+
+def _divisor(denominator: float | Tensor | None, input: Tensor) -> Tensor | None:
+    """A mean's denominator as the operators take it: a float64 scalar. Nothing waits for its value."""
+    if denominator is None:
+        return None
+    if not isinstance(denominator, Tensor):
+        return torch.ones((), dtype=torch.float64, device=input.device) * _number("denominator", denominator)
+    if denominator.is_complex():
+        raise ValueError(f"denominator must be a number or a tensor of a real type, but got {denominator.dtype}")
+    return denominator.to(torch.float64)
 
 
 def _number(name: str, value: float) -> float:

@@ -56,14 +56,22 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.empty = empty
         self.inplace = inplace
 
-    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        denominator: Tensor | None = None,
+    ) -> Tensor:
         """The loss of logits (C), (N, C) or (N, C, d1, ..., dK) against indices or probabilities.
 
-        ``sample_weight``: a factor for each position, (), (N) or (N, d1, ..., dK).
+        ``sample_weight``: a factor for each position, (), (N) or (N, d1, ..., dK). ``denominator``: a scalar tensor,
+        or outside of TorchScript a number, that ``'mean'`` divides by instead.
         """
         if torch.jit.is_scripting():
             assert self.empty == "nan" and self.loss_dtype is None, "TorchScript has the native loss and its arguments"
-            assert self.z_loss == 0 and self.softcap is None and self.logit_scale == 1 and sample_weight is None
+            assert self.z_loss == 0 and self.softcap is None and self.logit_scale == 1
+            assert sample_weight is None and denominator is None
             return nn.functional.cross_entropy(
                 input,
                 target,
@@ -85,6 +93,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             logit_scale=self.logit_scale,
             loss_dtype=self.loss_dtype,
             empty=self.empty,
+            denominator=denominator,
             inplace=self.inplace,
         )
 

@@ -174,7 +174,7 @@ void check_options(const Options& options) {
 
 void check(const Inputs& inputs, const Options& options) {
   check_options(options);
-  if (options.form == Form::kNone && !has_value(inputs.sample_weight)) return;
+  if (options.form == Form::kNone && !has_value(inputs.sample_weight) && !has_value(inputs.divisor)) return;
   const at::Tensor &logits = inputs.logits, &target = inputs.target;
   const OptionalTensor &weight = inputs.weight, &companion = inputs.companion, &sample_weight = inputs.sample_weight;
   const auto positions = [&] { return c10::str(c10::SymIntArrayRef(shape_of_positions(logits))); };
@@ -220,6 +220,15 @@ void check(const Inputs& inputs, const Options& options) {
                       "sample_weight must have a factor for each position, ", positions(), ", but got the shape ",
                       sample_weight->sym_sizes());
   }
+  if (has_value(inputs.divisor)) {
+    TORCH_CHECK_VALUE(options.reduction == kMean,
+                      "denominator is what reduction 'mean' divides by, but got another one");
+    check_type(*inputs.divisor, inputs.divisor->scalar_type() == at::kDouble, "denominator", "float64");
+    TORCH_CHECK_VALUE(inputs.divisor->dim() == 0, "denominator must be a number or a tensor of one, but got the shape ",
+                      inputs.divisor->sym_sizes());
+    TORCH_CHECK_VALUE(inputs.divisor->device() == logits.device(), "denominator must be on the input's device, ",
+                      logits.device(), ", but is on ", inputs.divisor->device());
+  }
 }
 
 bool is_supported(const Inputs& inputs, const Options& options) {
@@ -239,6 +248,7 @@ bool is_supported(const Inputs& inputs, const Options& options) {
     if (!is_of_positions(*sample_weight) || !is_logits_type(sample_weight->scalar_type())) return false;
     if (grad && sample_weight->requires_grad()) return false;
   }
+  if (has_value(inputs.divisor) && grad && inputs.divisor->requires_grad()) return false;
   const Form form = inputs.form(options);
   switch (form) {
     case Form::kProbabilities:

@@ -62,16 +62,17 @@ Options saved_options(AutogradContext* ctx) {
 // The tensors that a Function was given, after it has unpacked what it saved.
 struct SavedInputs {
   at::Tensor logits, target;
-  OptionalTensor weight, companion, sample_weight;
+  OptionalTensor weight, companion, sample_weight, divisor;
 
   explicit SavedInputs(const variable_list& saved)
       : logits(saved[0]),
         target(saved[1]),
         weight(optional(saved[2])),
         companion(optional(saved[3])),
-        sample_weight(optional(saved[4])) {}
+        sample_weight(optional(saved[4])),
+        divisor(optional(saved[5])) {}
 
-  Inputs inputs() const { return {logits, target, weight, companion, sample_weight}; }
+  Inputs inputs() const { return {logits, target, weight, companion, sample_weight, divisor}; }
 };
 
 variable_list to_save(const Inputs& in, at::Tensor first, at::Tensor second) {
@@ -81,6 +82,7 @@ variable_list to_save(const Inputs& in, at::Tensor first, at::Tensor second) {
           or_undefined(in.weight),
           or_undefined(in.companion),
           or_undefined(in.sample_weight),
+          or_undefined(in.divisor),
           std::move(first),
           std::move(second)};
 }
@@ -111,10 +113,10 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
   static variable_list forward(AutogradContext* ctx, const Variable& grad_output, const OptionalTensor& grad_statistics,
                                const Variable& logits, const Variable& target, const OptionalTensor& weight,
                                const OptionalTensor& companion, const OptionalTensor& sample_weight,
-                               const Variable& lse, const Variable& denominator, const Options& options,
-                               std::array<bool, 2> wanted) {
+                               const OptionalTensor& divisor, const Variable& lse, const Variable& denominator,
+                               const Options& options, std::array<bool, 2> wanted) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Inputs inputs{logits, target, weight, companion, sample_weight};
+    const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
     auto [grad_logits, grad_target] =
         xent::backward({grad_output, grad_statistics, lse, denominator}, inputs, options, wanted);
     ctx->save_for_backward(to_save(inputs, grad_output, grad_statistics.value_or(at::Tensor())));
@@ -138,7 +140,7 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
                                                : tensor.detach().requires_grad_());
     }
     const SavedInputs in(given);
-    const at::Tensor &grad_output = given[5], &grad_statistics = given[6];
+    const at::Tensor &grad_output = given[6], &grad_statistics = given[7];
     Options asked = options;
     asked.statistics = grad_statistics.defined();
     if (!asked.loss_dtype) asked.loss_dtype = grad_output.scalar_type();
@@ -162,9 +164,9 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
     if (target_wanted) differentiate(probabilities, grads[1]);
 
     // One result for each argument of forward; what is no tensor, and what was made of others, has none.
-    variable_list result(11), inputs;
+    variable_list result(12), inputs;
     std::vector<size_t> places;
-    const size_t order[] = {2, 3, 4, 5, 6, 0, 1};  // of what was saved, among the arguments
+    const size_t order[] = {2, 3, 4, 5, 6, 7, 0, 1};  // of what was saved, among the arguments
     for (size_t i = 0; i < std::size(order) && !firsts.empty(); ++i) {
       if (!given[i].defined() || !given[i].requires_grad()) continue;
       inputs.push_back(given[i]);
@@ -201,8 +203,8 @@ bool has_distinct_addresses(const at::Tensor& tensor) {
 // Nor for pairs, whose logits are looked up when the gradient is there already.
 bool can_overwrite(const Inputs& in, const at::Tensor& grad_output, const Options& options) {
   const at::Tensor& logits = in.logits;
-  for (const OptionalTensor& read :
-       {OptionalTensor(grad_output), OptionalTensor(in.target), in.weight, in.companion, in.sample_weight}) {
+  for (const OptionalTensor& read : {OptionalTensor(grad_output), OptionalTensor(in.target), in.weight, in.companion,
+                                     in.sample_weight, in.divisor}) {
     if (has_value(read) && read->is_alias_of(logits)) return false;
   }
   if (options.form == Form::kPairs) return false;
@@ -237,9 +239,10 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
 
   static variable_list forward(AutogradContext* ctx, const Variable& logits, const Variable& target,
                                const OptionalTensor& weight, const OptionalTensor& companion,
-                               const OptionalTensor& sample_weight, const Options& options, bool one_pass) {
+                               const OptionalTensor& sample_weight, const OptionalTensor& divisor,
+                               const Options& options, bool one_pass) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Inputs inputs{logits, target, weight, companion, sample_weight};
+    const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
     at::Tensor loss, lse, denominator, grad_logits;
     if (one_pass) {
       std::tie(loss, lse, denominator, grad_logits) = forward_backward(inputs, options);
@@ -281,7 +284,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const auto saved = ctx->get_saved_variables();
     SavedInputs in(saved);
     const Inputs inputs = in.inputs();
-    const at::Tensor &lse = saved[5], &denominator = saved[6];
+    const at::Tensor &lse = saved[6], &denominator = saved[7];
     const Options options = saved_options(ctx);
     const bool pairs = options.form == Form::kPairs;
     // One edge for each tensor that forward was given.
@@ -289,7 +292,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const bool wanted_target = ctx->needs_input_grad(pairs ? 2 + has_weight : 1);
     const bool wanted_logits = ctx->needs_input_grad(0);
 
-    variable_list result(7);
+    variable_list result(8);
     at::Tensor& grad_target = result[pairs ? 3 : 1];
     at::Tensor grad = grads[0], divide_by = denominator;
     const OptionalTensor of_statistics = gradients_of_statistics(grads, lse);
@@ -345,7 +348,7 @@ bool needs_graph(const OptionalTensor& tensor) { return tensor && tensor->requir
 
 template <class Is>
 bool any_of(const Inputs& in, const Is& is) {
-  return is(in.logits) || is(in.target) || is(in.weight) || is(in.companion) || is(in.sample_weight);
+  return is(in.logits) || is(in.target) || is(in.weight) || is(in.companion) || is(in.sample_weight) || is(in.divisor);
 }
 
 Outputs outputs_autograd(const Inputs& inputs, const Options& given) {
@@ -362,8 +365,9 @@ Outputs outputs_autograd(const Inputs& inputs, const Options& given) {
     correct_target_log_prob(outputs, inputs, options);
     return outputs;
   }
-  const auto results = CrossEntropyFunction::apply(inputs.logits, inputs.target, inputs.weight, inputs.companion,
-                                                   inputs.sample_weight, options, wants_one_pass(inputs, options));
+  const auto results =
+      CrossEntropyFunction::apply(inputs.logits, inputs.target, inputs.weight, inputs.companion, inputs.sample_weight,
+                                  inputs.divisor, options, wants_one_pass(inputs, options));
   Outputs outputs;
   std::copy(results.begin(), results.end(), outputs.begin());
   if (options.statistics) correct_target_log_prob(outputs, inputs, options);
@@ -384,7 +388,7 @@ BackwardResult backward_autograd(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_O
       const auto [primal, tangent] = at::_unpack_dual(grad, 0);
       return std::make_pair(primal, tangent.defined() ? tangent : at::zeros_like(primal));
     };
-    const Inputs inputs{logits, target, weight, companion, sample_weight};
+    const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
     const auto [primal, tangent] = unpack(grad_output);
     std::pair<OptionalTensor, OptionalTensor> of_statistics;
     if (has_value(grad_statistics)) of_statistics = unpack(*grad_statistics);
@@ -397,7 +401,7 @@ BackwardResult backward_autograd(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_O
     return {for_logits, for_target};
   }
   auto results = BackwardFunction::apply(grad_output, grad_statistics, logits, target, weight, companion, sample_weight,
-                                         lse, denominator, options, wanted);
+                                         divisor, lse, denominator, options, wanted);
   return {results[0], results[1]};
 }
 

@@ -134,6 +134,7 @@ class Composite {
     if (options_.reduction == kNone) return loss.squeeze(dim_).to(type);
     const at::Tensor sum = loss.sum();
     if (options_.reduction == kSum) return sum.to(type);
+    if (has_value(in_.divisor)) return (sum / safe_denominator(*in_.divisor, sum, options_.empty_is_zero)).to(type);
     at::Tensor counts = sample_weight_.defined() ? sample_weight_ : at::ones_like(loss);
     if (form_ == Form::kIndices && weight_.defined()) {
       counts = counts * at::gather(weight_.expand_as(log_p_), dim_, index_);
@@ -183,7 +184,8 @@ at::Tensor native_cross_entropy(const Inputs& in, const Options& options) {
 Outputs composite(const Inputs& inputs, const Options& options) { return Composite(inputs, options).outputs(); }
 
 Outputs fallback(const Inputs& inputs, const Options& options) {
-  if (options.is_plain() && !has_value(inputs.sample_weight)) return {native_cross_entropy(inputs, options)};
+  if (options.is_plain() && !has_value(inputs.sample_weight) && !has_value(inputs.divisor))
+    return {native_cross_entropy(inputs, options)};
   // For native's errors, of the arguments that it has.
   const Inputs natives{inputs.logits, inputs.target, inputs.weight};
   if (options.form == Form::kNone && !is_supported(natives, options)) native_cross_entropy(natives, options);

@@ -24,6 +24,7 @@ struct Inputs {
   const OptionalTensor& weight;                // of classes
   const OptionalTensor& companion = kNothing;  // the probabilities of pairs, or the labels that go with a teacher
   const OptionalTensor& sample_weight = kNothing;
+  const OptionalTensor& divisor = kNothing;  // of a mean, instead of what its positions weigh: a float64 scalar
 
   Form form(const struct Options& options) const;
 
@@ -115,9 +116,10 @@ Results cross_entropy_with_stats(const Inputs& inputs, const Options& options);
   const at::Tensor &logits, const at::Tensor &target, const OptionalTensor &weight, int64_t reduction,            \
       int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, \
       bool inplace
-#define XENT_OTHER_INPUTS                                                                   \
-  [[maybe_unused]] const at::Tensor &target, [[maybe_unused]] const OptionalTensor &weight, \
-      [[maybe_unused]] const OptionalTensor &companion, [[maybe_unused]] const OptionalTensor &sample_weight
+#define XENT_OTHER_INPUTS                                                                                     \
+  [[maybe_unused]] const at::Tensor &target, [[maybe_unused]] const OptionalTensor &weight,                   \
+      [[maybe_unused]] const OptionalTensor &companion, [[maybe_unused]] const OptionalTensor &sample_weight, \
+      [[maybe_unused]] const OptionalTensor &divisor
 #define XENT_INPUTS [[maybe_unused]] const at::Tensor &logits, XENT_OTHER_INPUTS
 #define XENT_OPTIONS [[maybe_unused]] at::IntArrayRef integers, [[maybe_unused]] at::ArrayRef<double> numbers
 #define XENT_GRADIENTS \
@@ -145,7 +147,7 @@ Result from_plain(XENT_PLAIN) {
 
 template <class Result, Result (*function)(const Inputs&, const Options&)>
 Result from_lists(XENT_INPUTS, XENT_OPTIONS) {
-  return function({logits, target, weight, companion, sample_weight}, Options::of(integers, numbers));
+  return function({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers));
 }
 
 // ---- decisions ------------------------------------------------------------------------------------------------------

@@ -44,25 +44,25 @@ at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, con
 
 at::Tensor general_cross_entropy(const Inputs& in, const Options& options) {
   static const auto op = find<schema::General>("cross_entropy_ext::general_cross_entropy");
-  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, options.integers(),
+  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
                  options.numbers());
 }
 
 Results cross_entropy_with_stats(const Inputs& in, const Options& options) {
   static const auto op = find<schema::WithStats>("cross_entropy_ext::cross_entropy_with_stats");
-  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, options.integers(),
+  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
                  options.numbers());
 }
 
 ForwardResult forward(const Inputs& in, const Options& options) {
   static const auto op = find<schema::Forward>("cross_entropy_ext::_forward");
-  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, options.integers(),
+  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
                  options.numbers());
 }
 
 ForwardBackwardResult forward_backward(const Inputs& in, const Options& options) {
   static const auto op = find<schema::ForwardBackward>("cross_entropy_ext::_forward_backward");
-  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, options.integers(),
+  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
                  options.numbers());
 }
 
@@ -70,21 +70,22 @@ BackwardResult backward(const Gradients& gradients, const Inputs& in, const Opti
                         std::array<bool, 2> wanted) {
   static const auto op = find<schema::Backward>("cross_entropy_ext::_backward");
   return op.call(gradients.grad_output, gradients.grad_statistics, in.logits, in.target, in.weight, in.companion,
-                 in.sample_weight, gradients.lse, gradients.denominator, options.integers(), options.numbers(), wanted);
+                 in.sample_weight, in.divisor, gradients.lse, gradients.denominator, options.integers(),
+                 options.numbers(), wanted);
 }
 
 at::Tensor backward_(const Gradients& gradients, const Inputs& in, const Options& options, bool target_wanted) {
   static const auto op = find<schema::BackwardInplace>("cross_entropy_ext::_backward_");
   at::Tensor logits = in.logits;
   return op.call(gradients.grad_output, gradients.grad_statistics, logits, in.target, in.weight, in.companion,
-                 in.sample_weight, gradients.lse, gradients.denominator, options.integers(), options.numbers(),
-                 target_wanted);
+                 in.sample_weight, in.divisor, gradients.lse, gradients.denominator, options.integers(),
+                 options.numbers(), target_wanted);
 }
 
 void adapt_gradient_(const Gradients& gradients, at::Tensor& grad_logits, const Inputs& in, const Options& options) {
   adapt_gradient_operator().call(gradients.grad_output, gradients.grad_statistics, grad_logits, in.logits, in.target,
-                                 in.weight, in.companion, in.sample_weight, gradients.lse, gradients.denominator,
-                                 options.integers(), options.numbers());
+                                 in.weight, in.companion, in.sample_weight, in.divisor, gradients.lse,
+                                 gradients.denominator, options.integers(), options.numbers());
 }
 
 void correct_target_log_prob(Outputs& outputs, const Inputs& in, const Options& options) {
@@ -125,7 +126,7 @@ Results results_without_grad(const Inputs& inputs, const Options& options) {
 // ---- Meta: shapes, types and strides --------------------------------------------------------------------------------
 
 ForwardResult forward_meta(XENT_INPUTS, XENT_OPTIONS) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
   const Options options = Options::of(integers, numbers);
   c10::SymDimVector shape = shape_of_positions(logits);
   c10::SymInt positions = 1;
@@ -142,19 +143,20 @@ at::Tensor gradient_meta(const at::Tensor& tensor, bool wanted) {
 }
 
 ForwardBackwardResult forward_backward_meta(XENT_INPUTS, XENT_OPTIONS) {
-  auto [loss, lse, denominator] = forward_meta(logits, target, weight, companion, sample_weight, integers, numbers);
+  auto [loss, lse, denominator] =
+      forward_meta(logits, target, weight, companion, sample_weight, divisor, integers, numbers);
   return {loss, lse, denominator, at::empty_like(logits)};
 }
 
 BackwardResult backward_meta(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
   return {gradient_meta(logits, wanted[0]),
           gradient_meta(inputs.probabilities(Options::of(integers, numbers)), wanted[1])};
 }
 
 at::Tensor backward_meta_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
                           bool target_wanted) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
   return gradient_meta(inputs.probabilities(Options::of(integers, numbers)), target_wanted);
 }
 
@@ -179,7 +181,8 @@ auto with_autocast(const Inputs& inputs, Options options, c10::DeviceType device
     }
     options.loss_dtype = type;
   }
-  return function({inputs.logits, inputs.target, weight, inputs.companion, inputs.sample_weight}, options);
+  return function({inputs.logits, inputs.target, weight, inputs.companion, inputs.sample_weight, inputs.divisor},
+                  options);
 }
 
 template <c10::DeviceType device, c10::DispatchKey key>
@@ -195,8 +198,8 @@ at::Tensor cross_entropy_autocast(XENT_PLAIN) {
 
 template <c10::DeviceType device, c10::DispatchKey key>
 at::Tensor general_autocast(XENT_INPUTS, XENT_OPTIONS) {
-  return with_autocast({logits, target, weight, companion, sample_weight}, Options::of(integers, numbers), device,
-                       [](const Inputs& inputs, const Options& options) {
+  return with_autocast({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers),
+                       device, [](const Inputs& inputs, const Options& options) {
                          const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
                          return general_cross_entropy(inputs, options);
                        });
@@ -204,8 +207,8 @@ at::Tensor general_autocast(XENT_INPUTS, XENT_OPTIONS) {
 
 template <c10::DeviceType device, c10::DispatchKey key>
 Results stats_autocast(XENT_INPUTS, XENT_OPTIONS) {
-  return with_autocast({logits, target, weight, companion, sample_weight}, Options::of(integers, numbers), device,
-                       [](const Inputs& inputs, const Options& options) {
+  return with_autocast({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers),
+                       device, [](const Inputs& inputs, const Options& options) {
                          const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
                          return cross_entropy_with_stats(inputs, options);
                        });
@@ -233,7 +236,7 @@ Results results_functorch(const Inputs& inputs, const Options& options) {
 // The same for tensors of another kind, for which each operation means something of its own: it is none to them, but
 // what it is made of.
 std::vector<at::Tensor> composite_of(XENT_INPUTS, XENT_OPTIONS) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
   const Options options = Options::of(integers, numbers);
   check(inputs, options);
   Outputs outputs = composite(inputs, options);
@@ -244,7 +247,7 @@ std::vector<at::Tensor> composite_of(XENT_INPUTS, XENT_OPTIONS) {
 }  // namespace
 
 TORCH_LIBRARY(cross_entropy_ext, m) {
-  const std::string inputs = "Tensor target, Tensor? weight, Tensor? companion, Tensor? sample_weight";
+  const std::string inputs = "Tensor target, Tensor? weight, Tensor? companion, Tensor? sample_weight, Tensor? divisor";
   const std::string saved = "Tensor lse, Tensor denominator", options = "int[] integers, float[] numbers";
   const std::string loss = "(Tensor logits, " + inputs + ", " + options + ") -> ";
   const std::string gradients = "(Tensor grad_output, Tensor? grad_statistics, ";

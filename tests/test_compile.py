@@ -547,7 +547,7 @@ def test_opcheck_private(sample):
     reduction = {"none": 0, "mean": 1, "sum": 2}[options.pop("reduction", "mean")]
     weight, smoothing = options.get("weight"), options.get("label_smoothing", 0.0)
     options = numbered(reduction, -100, smoothing, loss_dtype=7)
-    others = (target, weight, None, None)
+    others = (target, weight, None, None, None)
     loss, lse, denominator = FORWARD(logits, *others, *options)
     torch.library.opcheck(FORWARD, (logits, *others, *options))
     saved = (*others, lse, denominator, *options)

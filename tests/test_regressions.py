@@ -137,7 +137,7 @@ def test_a_float32_weight_goes_with_half_logits_alone() -> None:
 def test_private_operators_refuse_what_they_would_misread() -> None:
     ops = torch.ops.cross_entropy_ext
     x, target = torch.randn(6, 4), torch.tensor([1, 2, -100, 3, 1, 2])
-    inputs, options, one = (x, target, None, None, None), numbered(), torch.ones(())
+    inputs, options, one = (x, target, None, None, None, None), numbered(), torch.ones(())
     _, lse, denominator = ops._forward(*inputs, *options)
     rest = (None, *inputs, lse, denominator, *options)
     assert all(g.numel() == 0 for g in ops._backward(one, *rest, [False, False]))

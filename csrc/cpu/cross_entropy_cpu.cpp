@@ -125,9 +125,10 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
     teacher->loss = {};
   }
 
-  double count = double(problem.positions);  // what a mean divides by
-  if (grad_logits.defined() && mean) {       // the gradient needs it first
-    if (!count_is_known(problem)) count = sum_target_weights(problem, inputs, options);
+  const bool known = has_value(inputs.divisor) || count_is_known(problem);
+  double count = has_value(inputs.divisor) ? inputs.divisor->item<double>() : double(problem.positions);
+  if (grad_logits.defined() && mean) {  // the gradient needs what a mean divides by
+    if (!known) count = sum_target_weights(problem, inputs, options);
     problem.scale = count == 0 && options.empty_is_zero ? 1 : 1 / count;
   }
   int64_t bad_position = kNoPosition;
@@ -151,7 +152,7 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
   double divide_by = 1;
   if (options.reduction != kNone) {
     const Sums sums = sum_pieces(pieces);
-    if (!grad_logits.defined() && !count_is_known(problem)) count = sums.weight;
+    if (!grad_logits.defined() && !known) count = sums.weight;
     if (mean) divide_by = count;
     if (options.empty_is_zero && divide_by == 0 && sums.loss == 0) divide_by = 1;
     loss = new_tensor({}, loss_dtype);
@@ -168,14 +169,14 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
 
 ForwardResult forward_cpu(XENT_INPUTS, XENT_OPTIONS) {
   auto [loss, lse, denominator, grad_logits] =
-      run_forward({logits, target, weight, companion, sample_weight}, Options::of(integers, numbers), false);
+      run_forward({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers), false);
   return {loss, lse, denominator};
 }
 
 ForwardBackwardResult forward_backward_cpu(XENT_INPUTS, XENT_OPTIONS) {
   const Options options = Options::of(integers, numbers);
   TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
-  return run_forward({logits, target, weight, companion, sample_weight}, options, true);
+  return run_forward({logits, target, weight, companion, sample_weight, divisor}, options, true);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -211,7 +212,7 @@ at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
 }
 
 BackwardResult backward_cpu(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
   const Options options = Options::of(integers, numbers);
   const at::Tensor& probabilities = inputs.probabilities(options);
   const at::Tensor grad_logits = wanted[0] ? empty_gradient(logits) : at::Tensor();
@@ -222,7 +223,7 @@ BackwardResult backward_cpu(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTION
 
 at::Tensor backward_cpu_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
                          bool target_wanted) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
   const Options options = Options::of(integers, numbers);
   const at::Tensor& probabilities = inputs.probabilities(options);
   const at::Tensor grad_target = target_wanted ? empty_gradient(probabilities) : at::Tensor();

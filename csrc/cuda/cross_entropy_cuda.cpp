@@ -2,6 +2,8 @@
 // so everything can be captured into a CUDA graph.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -113,7 +115,8 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
   merge_dimensions(task);
   const Plan how = plan(task, device.limits());
 
-  const bool count_first = gradient_wanted && mean && !count_is_known(task);
+  const bool given = has_value(inputs.divisor), known = !given && count_is_known(task);
+  const bool count_first = gradient_wanted && mean && !known && !given;
   const int counting_blocks = count_first ? blocks_to_count(task.positions, device.limits()) : 0;
   const Workspace workspace(logits, counting_blocks, how.shape.blocks);
   sum_class_weights(task, workspace.weight_sum, device);
@@ -124,6 +127,12 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
     task.counted = workspace.counted;
     task.counted_blocks = counting_blocks;
   }
+  at::Tensor divisor;
+  if (given) {  // as if one block had counted it
+    divisor = at::stack({at::zeros_like(*inputs.divisor), *inputs.divisor});
+    task.counted = static_cast<const Sums*>(divisor.const_data_ptr());
+    task.counted_blocks = 1;
+  }
   task.partial_sums = options.reduction == kNone ? nullptr : workspace.partial;
   check(launch_loss(task, how, device.stream()), "forward");
 
@@ -133,7 +142,7 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
   totals.counted = task.counted;
   totals.counted_blocks = task.counted_blocks;
   totals.mean = mean;
-  totals.count_is_known = count_is_known(task);
+  totals.count_is_known = known;
   totals.known_count = double(task.positions);
   totals.empty_is_zero = options.empty_is_zero;
   if (options.reduction != kNone) totals.loss = View{data_of(loss), element_type(loss.scalar_type())};
@@ -144,14 +153,14 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
 
 ForwardResult forward_cuda(XENT_INPUTS, XENT_OPTIONS) {
   auto [loss, lse, denominator, grad_logits] =
-      run_forward({logits, target, weight, companion, sample_weight}, Options::of(integers, numbers), false);
+      run_forward({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers), false);
   return {loss, lse, denominator};
 }
 
 ForwardBackwardResult forward_backward_cuda(XENT_INPUTS, XENT_OPTIONS) {
   const Options options = Options::of(integers, numbers);
   TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
-  return run_forward({logits, target, weight, companion, sample_weight}, options, true);
+  return run_forward({logits, target, weight, companion, sample_weight, divisor}, options, true);
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -194,7 +203,7 @@ at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
 }
 
 BackwardResult backward_cuda(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
   const Options options = Options::of(integers, numbers);
   const at::Tensor& of_target = inputs.probabilities(options);
   const at::Tensor grad_logits = gradient_of(logits, wanted[0]), grad_target = gradient_of(of_target, wanted[1]);
@@ -204,7 +213,7 @@ BackwardResult backward_cuda(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIO
 
 at::Tensor backward_cuda_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
                           bool target_wanted) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight};
+  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
   const Options options = Options::of(integers, numbers);
   const at::Tensor& of_target = inputs.probabilities(options);
   const at::Tensor grad_target = gradient_of(of_target, target_wanted);
@@ -215,7 +224,7 @@ at::Tensor backward_cuda_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS,
 
 void adapt_gradient_cuda_(XENT_GRADIENTS, at::Tensor& grad_logits, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS) {
   backward_into(grad_logits, {}, {grad_output, grad_statistics, lse, denominator},
-                {logits, target, weight, companion, sample_weight}, Options::of(integers, numbers), true);
+                {logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers), true);
 }
 
 static_assert(std::is_same_v<decltype(forward_cuda), schema::Forward>);
