@@ -404,6 +404,39 @@ def test_all_ignored(empty: str) -> None:
         same(found, torch.zeros_like(found))
 
 
+WEIGHTLESS = {
+    "a denominator of zero": {"denominator": 0.0},
+    "a zero on the device": {"denominator": torch.tensor(0)},
+    "nothing by a denominator": {"denominator": 2.0, "target": torch.full((6,), -100)},
+    "labels that weigh nothing": {"weight": torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0])},
+    "labels that weigh nothing, smoothed": {"weight": torch.tensor([0.0, 0, 1, 1, 1]), "label_smoothing": 0.1},
+    "labels that weigh nothing, and a z-loss": {"weight": torch.tensor([0.0, 0, 1, 1, 1]), "z_loss": 0.1},
+    "samples that weigh nothing": {"sample_weight": torch.zeros(6), "z_loss": 0.1},
+    "sample weights that cancel": {"sample_weight": torch.tensor([1.0, -1, 2, -2, 0.5, -0.5])},
+}
+
+
+@pytest.mark.parametrize("empty", ["nan", "zero"])
+@pytest.mark.parametrize("what", WEIGHTLESS)
+def test_division_by_nothing(what: str, empty: str) -> None:
+    """Is known only at the end, and is what it is for the loss of logits: NaN, infinite, or with empty='zero' 0."""
+    options = {"target": torch.arange(6) % 2, "empty": empty, **WEIGHTLESS[what]}
+    target, found = options.pop("target"), []
+    torch.manual_seed(0)
+    leaves = [torch.randn(6, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)]
+    for function in (
+        lambda x, w: ext.linear_cross_entropy(x, w, target, **options, **chunked(4)),
+        lambda x, w: ext.cross_entropy(F.linear(x, w), target, **options),
+    ):
+        loss = function(*leaves)
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    assert found[1][0].isnan() or found[1][0].isinf() or found[1][0] == 0
+    same(found[0][0], found[1][0])
+    for ours, theirs in zip(found[0][1:], found[1][1:], strict=True):
+        same(ours.isfinite(), theirs.isfinite())
+        torch.testing.assert_close(ours.nan_to_num(0, 0, 0), theirs.nan_to_num(0, 0, 0))
+
+
 def test_no_features() -> None:
     """Logits are the bias, or zero."""
     x, weight, bias = torch.randn(6, 0), torch.randn(5, 0), torch.randn(5, requires_grad=True)
@@ -576,6 +609,26 @@ def test_deterministic() -> None:
                 torch.use_deterministic_algorithms(False)
         same(found[1], found[0])
         same(found[2], found[0])
+
+
+@every_dtype
+def test_threads(dtype: torch.dtype) -> None:
+    """The same bits for any number of threads, where torch's matrix products of the same chunks have them."""
+    leaves, target = leaves_of(CASES[10], dtype)
+    threads, products, found = torch.get_num_threads(), [], []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            x, weight, bias = (leaf.detach() for leaf in leaves)
+            parts = [(rows, F.linear(rows, weight, bias)) for rows in x.split(64)]
+            products.append([(logits, logits @ weight, logits.t() @ rows) for rows, logits in parts])
+            loss = loss_of(leaves, target, **chunked(64))
+            found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    finally:
+        torch.set_num_threads(threads)
+    if not all(torch.equal(a, b) for one, two in zip(*products, strict=True) for a, b in zip(one, two, strict=True)):
+        pytest.skip("torch's own products differ")
+    same(found[1], found[0])
 
 
 # ------------------------------------------------------------------------------------------------------------
