@@ -18,7 +18,8 @@ tag_compile_caches()
 
 from . import functional
 from .functional import CrossEntropyStats
-from .modules import CrossEntropyLoss, DistillationLoss, NLLLoss
+from .linear import LinearCrossEntropyOptions
+from .modules import CrossEntropyLoss, DistillationLoss, LinearCrossEntropyLoss, NLLLoss
 from .patch import patch_torch, unpatch_torch
 from .runtime import build_info, check_errors, empty_cache
 
@@ -26,6 +27,8 @@ __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "DistillationLoss",
+    "LinearCrossEntropyLoss",
+    "LinearCrossEntropyOptions",
     "NLLLoss",
     "build_info",
     "check_errors",

@@ -28,6 +28,9 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_with_stats",
     "distillation_loss",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_stats",
+    "linear_sparse_cross_entropy",
     "mixup_cross_entropy",
     "nll_loss",
     "sparse_cross_entropy",
@@ -553,8 +556,17 @@ def _with_extras(
     )
 
 
-def _general(
-    op,
+def _general(op, tensors, **options):
+    """Calls an operator of everything that native does not have: tensors, and its options as two lists of numbers."""
+    tensors, integers, values = _arguments(tensors, **options)
+    # What is no tensor but stands for one, as for torch.fx, records the operator.
+    if all(tensor is None or type(tensor) in _PLAIN or not isinstance(tensor, Tensor) for tensor in tensors):
+        return op(*tensors, integers, values)
+    results = _ops._composite.default(*tensors, integers, values)
+    return results if options.get("statistics") else results[0]
+
+
+def _arguments(
     tensors,
     *,
     reduction,
@@ -572,7 +584,7 @@ def _general(
     form=None,
     kl=False,
 ):
-    """Calls an operator of everything that native does not have: tensors, and its options as two lists of numbers."""
+    """Tensors, and options as two lists of numbers, as the operators take them (csrc/cross_entropy.h: Options)."""
     if empty not in _EMPTY:
         raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
     tensors = (*tensors[:-1], _divisor(tensors[-1], tensors[0]))
@@ -600,11 +612,7 @@ def _general(
         _number("temperature", temperature),
         _number("alpha", alpha),
     ]
-    # What is no tensor but stands for one, as for torch.fx, records the operator.
-    if all(tensor is None or type(tensor) in _PLAIN or not isinstance(tensor, Tensor) for tensor in tensors):
-        return op(*tensors, integers, values)
-    results = _ops._composite.default(*tensors, integers, values)
-    return results if statistics else results[0]
+    return tensors, integers, values
 
 
 def _divisor(denominator: float | Tensor | None, input: Tensor) -> Tensor | None:
@@ -697,3 +705,6 @@ def _native(input, target, weight, ignore_index, reduction, label_smoothing, los
     else:
         loss = _native_cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     return loss if loss_dtype is None else loss.to(loss_dtype)
+
+
+from .linear import linear_cross_entropy, linear_cross_entropy_with_stats, linear_sparse_cross_entropy  # noqa: E402

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
+from .linear import LinearCrossEntropyOptions
 
-__all__ = ["CrossEntropyLoss", "DistillationLoss", "NLLLoss"]
+__all__ = ["CrossEntropyLoss", "DistillationLoss", "LinearCrossEntropyLoss", "NLLLoss"]
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -150,6 +152,104 @@ class DistillationLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, alpha={self.alpha}, kind={self.kind!r}, reduction={self.reduction!r}"
+
+
+class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.loss._WeightedLoss)):
+    """:class:`torch.nn.LinearCrossEntropyLoss`: an output layer and its loss, whose logits are never whole.
+
+    The same arguments, parameters, state_dict and repr, for any torch; the keyword-only arguments after ``options`` are
+    those of :func:`cross_entropy_ext.functional.linear_cross_entropy`, which says what shapes and errors there are.
+
+    Args:
+        in_features: F, the size of each input.
+        num_classes: C.
+        out_features: (d1, ..., dK) of a K-dimensional loss. ``linear.weight`` is (C * d1 * ... * dK, F).
+        bias: whether ``linear`` has one.
+        device, dtype: of ``linear``.
+        weight: one factor per class, (C).
+
+    Example:
+        >>> head = LinearCrossEntropyLoss(512, 32000)
+        >>> hidden, target = torch.randn(8, 128, 512, requires_grad=True), torch.randint(32000, (8, 128))
+        >>> head(hidden, target).backward()
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device=None,
+        dtype=None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: LinearCrossEntropyOptions | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        loss_dtype: torch.dtype | None = None,
+        empty: Literal["nan", "zero"] = "nan",
+    ) -> None:
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+        if label_smoothing < 0 or label_smoothing > 1.0:
+            raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
+        nn.modules.loss._WeightedLoss.__init__(self, weight, None, None, reduction)
+        self.num_classes = num_classes
+        self.out_features = out_features
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.linear = nn.Linear(
+            in_features, math.prod(out_features, start=num_classes), bias=bias, device=device, dtype=dtype
+        )
+        self.options = options
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.loss_dtype = loss_dtype
+        self.empty = empty
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
+        """The loss of inputs (F), (N, F) or (B, ..., F) against class indices or probabilities of their logits."""
+        weight, bias = self.linear.weight, self.linear.bias
+        if self.out_features:
+            weight = weight.unflatten(0, (self.num_classes, *self.out_features))
+            bias = None if bias is None else bias.unflatten(0, (self.num_classes, *self.out_features))
+        return functional.linear_cross_entropy(
+            input,
+            weight,
+            target,
+            linear_bias=bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            sample_weight=sample_weight,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            loss_dtype=self.loss_dtype,
+            empty=self.empty,
+            denominator=denominator,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
+            f"out_features={self.out_features}, bias={self.linear.bias is not None}, reduction={self.reduction}, "
+            f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, options={self.options}"
+        )
 
 
 class NLLLoss(nn.NLLLoss):

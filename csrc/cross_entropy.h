@@ -7,6 +7,7 @@
 #include <array>
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "problem.h"
 
@@ -71,6 +72,10 @@ ForwardResult forward(const Inputs& inputs, const Options& options);
 using ForwardBackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 ForwardBackwardResult forward_backward(const Inputs& inputs, const Options& options);
 
+// cross_entropy_ext::_forward_backward_: the same with the gradient in the logits' place, of whatever size. Not of
+// pairs.
+ForwardResult forward_backward_(const Inputs& inputs, const Options& options);
+
 // Whether logits of this size profit from making the gradient in the forward: one read instead of two, for memory that
 // is taken earlier.
 bool one_pass_pays(const at::Tensor& logits, int64_t reduction);
@@ -132,6 +137,7 @@ using General = at::Tensor(XENT_INPUTS, XENT_OPTIONS);
 using WithStats = Results(XENT_INPUTS, XENT_OPTIONS);
 using Forward = ForwardResult(XENT_INPUTS, XENT_OPTIONS);
 using ForwardBackward = ForwardBackwardResult(XENT_INPUTS, XENT_OPTIONS);
+using ForwardBackwardInplace = ForwardResult(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS);
 using Backward = BackwardResult(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted);
 using BackwardInplace = at::Tensor(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
                                    bool target_wanted);
@@ -170,6 +176,9 @@ at::ScalarType arithmetic_type(const Inputs& inputs, const Options& options);
 // The type of the loss: the one asked for, or native's.
 at::ScalarType loss_type(const Inputs& inputs, const Options& options);
 Options with_loss_type(const Inputs& inputs, const Options& options);
+
+// Under autocast: half logits are read as they are, for a loss in float32 and with class weights in it.
+std::pair<OptionalTensor, Options> with_wide_loss(const Inputs& inputs, Options options);
 
 // (N, d1..dK) of logits (N, C, d1..dK), or () of (C).
 c10::SymDimVector shape_of_positions(const at::Tensor& logits);

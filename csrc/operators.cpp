@@ -7,6 +7,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include "cross_entropy.h"
@@ -63,6 +64,13 @@ ForwardResult forward(const Inputs& in, const Options& options) {
 ForwardBackwardResult forward_backward(const Inputs& in, const Options& options) {
   static const auto op = find<schema::ForwardBackward>("cross_entropy_ext::_forward_backward");
   return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
+                 options.numbers());
+}
+
+ForwardResult forward_backward_(const Inputs& in, const Options& options) {
+  static const auto op = find<schema::ForwardBackwardInplace>("cross_entropy_ext::_forward_backward_");
+  at::Tensor logits = in.logits;
+  return op.call(logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
                  options.numbers());
 }
 
@@ -123,6 +131,17 @@ Results results_without_grad(const Inputs& inputs, const Options& options) {
   return as_tuple(outputs);
 }
 
+// Where a device has no kernel that does it at once.
+ForwardResult forward_then_backward_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
+  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+  const Options options = Options::of(integers, numbers);
+  TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward_: needs a reduction");
+  const auto [loss, lse, denominator] = forward(inputs, options);
+  const at::Tensor one = at::ones({}, logits.options().dtype(at::kFloat));
+  backward_({one, std::nullopt, lse, denominator}, inputs, options, /*target_wanted=*/false);
+  return {loss, lse, denominator};
+}
+
 // ---- Meta: shapes, types and strides --------------------------------------------------------------------------------
 
 ForwardResult forward_meta(XENT_INPUTS, XENT_OPTIONS) {
@@ -166,11 +185,10 @@ void adapt_gradient_meta_(XENT_GRADIENTS, at::Tensor&, XENT_INPUTS, XENT_SAVED, 
 
 at::ScalarType widened(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type; }
 
-// Calls function(inputs, options) with what autocast makes of them.
-template <class Function>
-auto with_autocast(const Inputs& inputs, Options options, c10::DeviceType device, const Function& function) {
+}  // namespace
+
+std::pair<OptionalTensor, Options> with_wide_loss(const Inputs& inputs, Options options) {
   check(inputs, options);
-  if (inputs.logits.device().type() != device) return function(inputs, options);
   OptionalTensor weight = inputs.weight;
   if (has_value(weight)) weight = weight->to(widened(weight->scalar_type()));
   if (!options.loss_dtype) {
@@ -181,6 +199,17 @@ auto with_autocast(const Inputs& inputs, Options options, c10::DeviceType device
     }
     options.loss_dtype = type;
   }
+  return {weight, options};
+}
+
+namespace {
+
+// Calls function(inputs, options) with what autocast makes of them.
+template <class Function>
+auto with_autocast(const Inputs& inputs, const Options& given, c10::DeviceType device, const Function& function) {
+  check(inputs, given);
+  if (inputs.logits.device().type() != device) return function(inputs, given);
+  const auto [weight, options] = with_wide_loss(inputs, given);
   return function({inputs.logits, inputs.target, weight, inputs.companion, inputs.sample_weight, inputs.divisor},
                   options);
 }
@@ -262,6 +291,8 @@ TORCH_LIBRARY(cross_entropy_ext, m) {
   define("_composite" + loss + "Tensor[]");
   define("_forward" + loss + "(Tensor loss, Tensor lse, Tensor denominator)");
   define("_forward_backward" + loss + "(Tensor loss, Tensor lse, Tensor denominator, Tensor grad_logits)");
+  define("_forward_backward_(Tensor(a!) logits, " + inputs + ", " + options +
+         ") -> (Tensor loss, Tensor lse, Tensor denominator)");
   define("_backward" + gradients + "Tensor logits, " + inputs + ", " + saved + ", " + options +
          ", bool[2] wanted) -> (Tensor grad_logits, Tensor grad_target)");
   define("_backward_" + gradients + "Tensor(a!) logits, " + inputs + ", " + saved + ", " + options +
@@ -276,6 +307,7 @@ TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) {
   m.impl("cross_entropy", TORCH_FN((from_plain<at::Tensor, loss_without_grad>)));
   m.impl("general_cross_entropy", TORCH_FN((from_lists<at::Tensor, loss_without_grad>)));
   m.impl("cross_entropy_with_stats", TORCH_FN((from_lists<Results, results_without_grad>)));
+  m.impl("_forward_backward_", &forward_then_backward_);
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, Meta, m) {

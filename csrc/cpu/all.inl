@@ -6,6 +6,7 @@
 #include "spatial.inl"
 #include "general.inl"
 #include "nll.inl"
+#include "halves.inl"
 
 template <class T>
 static void forward_rows(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {

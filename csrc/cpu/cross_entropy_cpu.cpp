@@ -90,7 +90,9 @@ double sum_target_weights(Problem& problem, const Inputs& inputs, const Options&
 void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const Gradients& gradients,
                    const Inputs& inputs, const Options& options);
 
-ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, bool gradient_wanted) {
+enum class GradientOfForward { kNone, kNew, kInPlace };
+
+ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, GradientOfForward wanted) {
   check_forward(inputs, options);
   const at::Tensor& logits = inputs.logits;
   const bool mean = options.reduction == kMean;
@@ -100,7 +102,8 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
   const at::Tensor lse = new_tensor({rows, count_positions(logits)}, arithmetic);
   const at::Tensor denominator = new_tensor({}, at::kDouble);
   at::Tensor grad_logits;
-  if (gradient_wanted) grad_logits = empty_gradient(logits);
+  if (wanted == GradientOfForward::kNew) grad_logits = empty_gradient(logits);
+  if (wanted == GradientOfForward::kInPlace) grad_logits = logits;
 
   Forward problem;
   describe_with_weights(problem, inputs, options, weights, arithmetic, lse);
@@ -109,7 +112,7 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
   merge_dimensions(problem, {&problem.logits, &problem.target, &problem.sample_weight, &problem.probs, &problem.labels,
                              &problem.grad_logits});
   problem.lanes = choose_lanes(problem);
-  const bool in_kernel = grad_logits.defined() && kernel_makes_gradient(problem);
+  const bool in_kernel = wanted == GradientOfForward::kNew && kernel_makes_gradient(problem);
   if (!in_kernel) problem.grad_logits = {};
 
   at::Tensor loss;
@@ -168,15 +171,25 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
 }
 
 ForwardResult forward_cpu(XENT_INPUTS, XENT_OPTIONS) {
-  auto [loss, lse, denominator, grad_logits] =
-      run_forward({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers), false);
+  auto [loss, lse, denominator, grad_logits] = run_forward({logits, target, weight, companion, sample_weight, divisor},
+                                                           Options::of(integers, numbers), GradientOfForward::kNone);
   return {loss, lse, denominator};
 }
 
 ForwardBackwardResult forward_backward_cpu(XENT_INPUTS, XENT_OPTIONS) {
   const Options options = Options::of(integers, numbers);
   TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
-  return run_forward({logits, target, weight, companion, sample_weight, divisor}, options, true);
+  return run_forward({logits, target, weight, companion, sample_weight, divisor}, options, GradientOfForward::kNew);
+}
+
+ForwardResult forward_backward_cpu_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
+  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+  const Options options = Options::of(integers, numbers);
+  TORCH_CHECK(options.reduction != kNone && inputs.form(options) != Form::kPairs,
+              "cross_entropy_ext::_forward_backward_: needs a reduction, and no pairs");
+  logits.mutable_data_ptr();  // no lazy copy shares it from here on
+  auto [loss, lse, denominator, gradient] = run_forward(inputs, options, GradientOfForward::kInPlace);
+  return {loss, lse, denominator};
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -236,6 +249,7 @@ at::Tensor backward_cpu_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, CPU, m) {
   m.impl("_forward", &forward_cpu);
   m.impl("_forward_backward", &forward_backward_cpu);
+  m.impl("_forward_backward_", &forward_backward_cpu_);
   m.impl("_backward", &backward_cpu);
   m.impl("_backward_", &backward_cpu_);
 }

@@ -2,6 +2,7 @@
 #include "kernels.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -29,7 +30,8 @@
     problem.arithmetic_in_double ? forward_nll<double>(problem, begin, end, sums)           \
                                  : forward_nll<float>(problem, begin, end, sums);           \
   }                                                                                         \
-  constexpr Kernels kKernels{name, SIMD_BYTES, forward, backward, sum_weights, nll_forward, backward_nll};
+  constexpr Kernels kKernels{name,        SIMD_BYTES,  forward,      backward,              \
+                             sum_weights, nll_forward, backward_nll, add_to_halves};
 
 namespace xent {
 namespace {

@@ -1,0 +1,308 @@
+"""The output layer and its loss in one: the logits, the largest tensor of a language model's step, are never whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .functional import (
+    _PLAIN,
+    CrossEntropyStats,
+    _arguments,
+    _ops,
+    cross_entropy,
+    cross_entropy_with_stats,
+    sparse_cross_entropy,
+)
+
+__all__ = [
+    "LinearCrossEntropyOptions",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_stats",
+    "linear_sparse_cross_entropy",
+]
+
+if hasattr(nn, "LinearCrossEntropyOptions"):
+    LinearCrossEntropyOptions = nn.LinearCrossEntropyOptions
+else:
+
+    @dataclasses.dataclass(frozen=True)
+    class LinearCrossEntropyOptions:
+        """The fields of :class:`torch.nn.LinearCrossEntropyOptions`, for a torch that does not have it.
+
+        Of these, ``batch_chunk_size`` and ``chunking_method`` say how many positions a chunk has. Gradients are always
+        summed in float32 or better, and a second backward is always possible.
+        """
+
+        allow_retain_graph: bool = False
+        batch_chunk_size: int | None = None
+        chunking_method: str | None = "auto"
+        acc_policy: str = "auto"
+        acc_dtype: torch.dtype | None = None
+
+        def __post_init__(self) -> None:
+            method, size = self.chunking_method, self.batch_chunk_size
+            if self.acc_policy not in ("accurate", "balanced", "compact", "auto"):
+                raise ValueError(f"invalid acc_policy: {self.acc_policy!r}")
+            if method not in (None, "auto"):
+                name, _, factor = method.partition(":")
+                if name != "aspect_ratio" or (":" in method and not (factor.isdigit() and int(factor) > 0)):
+                    raise ValueError(f"invalid chunking_method: {method!r}")
+            if size is not None and not (isinstance(size, int) and size > 0):
+                raise ValueError(f"batch_chunk_size must be positive int or None, got {size!r}")
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: LinearCrossEntropyOptions | None = None,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_dtype: torch.dtype | None = None,
+    empty: Literal["nan", "zero"] = "nan",
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    r"""Cross entropy of ``linear(input, linear_weight, linear_bias)``, whose logits are never whole.
+
+    :func:`torch.nn.functional.linear_cross_entropy` with the arguments of :func:`cross_entropy` besides. Some hundreds
+    of positions at a time (on a GPU thousands), the logits are multiplied out, their gradient takes their place, and
+    what it contributes to the gradients of input, weight and bias is added to these: in float32 where they are of half
+    precision. So a training step takes the layer's three matrix products and, besides its gradients, the memory of a
+    chunk. With ``reduction='none'``, and for whatever needs more than the gradients of the layer (probabilities that
+    require one, ``create_graph=True``), the backward makes the logits again; so it does in float16, whose gradients
+    are not made before their scale is known. Derivatives of derivatives, torch.func and forward mode have all the
+    logits, as any composition of linear and cross entropy.
+
+    Args:
+        input: (F), (N, F), or (B, ..., F) with more dimensions of positions; floating.
+        linear_weight: (C, F), or (C, d1, ..., dK, F) with an input (N, F), for logits (N, C, d1, ..., dK).
+        target: class indices of shape (), (N), (B, ...) or (N, d1, ..., dK), of any integer dtype; or probabilities of
+            the shape of the logits, (C), (N, C), (B, ..., C) or (N, C, d1, ..., dK).
+        linear_bias: (C), or (C, d1, ..., dK).
+        weight: one factor per class, (C).
+        ignore_index: as for :func:`cross_entropy`, but for class indices alone, for which None is -100.
+        options: ``batch_chunk_size`` and ``chunking_method`` choose the size of a chunk; None and ``'auto'`` leave it
+            to the shapes. The other fields are of PyTorch's own implementation and without effect.
+        sample_weight: a factor for each position, of the shape of class indices.
+        reduction, label_smoothing, z_loss, softcap, logit_scale, loss_dtype, empty, denominator: as for
+            :func:`cross_entropy`.
+
+    Returns:
+        A scalar, or for ``reduction='none'`` a loss for each position: (), (N), (B, ...) or (N, d1, ..., dK). In the
+        input's dtype, or float32 under autocast, which multiplies in half precision.
+
+    Raises:
+        IndexError: a target is neither a class nor ``ignore_index``.
+        RuntimeError, ValueError, TypeError: as PyTorch's function and :func:`cross_entropy`.
+    """
+    layer = _Layer(input, linear_weight, linear_bias, target, options)
+    if layer.probabilities and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    return layer.call(
+        _ops.linear_cross_entropy.default,
+        cross_entropy,
+        (target, weight, None, sample_weight, denominator),
+        reduction=reduction,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        loss_dtype=loss_dtype,
+        empty=empty,
+    )
+
+
+def linear_cross_entropy_with_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: LinearCrossEntropyOptions | None = None,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_dtype: torch.dtype | None = None,
+    empty: Literal["nan", "zero"] = "nan",
+    denominator: float | Tensor | None = None,
+) -> CrossEntropyStats:
+    r""":func:`linear_cross_entropy`, and what :func:`cross_entropy_with_stats` finds out of each position besides.
+
+    ``lse``, ``target_log_prob`` and ``entropy`` are differentiable. The backward makes the logits again.
+
+    Raises:
+        As :func:`linear_cross_entropy`.
+    """
+    layer = _Layer(input, linear_weight, linear_bias, target, options)
+    if layer.probabilities and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    return layer.call(
+        _ops.linear_cross_entropy_with_stats.default,
+        cross_entropy_with_stats,
+        (target, weight, None, sample_weight, denominator),
+        reduction=reduction,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        loss_dtype=loss_dtype,
+        empty=empty,
+        statistics=True,
+    )
+
+
+def linear_sparse_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    indices: Tensor,
+    probs: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    options: LinearCrossEntropyOptions | None = None,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_dtype: torch.dtype | None = None,
+    empty: Literal["nan", "zero"] = "nan",
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    r""":func:`linear_cross_entropy` against pairs of classes and probabilities, as :func:`sparse_cross_entropy`.
+
+    Args:
+        indices, probs: k classes for each position and their probabilities: (k), (N, k), (B, ..., k) or
+            (N, k, d1, ..., dK).
+
+    Returns, Raises:
+        As :func:`linear_cross_entropy` and :func:`sparse_cross_entropy`.
+    """
+    layer = _Layer(input, linear_weight, linear_bias, None, options)
+    return layer.call(
+        _ops.linear_cross_entropy.default,
+        sparse_cross_entropy,
+        (indices, weight, probs, sample_weight, denominator),
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        loss_dtype=loss_dtype,
+        empty=empty,
+        form="pairs",
+    )
+
+
+class _Layer:
+    """What the logits are made of, checked as PyTorch's function checks it."""
+
+    def __init__(self, input, linear_weight, linear_bias, target, options) -> None:
+        if input.dim() < 1 or (input.dim() > 2 and linear_weight.dim() > 2):
+            raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
+        if linear_weight.dim() < 2:
+            raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
+        if input.shape[-1] != linear_weight.shape[-1]:
+            raise RuntimeError(
+                "expected equal input and linear_weight last dimensions (in_features), "
+                f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+            )
+        self.input, self.weight, self.bias = input, linear_weight, linear_bias
+        self.batch = input.shape[:-1]
+        self.classes, *self.inner = linear_weight.shape[:-1]
+        if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+            raise RuntimeError(
+                f"expected linear_bias shape {(self.classes, *self.inner)}, got {tuple(linear_bias.shape)}"
+            )
+        if self.inner and not self.batch:
+            raise RuntimeError(
+                f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires"
+                f" batched input, (N, {input.shape[-1]}), got unbatched input with shape {tuple(input.shape)}"
+            )
+        shape = (*self.batch, self.classes, *self.inner)
+        self.probabilities = target is not None and tuple(target.shape) == shape
+        self.chunk = 0 if options is None else self.size_of_chunk(options)
+
+    def size_of_chunk(self, options) -> int:
+        """Of positions; 0 where it is left to the operator."""
+        method, size = options.chunking_method, options.batch_chunk_size
+        if method is None:
+            return size or math.prod(self.batch)
+        if method == "auto":
+            return size or 0
+        positions, factor = math.prod(self.batch), int(method.partition(":")[2] or 1)
+        ratio = -(-self.classes // max(1, self.weight.shape[-1]))
+        power = 1 << max(0, -(-positions // max(1, ratio)) - 1).bit_length()
+        chosen = max(1, min(power // factor, positions))
+        if size is not None and size != chosen:
+            raise ValueError(
+                f"batch_chunk_size (={size}) and chunking_method ('{method}') give different chunk sizes "
+                f"({size} vs {chosen}); pass only one."
+            )
+        return chosen
+
+    def flat(self, tensor: Tensor | None, axes: int) -> Tensor | None:
+        """A tensor of positions, with `axes` dimensions after those, as one of (N, ...)."""
+        if not isinstance(tensor, Tensor) or len(self.batch) == 1:
+            return tensor
+        if not self.batch:
+            return tensor.unsqueeze(0)
+        if tensor.shape[: len(self.batch)] != self.batch or tensor.dim() != len(self.batch) + axes:
+            raise ValueError(
+                f"expected a tensor whose shape begins with that of the positions, {tuple(self.batch)}, "
+                f"and has {axes} more dimensions, but got the shape {tuple(tensor.shape)}"
+            )
+        return tensor.flatten(0, -1 - axes)
+
+    def call(self, op, composition, tensors, **options):
+        """The operator, with everything flat. For tensors of another kind, what `composition` makes of the logits."""
+        target, weight, companion, sample_weight, denominator = tensors
+        input = self.flat(self.input, 1)
+        dense = self.probabilities or companion is not None
+        target, companion = self.flat(target, int(dense)), self.flat(companion, 1)
+        sample_weight = self.flat(sample_weight, 0)
+        named = (input, target, weight, companion, sample_weight, denominator)
+        layer = (self.weight, self.bias)
+        if all(type(tensor) in _PLAIN for tensor in (*layer, *named) if isinstance(tensor, Tensor)):
+            arguments, integers, values = _arguments(named, **options)
+            return self.unflat(op(input, *layer, *arguments[1:], integers, values, self.chunk))
+        matrix, bias = self.weight, self.bias
+        if self.inner:
+            matrix, bias = matrix.flatten(0, -2), None if bias is None else bias.flatten()
+        logits = F.linear(input, matrix, bias)
+        if self.inner:
+            logits = logits.unflatten(1, (self.classes, *self.inner))
+        for name in ("form", "statistics"):
+            options.pop(name, None)
+        targets = (target,) if companion is None else (target, companion)
+        result = composition(logits, *targets, weight, sample_weight=sample_weight, denominator=denominator, **options)
+        return self.unflat(result)
+
+    def unflat(self, result):
+        if isinstance(result, Tensor):
+            return result if len(self.batch) == 1 or result.dim() == 0 else result.reshape((*self.batch, *self.inner))
+        return CrossEntropyStats(*(self.unflat(tensor) for tensor in result))

@@ -1,0 +1,502 @@
+// The operators of linear and cross entropy: their schemas, the kernels that belong to no device, and derivatives.
+#include "linear.h"
+
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/ones_like.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <utility>
+#include <vector>
+
+namespace xent::linear {
+
+at::Tensor stand_in(const Layer& layer) {
+  c10::SymDimVector shape(layer.weight.sym_sizes());
+  shape.pop_back();
+  shape.insert(shape.begin(), layer.input.sym_size(0));
+  return at::empty({}, layer.input.options()).expand_symint(shape);
+}
+
+at::Tensor logits_of(const Layer& layer) {
+  const auto& weight = layer.weight;
+  OptionalTensor bias;
+  if (has_value(layer.bias)) bias = layer.bias->reshape({-1});
+  const at::Tensor matrix = weight.dim() == 2 ? weight : weight.reshape_symint({-1, weight.sym_size(-1)});
+  return at::linear(layer.input, matrix, bias).view_symint(stand_in(layer).sym_sizes());
+}
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+// ---- the operators, for callers in C++ ------------------------------------------------------------------------------
+
+template <class Signature>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+template <class Signature, class... Arguments>
+auto call(const c10::TypedOperatorHandle<Signature>& op, const Layer& layer, const Inputs& in, const Options& options,
+          Arguments&&... arguments) {
+  return op.call(layer.input, layer.weight, layer.bias, in.target, in.weight, in.companion, in.sample_weight,
+                 in.divisor, options.integers(), options.numbers(), std::forward<Arguments>(arguments)...);
+}
+
+}  // namespace
+
+at::Tensor loss(const Layer& layer, const Inputs& in, const Options& options, int64_t chunk) {
+  static const auto op = find<schema::Loss>("cross_entropy_ext::linear_cross_entropy");
+  return call(op, layer, in, options, chunk);
+}
+
+Results loss_with_stats(const Layer& layer, const Inputs& in, const Options& options, int64_t chunk) {
+  static const auto op = find<schema::WithStats>("cross_entropy_ext::linear_cross_entropy_with_stats");
+  return call(op, layer, in, options, chunk);
+}
+
+ForwardResult forward(const Layer& layer, const Inputs& in, const Options& options, int64_t chunk) {
+  static const auto op = find<schema::Forward>("cross_entropy_ext::_linear_forward");
+  return call(op, layer, in, options, chunk);
+}
+
+ForwardBackwardResult forward_backward(const Layer& layer, const Inputs& in, const Options& options, int64_t chunk,
+                                       std::array<bool, 3> wanted) {
+  static const auto op = find<schema::ForwardBackward>("cross_entropy_ext::_linear_forward_backward");
+  return call(op, layer, in, options, chunk, wanted);
+}
+
+BackwardResult backward(const Layer& layer, const Gradients& gradients, const Inputs& in, const Options& options,
+                        int64_t chunk, std::array<bool, 4> wanted) {
+  static const auto op = find<schema::Backward>("cross_entropy_ext::_linear_backward");
+  return op.call(gradients.grad_output, gradients.grad_statistics, layer.input, layer.weight, layer.bias, in.target,
+                 in.weight, in.companion, in.sample_weight, in.divisor, gradients.lse, gradients.denominator,
+                 options.integers(), options.numbers(), chunk, wanted);
+}
+
+namespace {
+
+// ---- what is done chunk by chunk, and what is not -------------------------------------------------------------------
+
+// Whether the product is one that torch's matrix multiplication makes of these as they are, and the loss has a kernel.
+// A mean over targets that weigh nothing, of which smoothing makes a loss all the same, is known to be none only at its
+// end.
+bool is_supported(const Layer& layer, const Inputs& in, const Options& options) {
+  const auto fits = [&](const at::Tensor& tensor) {
+    return tensor.layout() == at::kStrided && tensor.device() == layer.input.device() &&
+           tensor.scalar_type() == layer.input.scalar_type();
+  };
+  if (layer.input.layout() != at::kStrided || !fits(layer.weight)) return false;
+  if (has_value(layer.bias) && !fits(*layer.bias)) return false;
+  if (options.empty_is_zero && has_value(in.weight) && options.label_smoothing > 0) return false;
+  return xent::is_supported(in, options);
+}
+
+// With all the logits.
+Outputs of_logits(const Layer& layer, const Inputs& in, const Options& options) {
+  return composite({logits_of(layer), in.target, in.weight, in.companion, in.sample_weight, in.divisor}, options);
+}
+
+Outputs fallback_of(const Layer& layer, const Inputs& in, const Options& options) {
+  return fallback({logits_of(layer), in.target, in.weight, in.companion, in.sample_weight, in.divisor}, options);
+}
+
+// As xent::correct_target_log_prob.
+void correct(Outputs& outputs, const Layer& layer, const Inputs& in, const Options& options, int64_t chunk) {
+  if (in.form(options) != Form::kProbabilities || (!has_value(in.weight) && options.label_smoothing == 0)) return;
+  Options unweighted;
+  unweighted.reduction = kNone;
+  unweighted.softcap = options.softcap;
+  unweighted.logit_scale = options.logit_scale;
+  unweighted.loss_dtype = arithmetic_type(in, options);
+  outputs[2] = -loss(layer, {in.logits, in.target, std::nullopt}, unweighted, chunk);
+}
+
+Outputs outputs_without_grad(const Layer& layer, const Inputs& in, const Options& options, int64_t chunk) {
+  const auto [loss, lse, denominator] = forward(layer, in, options, chunk);
+  if (!options.statistics) return {loss};
+  Outputs outputs = outputs_of(loss, lse, denominator, in, options);
+  correct(outputs, layer, in, options, chunk);
+  return outputs;
+}
+
+// ---- derivatives ----------------------------------------------------------------------------------------------------
+
+OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
+
+// The tensors of a call, after they were saved.
+struct Saved {
+  at::Tensor input, weight, logits, target;
+  OptionalTensor bias, class_weight, companion, sample_weight, divisor;
+  Options options;
+  int64_t chunk;
+
+  static constexpr size_t kTensors = 8;
+
+  static variable_list list(const Layer& layer, const Inputs& in) {
+    const auto or_undefined = [](const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); };
+    return {layer.input,
+            layer.weight,
+            or_undefined(layer.bias),
+            in.target,
+            or_undefined(in.weight),
+            or_undefined(in.companion),
+            or_undefined(in.sample_weight),
+            or_undefined(in.divisor)};
+  }
+
+  Saved(const variable_list& saved, const Options& options, int64_t chunk)
+      : input(saved[0]),
+        weight(saved[1]),
+        target(saved[3]),
+        bias(optional(saved[2])),
+        class_weight(optional(saved[4])),
+        companion(optional(saved[5])),
+        sample_weight(optional(saved[6])),
+        divisor(optional(saved[7])),
+        options(options),
+        chunk(chunk) {
+    logits = stand_in(layer());
+  }
+
+  Layer layer() const { return {input, weight, bias}; }
+  Inputs inputs() const { return {logits, target, class_weight, companion, sample_weight, divisor}; }
+};
+
+// Whether to make the gradients in the forward, where the logits are: if they are those of the layer alone. float16
+// comes with a loss scale, without which gradients may be too small for it. Hooks on saved tensors mean to save memory.
+bool wants_one_pass(const Layer& layer, const Inputs& in, const Options& options) {
+  const auto needs_none = [](const OptionalTensor& tensor) { return !has_value(tensor) || !tensor->requires_grad(); };
+  return options.reduction != kNone && !options.statistics && !in.target.requires_grad() && needs_none(in.companion) &&
+         layer.input.scalar_type() != at::kHalf && !at::SavedTensorDefaultHooks::get_hooks();
+}
+
+struct LossFunction : torch::autograd::Function<LossFunction> {
+  static constexpr bool is_traceable = true;
+
+  static variable_list forward(AutogradContext* ctx, const Variable& input, const Variable& linear_weight,
+                               const OptionalTensor& linear_bias, const Variable& target, const OptionalTensor& weight,
+                               const OptionalTensor& companion, const OptionalTensor& sample_weight,
+                               const OptionalTensor& divisor, const Options& options, int64_t chunk, bool one_pass) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Layer layer{input, linear_weight, linear_bias};
+    const at::Tensor logits = stand_in(layer);
+    const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+    const auto integers = options.integers();
+    const auto numbers = options.numbers();
+    ctx->saved_data["integers"] = std::vector<int64_t>(integers.begin(), integers.end());
+    ctx->saved_data["numbers"] = std::vector<double>(numbers.begin(), numbers.end());
+    ctx->saved_data["chunk"] = chunk;
+    variable_list saved = Saved::list(layer, inputs);
+    if (one_pass) {
+      const auto wanted = wanted_of(layer);
+      auto [loss, of_input, of_weight, of_bias] = linear::forward_backward(layer, inputs, options, chunk, wanted);
+      ctx->saved_data["gradients"] = std::vector<at::Tensor>{of_input, of_weight, of_bias};
+      ctx->save_for_backward(saved);
+      return {loss};
+    }
+    const auto [loss, lse, denominator] = linear::forward(layer, inputs, options, chunk);
+    saved.push_back(lse);
+    saved.push_back(denominator);
+    ctx->save_for_backward(saved);
+    if (!options.statistics) return {loss};
+    ctx->set_materialize_grads(false);
+    const Outputs outputs = outputs_of(loss, lse, denominator, inputs, options);
+    ctx->mark_non_differentiable({outputs[4], outputs[5]});
+    return {outputs.begin(), outputs.end()};
+  }
+
+  static std::array<bool, 3> wanted_of(const Layer& layer) {
+    return {layer.input.requires_grad(), layer.weight.requires_grad(),
+            has_value(layer.bias) && layer.bias->requires_grad()};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const variable_list list = ctx->get_saved_variables();
+    const Saved saved(
+        list, Options::of(ctx->saved_data["integers"].toIntVector(), ctx->saved_data["numbers"].toDoubleVector()),
+        ctx->saved_data["chunk"].toInt());
+    if (c10::GradMode::is_enabled()) return differentiable_backward(list, saved, grads);
+    return list.size() == Saved::kTensors ? scaled_gradients(ctx, saved, grads[0])
+                                          : recomputed_gradients(saved, list[8], list[9], grads);
+  }
+
+ private:
+  // One result for each argument of forward.
+  static variable_list results(const at::Tensor& of_input, const at::Tensor& of_weight, const at::Tensor& of_bias,
+                               const Saved& saved) {
+    const auto wanted = wanted_of(saved.layer());
+    variable_list result(11);
+    if (wanted[0]) result[0] = of_input;
+    if (wanted[1]) result[1] = of_weight;
+    if (wanted[2]) result[2] = of_bias;
+    return result;
+  }
+
+  // Those for a grad_output of one, as the forward made them, times grad_output. Given away once, since whoever gets
+  // them may write to them; a second backward has them made again, in the same way, so that it gets the same bits.
+  static variable_list scaled_gradients(AutogradContext* ctx, const Saved& saved, const at::Tensor& grad) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Layer layer = saved.layer();
+    std::vector<at::Tensor> made;
+    at::IValue& kept = ctx->saved_data["gradients"];
+    if (!kept.isNone()) {
+      made = std::exchange(kept, at::IValue()).toTensorVector();
+    } else {
+      const auto [loss, of_input, of_weight, of_bias] =
+          linear::forward_backward(layer, saved.inputs(), saved.options, saved.chunk, wanted_of(layer));
+      made = {of_input, of_weight, of_bias};
+    }
+    const bool traced = !is_concrete(grad) || !is_concrete(made[0]);
+    if (traced || !grad.is_cpu() || grad.item<double>() != 1) {
+      for (at::Tensor& gradient : made) {
+        if (traced) {
+          gradient = gradient * grad;
+        } else {
+          gradient.mul_(grad);
+        }
+      }
+    }
+    return results(made[0], made[1], made[2], saved);
+  }
+
+  static variable_list recomputed_gradients(const Saved& saved, const at::Tensor& lse, const at::Tensor& denominator,
+                                            const variable_list& grads) {
+    const Layer layer = saved.layer();
+    const Inputs inputs = saved.inputs();
+    const Options& options = saved.options;
+    const OptionalTensor of_statistics = gradients_of_statistics(grads, lse);
+    at::Tensor grad = grads[0], divide_by = denominator;
+    if (!grad.defined()) {  // of the statistics alone
+      if (!of_statistics) return variable_list(11);
+      const auto shape = options.reduction == kNone ? shape_of_positions(saved.logits) : c10::SymDimVector();
+      grad = at::zeros_symint(shape, saved.input.options().dtype(*options.loss_dtype));
+      divide_by = at::ones_like(denominator);  // by which the loss's mean may be undefined
+    }
+    const bool pairs = options.form == Form::kPairs;
+    const at::Tensor& probabilities = inputs.probabilities(options);
+    const auto wanted = wanted_of(layer);
+    const auto [of_input, of_weight, of_bias, of_target] =
+        linear::backward(layer, {grad, of_statistics, lse, divide_by}, inputs, options, saved.chunk,
+                         {wanted[0], wanted[1], wanted[2], probabilities.requires_grad()});
+    variable_list result = results(of_input, of_weight, of_bias, saved);
+    if (probabilities.requires_grad()) result[pairs ? 5 : 3] = of_target;
+    return result;
+  }
+
+  // With a graph of its own: through all the logits.
+  static variable_list differentiable_backward(const variable_list& list, const Saved& saved,
+                                               const variable_list& grads) {
+    variable_list given, inputs;
+    std::vector<size_t> places;
+    for (size_t place = 0; place < Saved::kTensors; ++place) {
+      const at::Tensor& tensor = list[place];
+      // Of each, a node of its own: whatever else leads from one to another is not this function's.
+      const bool differentiable = tensor.defined() && tensor.requires_grad();
+      given.push_back(differentiable ? tensor.view_as(tensor) : tensor);
+      if (!differentiable) continue;
+      inputs.push_back(given.back());
+      places.push_back(place);
+    }
+    const Saved nodes(given, saved.options, saved.chunk);
+    const Outputs outputs = of_logits(nodes.layer(), nodes.inputs(), saved.options);
+    variable_list of, for_outputs;
+    for (size_t i = 0; i < grads.size() && i < 4; ++i) {
+      if (!grads[i].defined()) continue;
+      of.push_back(outputs[i]);
+      for_outputs.push_back(grads[i]);
+    }
+    variable_list result(11);
+    if (of.empty() || inputs.empty()) return result;
+    const auto made = torch::autograd::grad(of, inputs, for_outputs, /*retain_graph=*/true, /*create_graph=*/true,
+                                            /*allow_unused=*/true);
+    for (size_t i = 0; i < made.size(); ++i) result[places[i]] = made[i];
+    return result;
+  }
+
+  // Of lse, target_log_prob and entropy, in the order of GradStatistic.
+  static OptionalTensor gradients_of_statistics(const variable_list& grads, const at::Tensor& lse) {
+    variable_list rows;
+    bool any = false;
+    for (size_t i = 1; i <= 3 && i < grads.size(); ++i) {
+      any |= grads[i].defined();
+      rows.push_back(grads[i].defined() ? grads[i].reshape({-1}).to(lse.scalar_type())
+                                        : at::zeros_like(lse.select(0, 0)));
+    }
+    return any ? OptionalTensor(at::stack(rows)) : std::nullopt;
+  }
+};
+
+bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
+
+Outputs outputs_autograd(const Layer& layer, const Inputs& in, const Options& given, int64_t chunk) {
+  check(in, given);
+  const variable_list all = Saved::list(layer, in);
+  const bool forward_mode = std::any_of(all.begin(), all.end(), has_tangent);
+  if (forward_mode || !is_supported(layer, in, given)) return fallback_of(layer, in, given);
+  const Options options = with_loss_type(in, given);
+  const bool graph = c10::GradMode::is_enabled() && std::any_of(all.begin(), all.end(), [](const at::Tensor& tensor) {
+                       return tensor.defined() && tensor.requires_grad();
+                     });
+  if (!graph) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return outputs_without_grad(layer, in, options, chunk);
+  }
+  const auto results =
+      LossFunction::apply(layer.input, layer.weight, layer.bias, in.target, in.weight, in.companion, in.sample_weight,
+                          in.divisor, options, chunk, wants_one_pass(layer, in, options));
+  Outputs outputs;
+  std::copy(results.begin(), results.end(), outputs.begin());
+  if (options.statistics) correct(outputs, layer, in, options, chunk);
+  return outputs;
+}
+
+// ---- the operators' kernels -----------------------------------------------------------------------------------------
+
+Outputs outputs_of_operator(const Layer& layer, const Inputs& in, const Options& options, int64_t chunk) {
+  if (!options.statistics) return {loss(layer, in, options, chunk)};
+  return std::apply([](const auto&... results) { return Outputs{results...}; },
+                    loss_with_stats(layer, in, options, chunk));
+}
+
+using Function = Outputs(const Layer&, const Inputs&, const Options&, int64_t chunk);
+
+Outputs outputs_default(const Layer& layer, const Inputs& in, const Options& options, int64_t chunk) {
+  check(in, options);
+  if (!is_supported(layer, in, options)) return fallback_of(layer, in, options);
+  return outputs_without_grad(layer, in, with_loss_type(in, options), chunk);
+}
+
+// torch.func: vmap, grad, jvp and their compositions.
+Outputs outputs_functorch(const Layer& layer, const Inputs& in, const Options& options, int64_t) {
+  check(in, options);
+  return fallback_of(layer, in, options);
+}
+
+// The layer in half precision, as autocast has linear; the loss float32.
+template <c10::DeviceType device, c10::DispatchKey key>
+Outputs outputs_autocast(const Layer& layer, const Inputs& in, const Options& given, int64_t chunk) {
+  const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
+  if (layer.input.device().type() != device) return outputs_of_operator(layer, in, given, chunk);
+  const auto type = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const at::Tensor& tensor) { return at::autocast::cached_cast(type, tensor, device); };
+  const at::Tensor input = cast(layer.input), linear_weight = cast(layer.weight);
+  OptionalTensor bias;
+  if (has_value(layer.bias)) bias = cast(*layer.bias);
+  const Layer narrow{input, linear_weight, bias};
+  const at::Tensor logits = stand_in(narrow);
+  const Inputs inputs{logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor};
+  const auto [weight, options] = with_wide_loss(inputs, given);
+  return outputs_of_operator(narrow, {logits, in.target, weight, in.companion, in.sample_weight, in.divisor}, options,
+                             chunk);
+}
+
+template <Function function>
+at::Tensor loss_by(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t chunk) {
+  const Layer layer{input, linear_weight, linear_bias};
+  const at::Tensor logits = stand_in(layer);
+  return function(layer, {logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers),
+                  chunk)[0];
+}
+
+template <Function function>
+Results results_by(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t chunk) {
+  const Layer layer{input, linear_weight, linear_bias};
+  const at::Tensor logits = stand_in(layer);
+  return as_tuple(function(layer, {logits, target, weight, companion, sample_weight, divisor},
+                           Options::of(integers, numbers), chunk));
+}
+
+// ---- Meta: shapes and types -----------------------------------------------------------------------------------------
+
+ForwardResult forward_meta(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t) {
+  const at::Tensor logits = stand_in({input, linear_weight, linear_bias});
+  return xent::forward({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers));
+}
+
+at::Tensor gradient_meta(const at::Tensor& tensor, bool wanted) {
+  return wanted ? at::empty_symint(tensor.sym_sizes(), tensor.options()) : at::empty({0}, tensor.options());
+}
+
+ForwardBackwardResult forward_backward_meta(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t,
+                                            std::array<bool, 3> wanted) {
+  const Options options = Options::of(integers, numbers);
+  return {at::empty({}, input.options().dtype(*options.loss_dtype)), gradient_meta(input, wanted[0]),
+          gradient_meta(linear_weight, wanted[1]),
+          wanted[2] ? gradient_meta(*linear_bias, true) : at::empty({0}, input.options())};
+}
+
+BackwardResult backward_meta(XENT_GRADIENTS, XENT_LAYER, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS, int64_t,
+                             std::array<bool, 4> wanted) {
+  const Inputs inputs{input, target, weight, companion, sample_weight, divisor};
+  return {gradient_meta(input, wanted[0]), gradient_meta(linear_weight, wanted[1]),
+          wanted[2] ? gradient_meta(*linear_bias, true) : at::empty({0}, input.options()),
+          gradient_meta(inputs.probabilities(Options::of(integers, numbers)), wanted[3])};
+}
+
+static_assert(std::is_same_v<decltype(loss_by<outputs_default>), schema::Loss>);
+static_assert(std::is_same_v<decltype(results_by<outputs_default>), schema::WithStats>);
+static_assert(std::is_same_v<decltype(forward_meta), schema::Forward>);
+static_assert(std::is_same_v<decltype(forward_backward_meta), schema::ForwardBackward>);
+static_assert(std::is_same_v<decltype(backward_meta), schema::Backward>);
+
+template <Function function>
+void register_function(torch::Library& m) {
+  m.impl("linear_cross_entropy", &loss_by<function>);
+  m.impl("linear_cross_entropy_with_stats", &results_by<function>);
+}
+
+}  // namespace
+
+// ---- registration ---------------------------------------------------------------------------------------------------
+
+TORCH_LIBRARY_FRAGMENT(cross_entropy_ext, m) {
+  const std::string layer = "Tensor input, Tensor linear_weight, Tensor? linear_bias, ";
+  const std::string inputs =
+      "Tensor target, Tensor? weight, Tensor? companion, Tensor? sample_weight, Tensor? divisor, ";
+  const std::string options = "int[] integers, float[] numbers, int chunk";
+  const std::string gradients = "Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias";
+  const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
+  define("linear_cross_entropy(" + layer + inputs + options + ") -> Tensor");
+  define("linear_cross_entropy_with_stats(" + layer + inputs + options +
+         ") -> (Tensor loss, Tensor lse, Tensor target_log_prob, Tensor entropy, Tensor z_loss, Tensor argmax)");
+  define("_linear_forward(" + layer + inputs + options + ") -> (Tensor loss, Tensor lse, Tensor denominator)");
+  define("_linear_forward_backward(" + layer + inputs + options + ", bool[3] wanted) -> (Tensor loss, " + gradients +
+         ")");
+  define("_linear_backward(Tensor grad_output, Tensor? grad_statistics, " + layer + inputs +
+         "Tensor lse, Tensor denominator, " + options + ", bool[4] wanted) -> (" + gradients + ", Tensor grad_target)");
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) { register_function<outputs_default>(m); }
+TORCH_LIBRARY_IMPL(cross_entropy_ext, Autograd, m) { register_function<outputs_autograd>(m); }
+TORCH_LIBRARY_IMPL(cross_entropy_ext, FuncTorchDynamicLayerFrontMode, m) { register_function<outputs_functorch>(m); }
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, AutocastCPU, m) {
+  register_function<outputs_autocast<c10::kCPU, c10::DispatchKey::AutocastCPU>>(m);
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, AutocastCUDA, m) {
+  register_function<outputs_autocast<c10::kCUDA, c10::DispatchKey::AutocastCUDA>>(m);
+}
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, Meta, m) {
+  m.impl("_linear_forward", &forward_meta);
+  m.impl("_linear_forward_backward", &forward_backward_meta);
+  m.impl("_linear_backward", &backward_meta);
+}
+
+}  // namespace xent::linear
