@@ -7,7 +7,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include "cross_entropy.h"
@@ -131,17 +130,6 @@ Results results_without_grad(const Inputs& inputs, const Options& options) {
   return as_tuple(outputs);
 }
 
-// Where a device has no kernel that does it at once.
-ForwardResult forward_then_backward_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
-  const Options options = Options::of(integers, numbers);
-  TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward_: needs a reduction");
-  const auto [loss, lse, denominator] = forward(inputs, options);
-  const at::Tensor one = at::ones({}, logits.options().dtype(at::kFloat));
-  backward_({one, std::nullopt, lse, denominator}, inputs, options, /*target_wanted=*/false);
-  return {loss, lse, denominator};
-}
-
 // ---- Meta: shapes, types and strides --------------------------------------------------------------------------------
 
 ForwardResult forward_meta(XENT_INPUTS, XENT_OPTIONS) {
@@ -165,6 +153,10 @@ ForwardBackwardResult forward_backward_meta(XENT_INPUTS, XENT_OPTIONS) {
   auto [loss, lse, denominator] =
       forward_meta(logits, target, weight, companion, sample_weight, divisor, integers, numbers);
   return {loss, lse, denominator, at::empty_like(logits)};
+}
+
+ForwardResult forward_backward_meta_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
+  return forward_meta(logits, target, weight, companion, sample_weight, divisor, integers, numbers);
 }
 
 BackwardResult backward_meta(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
@@ -307,12 +299,12 @@ TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) {
   m.impl("cross_entropy", TORCH_FN((from_plain<at::Tensor, loss_without_grad>)));
   m.impl("general_cross_entropy", TORCH_FN((from_lists<at::Tensor, loss_without_grad>)));
   m.impl("cross_entropy_with_stats", TORCH_FN((from_lists<Results, results_without_grad>)));
-  m.impl("_forward_backward_", &forward_then_backward_);
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, Meta, m) {
   m.impl("_forward", &forward_meta);
   m.impl("_forward_backward", &forward_backward_meta);
+  m.impl("_forward_backward_", &forward_backward_meta_);
   m.impl("_backward", &backward_meta);
   m.impl("_backward_", &backward_meta_);
   m.impl("_adapt_gradient_", &adapt_gradient_meta_);

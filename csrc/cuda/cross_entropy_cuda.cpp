@@ -2,6 +2,7 @@
 // so everything can be captured into a CUDA graph.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/stack.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
@@ -222,6 +223,18 @@ at::Tensor backward_cuda_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS,
   return or_empty(grad_target, of_target);
 }
 
+// From a second read of the logits: those of a chunk that was just made are in the L2 cache.
+ForwardResult forward_backward_cuda_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
+  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+  const Options options = Options::of(integers, numbers);
+  TORCH_CHECK(options.reduction != kNone && inputs.form(options) != Form::kPairs,
+              "cross_entropy_ext::_forward_backward_: needs a reduction, and no pairs");
+  const auto [loss, lse, denominator, none] = run_forward(inputs, options, false);
+  const at::Tensor one = at::ones({}, logits.options().dtype(at::kFloat));
+  backward_into(logits, {}, {one, std::nullopt, lse, denominator}, inputs, options, false);
+  return {loss, lse, denominator};
+}
+
 void adapt_gradient_cuda_(XENT_GRADIENTS, at::Tensor& grad_logits, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS) {
   backward_into(grad_logits, {}, {grad_output, grad_statistics, lse, denominator},
                 {logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers), true);
@@ -229,6 +242,7 @@ void adapt_gradient_cuda_(XENT_GRADIENTS, at::Tensor& grad_logits, XENT_INPUTS, 
 
 static_assert(std::is_same_v<decltype(forward_cuda), schema::Forward>);
 static_assert(std::is_same_v<decltype(forward_backward_cuda), schema::ForwardBackward>);
+static_assert(std::is_same_v<decltype(forward_backward_cuda_), schema::ForwardBackwardInplace>);
 static_assert(std::is_same_v<decltype(backward_cuda), schema::Backward>);
 static_assert(std::is_same_v<decltype(backward_cuda_), schema::BackwardInplace>);
 static_assert(std::is_same_v<decltype(adapt_gradient_cuda_), schema::AdaptGradient>);
@@ -239,6 +253,7 @@ void register_kernels(torch::Library& m) {
   register_nll_loss(m);
   m.impl("_forward", &forward_cuda);
   m.impl("_forward_backward", &forward_backward_cuda);
+  m.impl("_forward_backward_", &forward_backward_cuda_);
   m.impl("_backward", &backward_cuda);
   m.impl("_backward_", &backward_cuda_);
   m.impl("_adapt_gradient_", &adapt_gradient_cuda_);
