@@ -77,6 +77,7 @@ gpu:
 benchmarks: build
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.idioms
+	$(BIN)/python -m benchmarks.linear
 	$(BIN)/python -m benchmarks.clients
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.training

@@ -1,7 +1,7 @@
 """What a result file holds: the machine, the versions, the command, and records, which are flat dictionaries.
 
 `benchmarks/results/<device>/<part>.json`, where the device is `cpu` or a GPU's name and the part is the module that
-measured it: run, idioms, scaling, training, accuracy. `benchmarks.report` reads nothing else.
+measured it: run, idioms, linear, scaling, training, clients, accuracy. `benchmarks.report` reads nothing else.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 PAGE, README, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "README.md", ROOT / "docs" / "benchmarks"
 BEGIN = "<!-- From here on `python -m benchmarks.report` writes. -->"
 BEGIN_IDIOMS = "<!-- `python -m benchmarks.report` writes this table, too. -->"
+BEGIN_LINEAR = "<!-- `python -m benchmarks.report` writes this table of the output layer, too. -->"
 END = "<!-- Up to here. -->"
-PARTS = ("run", "idioms", "scaling", "training", "clients", "accuracy")
+PARTS = ("run", "idioms", "linear", "scaling", "training", "clients", "accuracy")
 TRAINING, EVALUATION = "forward+backward", "forward"
 PEERS = ("liger", "quack", "flash-attn", "apex", "unsloth", "cut-cross-entropy")
 
@@ -266,6 +267,33 @@ def costs_table(result: dict) -> str:
     return markdown_table(["", "logits", "plain, ms", "with it, ms", "costs"], rows, left=2)
 
 
+def steps_of(result: dict) -> dict[tuple[str, str], dict[str, dict]]:
+    """The records of the output layer and its loss: (case, sizes), then provider."""
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    for record in result["records"]:
+        if "provider" in record:
+            found.setdefault((record["case"], dimensions(record)), {})[record["provider"]] = record
+    return found
+
+
+def besides(record: dict) -> float | None:
+    """What a step takes besides its gradients, in MiB."""
+    peak = record.get("peak_extra_bytes")
+    return None if peak is None else (peak - record["gradient_bytes"]) / 2**20
+
+
+def linear_table(result: dict) -> str:
+    rows = []
+    for (case, sizes), providers in steps_of(result).items():
+        for name, record in providers.items():
+            said = record.get("error") or record.get("wrong")
+            cells = [number(record.get("median_ms")), number(record.get("products"), ".2f")]
+            cells += [number(besides(record), ".0f")]
+            rows.append([f"{case}, {sizes}", name + (f": {said}" if said else ""), *cells])
+    header = ["states x features x classes", "", "step, ms", "in units of the products", "MiB besides the gradients"]
+    return markdown_table(header, rows, left=2)
+
+
 def training_table(result: dict) -> str:
     rows = []
     for record in result["records"]:
@@ -394,6 +422,17 @@ def idioms_section(device: str, result: dict) -> list[str]:
     ]
 
 
+LINEAR = (
+    "Forward and backward, from hidden states, weight and labels to the loss and both gradients. `products` are the "
+    "three matrix products alone, which whoever makes logits needs; times in units of theirs are medians of the ratios "
+    "of neighbouring turns. Memory is the peak of a step on top of states, weight and labels, less the two gradients."
+)
+
+
+def linear_section(device: str, result: dict) -> list[str]:
+    return [LINEAR, linear_table(result)]
+
+
 def wrong_pairs(result: dict) -> str:
     said = [
         f"* {record['name']}, {record.get('which', '')}: {record.get('error') or record.get('wrong')}"
@@ -466,6 +505,7 @@ EXPLAINED = {
 TITLES = {
     "run": "Every case",
     "idioms": "What is written around the loss",
+    "linear": "The output layer and its loss",
     "scaling": "Scaling",
     "training": "Training whole models",
     "clients": "Programs that know nothing of this package",
@@ -474,6 +514,7 @@ TITLES = {
 SECTIONS = {
     "run": run_section,
     "idioms": idioms_section,
+    "linear": linear_section,
     "scaling": scaling_section,
     "training": training_section,
     "clients": clients_section,
@@ -492,8 +533,8 @@ def page() -> str:
         "# Benchmarks",
         "",
         "Written by `python -m benchmarks.report` from `benchmarks/results/`. `python -m benchmarks.run` measures what "
-        "follows on your machine; `benchmarks.idioms`, `benchmarks.scaling`, `benchmarks.training`, "
-        "`benchmarks.clients` and `benchmarks.accuracy` do the rest.",
+        "follows on your machine; `benchmarks.idioms`, `benchmarks.linear`, `benchmarks.scaling`, "
+        "`benchmarks.training`, `benchmarks.clients` and `benchmarks.accuracy` do the rest.",
         "",
     ]
     for device in devices():
@@ -533,9 +574,18 @@ def idioms_block() -> str:
     return f"{BEGIN_IDIOMS}\n\n{idioms_table(groups)}\n\n{text}\n{END}"
 
 
+def linear_block() -> str:
+    """The output layer with its loss."""
+    result = files.read("cpu", "linear")
+    return (
+        f"{BEGIN_LINEAR}\n\n{linear_table(result)}\n\n{LINEAR}\n\n"
+        f"Measured by `{result['command']}` ({described(result)}).\n{END}"
+    )
+
+
 def with_blocks(readme: str) -> str:
     """Anew what is between the README's marks."""
-    for begin, block in ((BEGIN, run_block), (BEGIN_IDIOMS, idioms_block)):
+    for begin, block in ((BEGIN, run_block), (BEGIN_IDIOMS, idioms_block), (BEGIN_LINEAR, linear_block)):
         pattern = re.escape(begin) + ".*?" + re.escape(END)
         readme = re.sub(pattern, lambda _, block=block: block(), readme, flags=re.DOTALL)
     return readme

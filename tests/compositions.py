@@ -47,17 +47,26 @@ def gather(values: Tensor, index: Tensor) -> Tensor:
 
 
 def reduce(
-    losses: Tensor, counts: Tensor, factors: Tensor | None, sample_weight: Tensor | None, reduction: str, empty: str
+    losses: Tensor,
+    counts: Tensor,
+    factors: Tensor | None,
+    sample_weight: Tensor | None,
+    reduction: str,
+    empty: str,
+    denominator: float | Tensor | None = None,
 ) -> Tensor:
-    """`factors`: what a position's loss is divided by in a mean, besides its sample weight."""
+    """`factors`: what a position's loss is divided by in a mean, besides its sample weight; unless by `denominator`."""
     s = torch.ones_like(losses) if sample_weight is None else sample_weight.to(losses.dtype)
     losses = torch.where(counts, losses * s, torch.zeros_like(losses))
     if reduction == "none":
         return losses
     if reduction == "sum":
         return losses.sum()
-    parts = s if factors is None else s * factors
-    denominator = torch.where(counts, parts, torch.zeros_like(parts)).sum()
+    if denominator is None:
+        parts = s if factors is None else s * factors
+        denominator = torch.where(counts, parts, torch.zeros_like(parts)).sum()
+    else:
+        denominator = torch.as_tensor(denominator).to(losses)
     if empty == "zero":
         nothing = (denominator == 0) & (losses.sum() == 0)
         denominator = torch.where(nothing, torch.ones_like(denominator), denominator)
@@ -78,6 +87,7 @@ def cross_entropy_with_stats(
     logit_scale: float = 1.0,
     loss_dtype: torch.dtype | None = None,
     empty: str = "nan",
+    denominator: float | Tensor | None = None,
     inplace: bool = False,
 ) -> Stats:
     x = classes_last(transformed(input, softcap, logit_scale))
@@ -99,7 +109,9 @@ def cross_entropy_with_stats(
     z = z_loss * lse.square()
 
     def reduced(losses: Tensor) -> Tensor:
-        return reduce(losses, counts, factors, sample_weight, reduction, empty).to(loss_dtype or losses.dtype)
+        return reduce(losses, counts, factors, sample_weight, reduction, empty, denominator).to(
+            loss_dtype or losses.dtype
+        )
 
     def statistic(value: Tensor) -> Tensor:
         return torch.where(counts, value, torch.zeros_like(value))
@@ -134,6 +146,7 @@ def sparse_cross_entropy(
     logit_scale: float = 1.0,
     loss_dtype: torch.dtype | None = None,
     empty: str = "nan",
+    denominator: float | Tensor | None = None,
 ) -> Tensor:
     """A dense target is scattered together; what issue 5 is there to avoid."""
     x = classes_last(transformed(input, softcap, logit_scale))
@@ -146,7 +159,7 @@ def sparse_cross_entropy(
     probs = torch.where(valid, probs, torch.zeros_like(probs))
     q = torch.zeros_like(x).scatter_add(-1, torch.where(valid, indices, torch.zeros_like(indices)), probs)
     losses = cross(w * ((1 - e) * q + e / classes), x.log_softmax(-1)) + z_loss * x.logsumexp(-1).square()
-    return reduce(losses, counts, None, sample_weight, reduction, empty).to(loss_dtype or losses.dtype)
+    return reduce(losses, counts, None, sample_weight, reduction, empty, denominator).to(loss_dtype or losses.dtype)
 
 
 def mixup_cross_entropy(

@@ -11,9 +11,9 @@ every class (of smoothing, probabilities, a teacher), all of the transformed log
 
 Besides its value every result has a *scale*: the magnitude of the terms that it is the sum of, at which an error of a
 few roundings of the arithmetic is allowed (`oracle.assert_as_exact`). A term is as inexact as what it is made of:
-exp(x - m) by as many roundings as x - m is long (`Softmax.lengths`); and where logits are transformed, x is itself
-rounded (`Softmax.noise`). What can be had exactly has no such excuse: p_y - 1 is as small as the sum of the other
-probabilities, and coefficients that are zero add nothing to a scale.
+exp(x - m) by as many roundings as x - m is long (`Softmax.lengths`); and where logits are transformed, or calculated
+before (`noise`), x is itself rounded (`Softmax.noise`). What can be had exactly has no such excuse: p_y - 1 is as small
+as the sum of the other probabilities, and coefficients that are zero add nothing to a scale.
 """
 
 from __future__ import annotations
@@ -93,11 +93,13 @@ class Logits:
     softcap: float | None = None
     logit_scale: float = 1.0
     counts: Tensor | None = None  # positions whose logits may be read
+    noise: Tensor | None = None  # roundings of the input, where it is the result of a calculation
 
     def __post_init__(self) -> None:
         raw = classes_last(self.input.detach().double())
+        noise = torch.zeros_like(raw) if self.noise is None else classes_last(self.noise)
         if self.counts is not None:
-            raw = zero_if(~self.counts.unsqueeze(-1), raw)
+            raw, noise = (zero_if(~self.counts.unsqueeze(-1), v) for v in (raw, noise))
         x = raw * self.logit_scale
         self.slope = torch.full_like(x, self.logit_scale)
         self.slope_terms = torch.zeros_like(x)
@@ -107,8 +109,9 @@ class Logits:
             decay = (-2 * u.abs()).exp()
             self.slope = self.logit_scale * 4 * decay / (1 + decay).square()  # sech^2
             self.slope_terms = torch.full_like(x, 2 * abs(self.logit_scale))  # 1 - tanh^2
+            self.slope_terms += noise * (2 * u.tanh() * self.slope * self.logit_scale / self.softcap).abs()
         calculated = self.softcap is not None or self.logit_scale != 1
-        self.softmax = Softmax(x, x.abs() if calculated else torch.zeros_like(x))
+        self.softmax = Softmax(x, noise * self.slope.abs() + (x.abs() if calculated else torch.zeros_like(x)))
 
     def gradient(self, value: Tensor, scale: Tensor) -> Exact:
         """From the gradient of x to that of the input, in its order of dimensions."""
@@ -134,15 +137,21 @@ class Sum:
     reduction: str
     empty: str
     upstream: Tensor | None
+    divisor: float | Tensor | None = None  # what a mean divides by instead
 
     def __post_init__(self) -> None:
         s = self.sample_weight
         self.s = torch.ones_like(self.factors) if s is None else s.detach().double()
-        parts = zero_if(~self.counts, self.s * self.factors)
-        self.denominator = parts.sum() if self.reduction == "mean" else torch.ones((), dtype=torch.double)
-        # By how much terms of both signs make the denominator more inexact than its terms.
-        condition = parts.abs().sum() / self.denominator.abs() if self.reduction == "mean" else torch.ones(())
-        self.condition = condition.double().nan_to_num(1.0, posinf=1.0)
+        self.denominator, condition = torch.ones((), dtype=torch.double), torch.ones((), dtype=torch.double)
+        self.counting = self.reduction == "mean" and self.divisor is None
+        if self.counting:
+            parts = zero_if(~self.counts, self.s * self.factors)
+            self.denominator = parts.sum()
+            # By how much terms of both signs make the denominator more inexact than its terms.
+            condition = parts.abs().sum() / self.denominator.abs()
+        elif self.divisor is not None:
+            self.denominator = torch.as_tensor(self.divisor, dtype=torch.double).detach()
+        self.condition = condition.nan_to_num(1.0, posinf=1.0)
 
     def __call__(self, value: Tensor, scale: Tensor) -> Exact:
         value = zero_if(~self.counts, times(self.s, value))
@@ -177,10 +186,16 @@ class Sum:
     def gradient_of_sample_weight(self, losses: Exact, loss: Exact) -> Exact:
         """A mean's denominator, too, depends on it."""
         value, scale = times(self.g, losses.value), self.g.abs() * losses.scale
-        if self.reduction == "mean":
+        if self.counting:
             value = value - self.g * self.factors * loss.value
             scale = scale + (self.g * self.factors).abs() * (loss.value.abs() + loss.scale)
         return Exact(zero_if(~self.counts, value), finite(zero_if(~self.counts, scale)) * self.condition)
+
+    def gradient_of_denominator(self, loss: Exact) -> Exact:
+        """Of one that was given: the loss is inverse to it."""
+        g = torch.zeros(()) if self.upstream is None or self.reduction == "none" else self.upstream.detach().double()
+        share = torch.zeros_like(loss.value) if self.reduction != "none" and self.nothing else g / self.denominator
+        return Exact(-share * loss.value, finite(share.abs() * loss.scale))
 
 
 @dataclass
@@ -232,13 +247,15 @@ def cross_entropy_with_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     empty: str = "nan",
+    denominator: float | Tensor | None = None,
+    noise: Tensor | None = None,
     upstream: Upstream,
 ) -> dict[str, Exact]:
     soft, e, classes = input.shape == target.shape, label_smoothing, input.size(1 if input.dim() > 1 else 0)
     w = torch.ones(classes, dtype=torch.double) if weight is None else weight.detach().double()
     positions = classes_last(input).shape[:-1]
     counts = torch.ones(positions, dtype=torch.bool) if soft else target.detach().long() != ignore_index
-    logits = Logits(input, softcap, logit_scale, counts)
+    logits = Logits(input, softcap, logit_scale, counts, noise)
     f = logits.softmax
     index, hits = no_hits(f)
     if soft:
@@ -253,7 +270,7 @@ def cross_entropy_with_stats(
         spread = (e / classes * w).expand_as(f.x)
         spread_scale = spread.abs()
     coefficients = Coefficients(index, hits, spread, spread_scale, z_loss)
-    total = Sum(counts, sample_weight, factors, reduction, empty, upstream.loss)
+    total = Sum(counts, sample_weight, factors, reduction, empty, upstream.loss, denominator)
     losses = coefficients.loss(f)
     loss, s = total(losses.value, losses.scale), total.shares.unsqueeze(-1)
 
@@ -288,6 +305,7 @@ def cross_entropy_with_stats(
         "entropy": statistic(f.entropy, f.entropy_scale),
         "input": logits.gradient(dx.value + bend, (dx.scale + bend_scale) * total.condition),
         "sample_weight": total.gradient_of_sample_weight(losses, loss),
+        "denominator": total.gradient_of_denominator(loss),
         "z_loss": total(z_loss * f.lse.square(), abs(z_loss) * f.lse_scale.square()),
         # How far each class is behind, and by how much that may be wrong.
         "argmax": Exact(
@@ -329,6 +347,8 @@ def sparse_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     empty: str = "nan",
+    denominator: float | Tensor | None = None,
+    noise: Tensor | None = None,
     upstream: Upstream,
 ) -> dict[str, Exact]:
     e, classes = label_smoothing, input.size(1 if input.dim() > 1 else 0)
@@ -336,13 +356,14 @@ def sparse_cross_entropy(
     index = classes_last(indices.detach().long())
     valid = index != ignore_index
     counts, index = valid.any(-1), zero_if(~valid, index)
-    logits = Logits(input, softcap, logit_scale, counts)
+    logits = Logits(input, softcap, logit_scale, counts, noise)
     f = logits.softmax
     factor = zero_if(~valid, (1 - e) * w[index])
     hits = times(factor, classes_last(probs.detach().double()))
     spread = (e / classes * w).expand_as(f.x)
     losses = Coefficients(index, hits, spread, spread.abs(), z_loss).loss(f)
-    total = Sum(counts, sample_weight, torch.ones(counts.shape, dtype=torch.double), reduction, empty, upstream.loss)
+    ones = torch.ones(counts.shape, dtype=torch.double)
+    total = Sum(counts, sample_weight, ones, reduction, empty, upstream.loss, denominator)
     loss, s = total(losses.value, losses.scale), total.shares.unsqueeze(-1)
     scaled = Coefficients(index, times(s, hits), times(s, spread), times(s, spread).abs())
     further = times(total.shares, 2 * z_loss * f.lse)
@@ -353,6 +374,7 @@ def sparse_cross_entropy(
         "input": logits.gradient(dx.value, dx.scale * total.condition),
         "probs": dense(times(s * factor, own), (s * factor).abs() * own_scale * total.condition),
         "sample_weight": total.gradient_of_sample_weight(losses, loss),
+        "denominator": total.gradient_of_denominator(loss),
     }
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import figures, idioms, pairs, providers, records, report, run, scaling, shapes, timing, values
+from benchmarks import figures, idioms, linear, pairs, providers, records, report, run, scaling, shapes, timing, values
 from benchmarks.memory import CpuPeaks
 from benchmarks.pairs import NOW, PAIRS, TODAY, Pair
 from benchmarks.providers import Provider, Refused
@@ -31,7 +31,8 @@ BOTH = ("forward+backward", "forward")
 
 def test_readme_says_what_was_recorded():
     readme = (ROOT / "README.md").read_text()
-    assert report.BEGIN in readme and report.BEGIN_IDIOMS in readme and readme.count(report.END) == 2
+    begins = (report.BEGIN, report.BEGIN_IDIOMS, report.BEGIN_LINEAR)
+    assert [readme.count(begin) for begin in begins] == [1, 1, 1] and readme.count(report.END) == 3
     assert report.with_blocks(readme) == readme, "run `python -m benchmarks.report`"
 
 
@@ -100,6 +101,40 @@ def test_every_pair_was_recorded():
     costs = report.costs_of(records.read("cpu", "idioms"))
     assert [tuple(record["shape"]) for _, record in costs] == list(idioms.COSTS)
     assert not [record for _, record in costs if "wrong" in record]
+
+
+# What is promised: of the products' time, for each type.
+PRODUCTS = {torch.float32: 1.15, torch.bfloat16: 1.4}
+
+
+def test_every_linear_case_was_recorded():
+    """On today's shapes, right, as fast as promised and with 48 MB besides the gradients."""
+    groups = report.steps_of(records.read("cpu", "linear"))
+    assert len(groups) == len([case for case in linear.CASES if case.cpu])
+    for case in linear.CASES:
+        if case.cpu is None:
+            continue
+        group = groups[case.name, "x".join(map(str, case.cpu))]
+        for name in (linear.PRODUCTS, linear.NATIVE, linear.CHUNKED, linear.SEPARATE, linear.OURS):
+            record = group[name]
+            assert "wrong" not in record and record["median_ms"] > 0, record
+            assert {**record, **case.fields(case.cpu)} == record
+        ours = group[linear.OURS]
+        assert ours["products"] <= PRODUCTS[case.dtype] and report.besides(ours) <= 48
+
+
+@pytest.mark.parametrize("changed", ["products", "peak_extra_bytes", "error"])
+def test_pages_would_differ_in_linear(changed, monkeypatch):
+    result = records.read("cpu", "linear")
+    assert "\n\n".join(report.linear_section("cpu", result)) in report.page()
+    before = report.linear_block(), report.linear_section("cpu", result)
+    record = next(r for r in result["records"] if r["provider"] == linear.OURS)
+    if changed == "error":
+        record["error"] = "RuntimeError: no"
+    else:
+        record[changed] = 2 * record[changed] + 2**21
+    monkeypatch.setattr(report.files, "read", lambda device, part: result)
+    assert report.linear_block() != before[0] and report.linear_section("cpu", result) != before[1]
 
 
 @pytest.mark.parametrize("changed", ["time", "memory", "code", "cost"])
@@ -297,6 +332,64 @@ def test_peak_of_a_pair():
     peaks.close()
 
 
+# -- the output layer ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_right_steps_pass_and_wrong_ones_do_not(dtype):
+    states, weight, target = linear.draw((50, 16, 300), dtype, "cpu")
+    expected = linear.Expected(states, weight, target)
+    leaves = states.requires_grad_(), weight.requires_grad_()
+    for name in (linear.NATIVE, linear.SEPARATE, linear.OURS):
+        loss, *gradients = linear.PROVIDERS[name]()(*leaves, target)
+        assert expected.wrong(loss, *gradients) == ""
+        assert "the loss" in expected.wrong(loss * 1.1, *gradients)
+        assert "states" in expected.wrong(loss, gradients[0] * 1.1, gradients[1])
+        assert "weight" in expected.wrong(loss, gradients[0], gradients[1].roll(1, 0))
+        assert "weight" in expected.wrong(loss, gradients[0], gradients[1] * float("nan"))
+    logits, of_states, of_weight = states @ weight.t(), *linear.products(*leaves, target)
+    torch.testing.assert_close(of_states, logits @ weight)
+    torch.testing.assert_close(of_weight, logits.t() @ states)
+
+
+def test_expected_steps_come_in_pieces(monkeypatch):
+    """Where rows of logits do not fit at once: the same loss and gradients."""
+    drawn = linear.draw((50, 16, 300), torch.float32, "cpu")
+    whole = linear.Expected(*drawn)
+    monkeypatch.setattr(linear, "ELEMENTS", 7 * 300)
+    pieces = linear.Expected(*drawn)
+    assert math.isclose(pieces.loss, whole.loss)
+    torch.testing.assert_close(pieces.gradients, whole.gradients)
+
+
+def test_a_step_that_fails_or_is_wrong_is_a_record(monkeypatch):
+    def explode(states, weight, target):
+        raise RuntimeError("no such thing\nat all")
+
+    monkeypatch.setitem(linear.PROVIDERS, "explodes", lambda: explode)
+    twice = linear.trained(lambda states, weight, target: 2 * F.cross_entropy(states @ weight.t(), target))
+    monkeypatch.setitem(linear.PROVIDERS, "wrong", lambda: twice)
+    monkeypatch.setattr(linear, "peak_of", lambda *_: None)
+    names = [linear.PRODUCTS, "explodes", "wrong", linear.OURS]
+    found = linear.case_records(linear.CASES[0], (16, 8, 50), "cpu", 0.0, names)
+    assert [record["provider"] for record in found] == names
+    assert found[1]["error"] == "RuntimeError: no such thing" and found[3]["products"] > 0
+    assert found[2]["wrong"].startswith("the loss is") and found[2]["median_ms"] > 0
+    linear.console.print(linear.table([*found, {"case": "a case", "shape": [1, 2, 3], "error": "MemoryError: "}]))
+    text = report.linear_table({"records": found})
+    assert "explodes: RuntimeError: no such thing | - | - | - |" in text and "wrong: the loss is" in text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_peak_of_a_step():
+    """Logits and their gradient are seen where there are some."""
+    shape = (512, 32, 32_000)
+    size, gradients = 4 * 512 * 32_000, 4 * 32 * (512 + 32_000)
+    measured = {name: linear.peak_of(name, shape, torch.float32) for name in (linear.PRODUCTS, linear.NATIVE)}
+    assert 0.95 * size < measured[linear.PRODUCTS] - gradients < 1.2 * size
+    assert 1.9 * size < measured[linear.NATIVE] - gradients < 4 * size
+
+
 # -- the commands --------------------------------------------------------------------------------------------
 
 
@@ -355,6 +448,23 @@ def test_idioms_record_everything(tmp_path):
     assert [tuple(record["shape"]) for _, record in costs] == list(idioms.QUICK_COSTS)
     assert all(record["over_plain"] > 0 for _, record in costs)
     assert "MixUp" in shown and "x plain" in shown
+
+
+@pytest.mark.slow
+def test_linear_records_everything(tmp_path):
+    path = tmp_path / "linear.json"
+    shown = run_module("linear", "--quick", "--only", "32k, float32", "--seconds", "0.1", "--json", str(path))
+    result = json.loads(path.read_text())
+    assert result["complete"] and result["quick"]
+    ((key, group),) = report.steps_of(result).items()
+    assert key == ("a vocabulary of 32k, float32", "64x32x4000") and key[0] in shown
+    assert {linear.PRODUCTS, linear.NATIVE, linear.SEPARATE, linear.OURS} <= set(group)
+    for record in group.values():
+        assert record["min_ms"] <= record["median_ms"] <= record["max_ms"] and "wrong" not in record
+        assert record["gradient_bytes"] == 4 * 32 * (64 + 4000)
+        if sys.platform == "linux":
+            assert record["peak_extra_bytes"] > 0
+    assert group[linear.PRODUCTS]["products"] == 1
 
 
 def test_a_pair_that_fails_or_is_wrong_is_a_record():

@@ -1,0 +1,317 @@
+"""The output layer and its loss, forward and backward: time beside the three matrix products, and memory.
+
+    python -m benchmarks.linear [--device cpu|cuda] [--quick] [--only PATTERN] [--seconds S] [--json FILE]
+
+A step takes N hidden states of F features, a weight of V classes and N labels, and gives the loss and the gradients of
+both. Values are compared with float64 first. Who is measured:
+
+* `products`: logits, and the gradients of states and weight, as three matrix products with fresh results and nothing
+  between them. Nobody who makes logits can be faster, and its time is the unit of the column `products`: the median of
+  the ratios of neighbouring turns.
+* `native`: F.linear and the native loss. `native chunked`: F.linear_cross_entropy with LinearCrossEntropyOptions().
+* `linear + ours`: F.linear and our loss of its logits. `ours`: functional.linear_cross_entropy.
+* `liger`: its fused linear loss, on a GPU.
+
+Times are medians of turns that all take, as in `benchmarks.timing`. The peak of memory is that of one step on top of
+states, weight and labels, on a CPU in a process of its own for each; `gradient_bytes` of it are the two gradients.
+
+Records, a dictionary each, of which one that failed has an `error`, and one that is wrong says what is `wrong`:
+
+    case, shape (N, F, V), dtype, provider; median_ms, min_ms, max_ms, turns, products, peak_extra_bytes, gradient_bytes
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import re
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+import cross_entropy_ext
+from cross_entropy_ext.functional import cross_entropy, linear_cross_entropy
+
+from . import command_line
+from . import records as files
+from .memory import CpuPeaks, cuda_peak
+from .timing import Run, Timed, measure
+from .values import TOLERANCE
+
+Shape = tuple[int, int, int]  # states, features, classes
+SECONDS = {"cpu": 150.0, "cuda": 40.0, "quick": 2.0}
+PRODUCTS, NATIVE, CHUNKED, SEPARATE, OURS, LIGER = (
+    "products",
+    "native",
+    "native chunked",
+    "linear + ours",
+    "ours",
+    "liger",
+)
+ELEMENTS = 2**25  # of logits in float64, at once
+console = Console(width=max(120, Console().width))
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    dtype: torch.dtype
+    cpu: Shape | None = None
+    cuda: Shape | None = None
+    quick: Shape = (64, 32, 4000)
+
+    def shape(self, device: str, quick: bool) -> Shape | None:
+        return self.quick if quick else getattr(self, device)
+
+    def fields(self, shape: Shape) -> dict:
+        return {"case": self.name, "shape": list(shape), "dtype": str(self.dtype).removeprefix("torch.")}
+
+
+CASES = [
+    Case("a vocabulary of 32k, float32", torch.float32, cpu=(2048, 512, 32_000)),
+    Case("a vocabulary of 32k, bfloat16", torch.bfloat16, cpu=(2048, 512, 32_000)),
+    Case("Llama 3's head, bfloat16", torch.bfloat16, cuda=(8192, 4096, 128_256)),
+]
+
+# ---- who is measured ------------------------------------------------------------------------------------------------
+
+Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def products(states: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        logits = torch.mm(states, weight.t())
+        return torch.mm(logits, weight), torch.mm(logits.t(), states)
+
+
+def trained(loss: Loss) -> Step:
+    def step(states: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        value = loss(states, weight, target)
+        return value, *torch.autograd.grad(value, (states, weight))
+
+    return step
+
+
+def load_native_chunked() -> Step:
+    from torch.nn import LinearCrossEntropyOptions  # of torch 2.13
+
+    options = LinearCrossEntropyOptions()
+    return trained(lambda states, weight, target: F.linear_cross_entropy(states, weight, target, options=options))
+
+
+def load_liger() -> Step:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    def loss(states: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        found = liger_fused_linear_cross_entropy(states, weight, target)
+        return found[0] if isinstance(found, tuple) else found
+
+    return trained(loss)
+
+
+PROVIDERS: dict[str, Callable[[], Step]] = {
+    PRODUCTS: lambda: products,
+    NATIVE: lambda: trained(lambda states, weight, target: F.cross_entropy(F.linear(states, weight), target)),
+    CHUNKED: load_native_chunked,
+    SEPARATE: lambda: trained(lambda states, weight, target: cross_entropy(F.linear(states, weight), target)),
+    OURS: lambda: trained(linear_cross_entropy),
+    LIGER: load_liger,
+}
+
+
+def importable(device: str) -> list[str]:
+    """Those that this torch and the packages here have."""
+    found = []
+    for name, load in PROVIDERS.items():
+        if name == LIGER and device == "cpu":
+            continue
+        try:
+            load()
+        except ImportError:
+            continue
+        except Exception:  # it is here, and says in its record why it fails
+            pass
+        found.append(name)
+    return found
+
+
+# ---- on what --------------------------------------------------------------------------------------------------------
+
+
+def draw(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """States, weight and labels; logits have a standard deviation of 3, as of a model that has begun to learn."""
+    rows, features, classes = shape
+    random = torch.Generator(device).manual_seed(0)
+    states = torch.empty(rows, features, device=device).normal_(generator=random).to(dtype)
+    weight = torch.empty(classes, features, device=device).normal_(0, 3 / features**0.5, generator=random).to(dtype)
+    return states, weight, torch.randint(classes, (rows,), generator=random, device=device)
+
+
+def ready(provider: str, shape: Shape, dtype: torch.dtype) -> tuple[Run, Tensor]:
+    """By name, for another process: what is called on the CPU, and with which states."""
+    states, weight, target = draw(shape, dtype, "cpu")
+    weight.requires_grad_()
+    step = PROVIDERS[provider]()
+    return lambda states: step(states, weight, target), states.requires_grad_()
+
+
+class Expected:
+    """Loss and gradients in float64, a few rows of logits at a time; the gradients at some rows and classes."""
+
+    def __init__(self, states: Tensor, weight: Tensor, target: Tensor) -> None:
+        rows, classes = len(states), len(weight)
+        self.rows, self.classes = ([0, size // 2, size - 1] for size in (rows, classes))
+        self.tolerance = TOLERANCE[states.dtype]
+        wide, total = weight.double(), 0.0
+        of_states = torch.empty(len(self.rows), states.size(1), dtype=torch.double, device=states.device)
+        of_weight = torch.zeros(len(self.classes), states.size(1), dtype=torch.double, device=states.device)
+        pieces = max(1, ELEMENTS // classes)
+        for begin in range(0, rows, pieces):
+            x, y = states[begin : begin + pieces].double(), target[begin : begin + pieces]
+            logits = x @ wide.t()
+            total += F.cross_entropy(logits, y, reduction="sum").item()
+            g = logits.softmax(1)
+            g[torch.arange(len(y), device=y.device), y] -= 1
+            g /= rows
+            of_weight += g[:, self.classes].t() @ x
+            for place, row in enumerate(self.rows):
+                if begin <= row < begin + len(y):
+                    of_states[place] = g[row - begin] @ wide
+        self.loss, self.gradients = total / rows, (of_states, of_weight)
+
+    def wrong(self, loss: Tensor, of_states: Tensor, of_weight: Tensor) -> str:
+        """What is, or nothing."""
+        if not abs(loss.item() - self.loss) <= self.tolerance * abs(self.loss):
+            return f"the loss is {loss.item():.6g}, not {self.loss:.6g}"
+        found = of_states[self.rows], of_weight[self.classes]
+        for name, some, expected in zip(("states", "weight"), found, self.gradients, strict=True):
+            error, largest = (some.double() - expected).abs().max().item(), expected.abs().max().item()
+            if not error <= self.tolerance * largest:
+                return f"the gradient of the {name} is off by {error:.3g}, its largest element is {largest:.3g}"
+        return ""
+
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
+
+
+def peak_of(provider: str, shape: Shape, dtype: torch.dtype) -> int | None:
+    """On a CPU, in a new process."""
+    peaks = CpuPeaks()
+    try:
+        return peaks.of_made(ready, provider, shape, dtype)
+    finally:
+        peaks.close()
+
+
+def case_records(case: Case, shape: Shape, device: str, seconds: float, names: list[str]) -> list[dict]:
+    states, weight, target = draw(shape, case.dtype, device)
+    expected = Expected(states, weight, target)
+    states.requires_grad_()
+    weight.requires_grad_()
+    gradient_bytes = sum(t.numel() * t.element_size() for t in (states, weight))
+    records, timed = {}, []
+    for name in names:
+        record = records[name] = {**case.fields(shape), "provider": name}
+        try:
+            step = PROVIDERS[name]()
+            run = functools.partial(step, weight=weight, target=target)
+            if name != PRODUCTS and (said := expected.wrong(*run(states))):
+                record["wrong"] = said
+            record["peak_extra_bytes"] = peak_of(name, shape, case.dtype) if device == "cpu" else cuda_peak(run, states)
+            record["gradient_bytes"] = gradient_bytes
+            timed.append(Timed(name, run, [states]))
+        except Exception as error:
+            record["error"] = files.first_line(error)
+        tidy(device)
+    measure(timed, device, time.monotonic() + seconds)
+    turns = {one.name: one.milliseconds for one in timed if not one.error}
+    for one in timed:
+        records[one.name] |= one.summary()
+        if one.name in turns and PRODUCTS in turns:
+            ratios = [mine / least for mine, least in zip(turns[one.name], turns[PRODUCTS], strict=True)]
+            records[one.name]["products"] = statistics.median(ratios)
+    return list(records.values())
+
+
+def tidy(device: str) -> None:
+    gc.collect()
+    cross_entropy_ext.empty_cache()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def table(records: list[dict]) -> Table:
+    shown = Table(box=box.SIMPLE, title="Forward and backward; memory beside the two gradients", pad_edge=False)
+    shown.add_column("case")
+    shown.add_column("provider")
+    for name in ("median ms", "min", "max", "products", "peak MiB", "besides"):
+        shown.add_column(name, justify="right")
+    last = None
+    for record in records:
+        key = f"{record['case']}, {'x'.join(map(str, record['shape']))}"
+        if key != last:
+            shown.add_section()
+        cells = [key if key != last else "", record.get("provider", "")]
+        last = key
+        if "error" in record:
+            shown.add_row(*cells, f"[red]{record['error'][:60]}[/]")
+            continue
+        cells += [f"{record[k]:.2f}" for k in ("median_ms", "min_ms", "max_ms")]
+        cells.append(f"{record['products']:.3f}" if "products" in record else "")
+        peak = record.get("peak_extra_bytes")
+        sizes = () if peak is None else (peak, peak - record["gradient_bytes"])
+        cells += [f"{size / 2**20:.1f}" for size in sizes]
+        if "wrong" in record:
+            cells[-1] = f"[red]{record['wrong']}[/]"
+        shown.add_row(*cells)
+    return shown
+
+
+def main() -> None:
+    parser = command_line.parser_of(__doc__, "linear", "small inputs, in seconds", "cases")
+    parser.add_argument("--seconds", type=float, help="for all turns, which share them (cpu 150, cuda 40, quick 2)")
+    arguments = command_line.parse(parser)
+    device = arguments.device
+    seconds = SECONDS["quick" if arguments.quick else device] if arguments.seconds is None else arguments.seconds
+    path = arguments.json or files.folder(device) / "linear.json"
+    cases = [case for case in CASES if getattr(case, device) and re.search(arguments.only, case.name)]
+    names, records, complete = importable(device), [], False
+    with Progress(console=console) as progress:
+        task = progress.add_task("", total=len(cases))
+        try:
+            for case in cases:
+                progress.update(task, description=case.name)
+                shape = case.shape(device, arguments.quick)
+                try:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # of who falls back
+                        records += case_records(case, shape, device, seconds / len(cases), names)
+                except Exception as error:  # of the case itself, such as memory for its tensors
+                    records.append({**case.fields(shape), "error": files.first_line(error)})
+                files.write(path, device, records, quick=arguments.quick, complete=False)
+                tidy(device)
+                progress.advance(task)
+            complete = True
+        except KeyboardInterrupt:
+            pass
+    files.write(path, device, records, quick=arguments.quick, complete=complete)
+    console.print(table(records))
+    console.print(f"{path}", highlight=False)
+    ours = [record for record in records if record.get("provider") in (None, OURS, SEPARATE)]
+    sys.exit(0 if complete and not any("error" in record or "wrong" in record for record in ours) else 1)
+
+
+if __name__ == "__main__":
+    main()
