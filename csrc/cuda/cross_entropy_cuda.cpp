@@ -66,8 +66,8 @@ struct Workspace {
 // With class weights, what smoothing makes of their sum is known only on the device.
 void sum_class_weights(Task& task, double* result, const DeviceScope& device) {
   if (task.label_smoothing == 0 || is_dense(task.form) || task.weight == nullptr) return;
-  const WeightSum request{task.weight, task.classes, task.arithmetic_in_double,
-                          task.label_smoothing / double(task.classes), result};
+  const WeightSum request{task.weight, task.all_classes(), task.arithmetic_in_double,
+                          task.label_smoothing / double(task.all_classes()), result};
   check(launch_weight_sum(request, device.stream()), "sum of the class weights");
   task.smoothed_total_on_device = result;
 }
