@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 import warnings
 from typing import Literal, NamedTuple
 
@@ -603,8 +604,34 @@ def _general(
     # What is no tensor but stands for one, as for torch.fx, records the operator.
     if all(tensor is None or type(tensor) in _PLAIN or not isinstance(tensor, Tensor) for tensor in tensors):
         return op(*tensors, integers, values)
+    if form is None and _is_dtensor(tensors[0]):
+        from . import dtensor  # the one look at a layer above, whose import takes as long as its tensors are rare
+
+        input, target, weight, _, sample_weight, denominator = tensors
+        return dtensor.results(
+            input,
+            target,
+            weight=weight,
+            sample_weight=sample_weight,
+            denominator=denominator,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            loss_dtype=loss_dtype,
+            empty=empty,
+            statistics=statistics,
+        )
     results = _ops._composite.default(*tensors, integers, values)
     return results if statistics else results[0]
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    """Where nobody has imported its module there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _divisor(denominator: float | Tensor | None, input: Tensor) -> Tensor | None:
@@ -652,6 +679,17 @@ def _unusual(input, target, weight, ignore_index, reduction, label_smoothing, lo
         if loss_dtype is not None or empty != "nan":
             return _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero")
         return _native_cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    if _is_dtensor(input):
+        return _general(
+            _ops.general_cross_entropy.default,
+            (input, target, weight, None, None, None),
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            loss_dtype=loss_dtype,
+            empty=empty,
+            inplace=inplace,
+        )
     if not all(type(tensor) in _PLAIN for tensor in tensors):
         return _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero")
     # PyTorch's own parser judges the other arguments; what it accepts (numbers of other types) is then converted.
