@@ -592,7 +592,7 @@ def _general(
         wide = tensors[0].dtype == torch.float64
         tensors = (*tensors[:4], sample_weight.to(torch.float64 if wide else torch.float32), tensors[5])
     flags = (empty == "zero") | inplace << 1 | statistics << 2 | kl << 3 | _FORMS[form] << 4
-    integers = [F._Reduction.get_enum(reduction), operator.index(ignore_index), _LOSS_DTYPES[loss_dtype], flags]
+    integers = [F._Reduction.get_enum(reduction), operator.index(ignore_index), _LOSS_DTYPES[loss_dtype], flags, 0, 0]
     values = [
         _number("label_smoothing", label_smoothing),
         _number("z_loss", z_loss),
