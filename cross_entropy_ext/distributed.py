@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .functional import _EMPTY, _LOSS_DTYPES, _REDUCTIONS, CrossEntropyStats, _divisor, _number
 from .modules import CrossEntropyLoss
@@ -774,17 +773,23 @@ class _VocabParallel(torch.autograd.Function):
         return loss, lse, log_prob, entropy, z_loss, argmax
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *of_statistics):
+    def backward(ctx, *grads):
+        with torch.no_grad():
+            gradients = _VocabParallel.gradients(ctx, *grads)
+        if torch.is_grad_enabled():  # a graph of the backward is being made
+            of = ctx.saved_tensors[:2]
+            gradients = [g if g is None else _Final.apply(g, *of, *grads) for g in gradients]
+        return (*gradients, None, None, None, None)
+
+    @staticmethod
+    def gradients(ctx, grad, *of_statistics) -> list[Tensor | None]:
+        """Of the logits, and of probabilities."""
         problem = ctx.problem
         logits, target, weight, sample_weight, denominator, saved, alone = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:2])
-        result = [None] * 6
         if problem.shard.size == 0:
-            result[:2] = (
-                torch.zeros_like(of) if want else None for of, want in zip((logits, target), wanted, strict=True)
-            )
-            return tuple(result)
+            gradients = torch.zeros_like(logits), torch.zeros_like(target)
+            return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
         options, positions = problem.options, positions_of(logits)
         rows = [g if g is None else g.reshape(-1).to(saved.dtype) for g in of_statistics[:3]]  # lse, log-prob, entropy
         of_log_prob = None
@@ -823,5 +828,16 @@ class _VocabParallel(torch.autograd.Function):
                 wanted,
             )
             gradients = [one + other for one, other in zip(gradients, more, strict=True)]
-        result[:2] = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
-        return tuple(result)
+        return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+
+
+class _Final(torch.autograd.Function):
+    """A gradient that may be used, but not differentiated: of what it was made of."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, *of: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        raise RuntimeError("cross entropy over shards of the classes has no second derivative")

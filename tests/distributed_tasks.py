@@ -159,8 +159,9 @@ def call_dtensor(
     elif wrapped:  # sharded as nobody needs it
         given["target"] = distribute_tensor(given["target"], mesh, [Shard(0)] + [Replicate()] * (mesh.ndim - 1))
     if wrapped:
-        for name in {"weight", "sample_weight"} & given.keys():
-            given[name] = distribute_tensor(given[name], mesh, [Replicate()] * mesh.ndim)
+        for name in ("weight", "sample_weight"):  # in one order, for there is a broadcast
+            if name in given:
+                given[name] = distribute_tensor(given[name], mesh, [Replicate()] * mesh.ndim)
     given |= {name: leaf.requires_grad_() for name, leaf in leaves.items()}
     function = functional.cross_entropy_with_stats if statistics else functional.cross_entropy
     outputs = named(function(**given, **options))
