@@ -281,10 +281,10 @@ bool is_supported(const Inputs& inputs, const Options& options) {
   if (form == Form::kProbabilities && options.is_plain() && !has_value(sample_weight)) return !weight->is_complex();
   if (grad && weight->requires_grad()) return false;
   if (form != Form::kIndices || options.is_shard()) return !weight->is_complex();
-  // Native asks for the logits' type; where the loss is wanted in float32, weights of that type go with it.
+  // Native asks for the logits' type; where the loss is wanted in float32 or wider, weights of that type go with it.
   return weight->scalar_type() == logits.scalar_type() ||
-         (weight->scalar_type() == at::kFloat && options.loss_dtype == at::kFloat &&
-          logits.scalar_type() != at::kDouble);
+         (weight->scalar_type() == at::kFloat && logits.scalar_type() != at::kDouble &&
+          (options.loss_dtype == at::kFloat || options.loss_dtype == at::kDouble));
 }
 
 }  // namespace xent

@@ -84,7 +84,7 @@ class Sharded(torch.autograd.Function):
         for begin, size in zip(begins, sizes, strict=True):
             part = local(target, begin, size) if soft else target
             loss, saved, _ = ops._forward(
-                local(input, begin, size), part, weight, companion, None, *numbered(begin, classes, **options)
+                local(input, begin, size), part, weight, companion, None, None, *numbered(begin, classes, **options)
             )
             assert loss.dtype == torch.float64 and loss.shape == positions
             assert saved.size(0) == (6 if options["statistics"] else 3)
@@ -169,6 +169,7 @@ class Sharded(torch.autograd.Function):
                 weight,
                 companion,
                 sample_weight,
+                None,
                 saved,
                 divide_by,
                 *numbered(begin, input.size(axis), **options),
