@@ -191,11 +191,13 @@ at::Tensor count(const Inputs& in, const Options& options) {
   return counts.sum();
 }
 
-// The options with which each chunk adds its part to a sum in float64. A mean gets its divisor.
+// The options with which each chunk adds its part to a sum in float64. A mean gets its divisor; where that is zero,
+// chunks without a loss add nothing, and the sum of all decides.
 struct Parts {
   Options options;
   OptionalTensor divisor;
   at::Tensor total, denominator;
+  bool zero_is_undefined = false;
 
   Parts(const Inputs& in, const Options& given) : options(given) {
     denominator = at::ones({}, in.logits.options().dtype(at::kDouble));
@@ -206,7 +208,12 @@ struct Parts {
     denominator = has_value(in.divisor) ? *in.divisor : count(in, given);
     if (given.empty_is_zero) denominator = at::where(denominator.eq(0), at::ones_like(denominator), denominator);
     divisor = denominator;
-    total = total / denominator;  // of no positions at all
+    zero_is_undefined = !given.empty_is_zero;
+    options.empty_is_zero = true;
+  }
+
+  at::Tensor loss(at::ScalarType type) const {
+    return (zero_is_undefined ? at::where(total.eq(0), total / denominator, total) : total).to(type);
   }
 };
 
@@ -220,7 +227,7 @@ ForwardResult chunked_forward(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64
   const Options options = Options::of(integers, numbers);
   check_forward(all, options);
   Parts parts(all, options);
-  const at::Tensor lse = new_matrix({saved_rows(all.form(options), options.statistics), count_positions(all.logits)},
+  const at::Tensor lse = new_matrix({saved_rows(all.form(options), options), count_positions(all.logits)},
                                     input, arithmetic_type(all, options));
   at::Tensor loss;
   if (options.reduction == kNone) {
@@ -233,7 +240,7 @@ ForwardResult chunked_forward(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64
     lse.narrow(1, part.first * (part.positions / part.size), part.positions).copy_(saved);
     options.reduction == kNone ? loss.narrow(0, part.first, part.size).copy_(of_chunk) : parts.total.add_(of_chunk);
   });
-  if (options.reduction != kNone) loss = parts.total.to(*options.loss_dtype);
+  if (options.reduction != kNone) loss = parts.loss(*options.loss_dtype);
   return {loss, lse, parts.denominator};
 }
 
@@ -267,7 +274,7 @@ ForwardBackwardResult chunked_forward_backward(XENT_LAYER, XENT_OTHER_INPUTS, XE
     gradients.add(gradient, part.first);
   });
   const auto [of_input, of_weight, of_bias] = gradients.results();
-  return {parts.total.to(*options.loss_dtype), of_input, of_weight, of_bias};
+  return {parts.loss(*options.loss_dtype), of_input, of_weight, of_bias};
 }
 
 BackwardResult chunked_backward(XENT_GRADIENTS, XENT_LAYER, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS, int64_t chunk,
