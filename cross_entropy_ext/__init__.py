@@ -16,7 +16,7 @@ from ._extension import load, tag_compile_caches
 load()  # before anything else imports torch, so that what is missing is said in one sentence
 tag_compile_caches()
 
-from . import functional
+from . import distributed, functional
 from .functional import CrossEntropyStats
 from .modules import CrossEntropyLoss, DistillationLoss, NLLLoss
 from .patch import patch_torch, unpatch_torch
@@ -29,6 +29,7 @@ __all__ = [
     "NLLLoss",
     "build_info",
     "check_errors",
+    "distributed",
     "empty_cache",
     "functional",
     "patch_torch",
