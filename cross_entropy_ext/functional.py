@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 import warnings
 from typing import Literal, NamedTuple
 
@@ -562,6 +563,15 @@ def _general(op, tensors, **options):
     # What is no tensor but stands for one, as for torch.fx, records the operator.
     if all(tensor is None or type(tensor) in _PLAIN or not isinstance(tensor, Tensor) for tensor in tensors):
         return op(*tensors, integers, values)
+    if options.get("form") is None and _is_dtensor(tensors[0]):
+        from . import dtensor  # the one look at a layer above, whose import takes as long as its tensors are rare
+
+        input, target, weight, _, sample_weight, denominator = tensors
+        options = {"statistics": False, **options}
+        options.pop("inplace", None)
+        return dtensor.results(
+            input, target, weight=weight, sample_weight=sample_weight, denominator=denominator, **options
+        )
     results = _ops._composite.default(*tensors, integers, values)
     return results if options.get("statistics") else results[0]
 
@@ -603,7 +613,7 @@ def _arguments(
         wide = tensors[0].dtype == torch.float64
         tensors = (*tensors[:4], sample_weight.to(torch.float64 if wide else torch.float32), tensors[5])
     flags = (empty == "zero") | inplace << 1 | statistics << 2 | kl << 3 | _FORMS[form] << 4
-    integers = [F._Reduction.get_enum(reduction), operator.index(ignore_index), _LOSS_DTYPES[loss_dtype], flags]
+    integers = [F._Reduction.get_enum(reduction), operator.index(ignore_index), _LOSS_DTYPES[loss_dtype], flags, 0, 0]
     values = [
         _number("label_smoothing", label_smoothing),
         _number("z_loss", z_loss),
@@ -613,6 +623,12 @@ def _arguments(
         _number("alpha", alpha),
     ]
     return tensors, integers, values
+
+
+def _is_dtensor(tensor: Tensor) -> bool:
+    """Where nobody has imported its module there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def _divisor(denominator: float | Tensor | None, input: Tensor) -> Tensor | None:
@@ -660,6 +676,17 @@ def _unusual(input, target, weight, ignore_index, reduction, label_smoothing, lo
         if loss_dtype is not None or empty != "nan":
             return _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero")
         return _native_cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    if _is_dtensor(input):
+        return _general(
+            _ops.general_cross_entropy.default,
+            (input, target, weight, None, None, None),
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            loss_dtype=loss_dtype,
+            empty=empty,
+            inplace=inplace,
+        )
     if not all(type(tensor) in _PLAIN for tensor in tensors):
         return _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero")
     # PyTorch's own parser judges the other arguments; what it accepts (numbers of other types) is then converted.

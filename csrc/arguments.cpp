@@ -82,7 +82,7 @@ const at::Tensor& Inputs::probabilities(const Options& options) const {
 std::array<int64_t, Options::kIntegers> Options::integers() const {
   const int64_t flags =
       int64_t{empty_is_zero} | int64_t{inplace} << 1 | int64_t{statistics} << 2 | int64_t{kl} << 3 | int64_t(form) << 4;
-  return {reduction, ignore_index, loss_dtype ? int64_t(*loss_dtype) : -1, flags};
+  return {reduction, ignore_index, loss_dtype ? int64_t(*loss_dtype) : -1, flags, class_begin, total_classes};
 }
 
 std::array<double, Options::kNumbers> Options::numbers() const {
@@ -101,6 +101,8 @@ Options Options::of(at::IntArrayRef integers, at::ArrayRef<double> numbers) {
   options.statistics = integers[3] & 4;
   options.kl = integers[3] & 8;
   options.form = Form(integers[3] >> 4);
+  options.class_begin = integers[4];
+  options.total_classes = integers[5];
   options.label_smoothing = numbers[0];
   options.z_loss = numbers[1];
   options.softcap = numbers[2];
@@ -142,10 +144,10 @@ c10::SymDimVector shape_of_positions(const at::Tensor& logits) {
   return shape;
 }
 
-int64_t saved_rows(Form form, bool statistics) {
+int64_t saved_rows(Form form, const Options& options) {
   if (form == Form::kTeacher) return saved::kTeacherLseLost + 1;
-  if (statistics) return saved::kArgmax + 1;
-  return form == Form::kProbabilities ? saved::kMass + 1 : saved::kLseLost + 1;
+  if (options.statistics) return saved::kArgmax + 1;
+  return form == Form::kProbabilities || options.is_shard() ? saved::kMass + 1 : saved::kLseLost + 1;
 }
 
 // ---- checks ---------------------------------------------------------------------------------------------------------
@@ -174,6 +176,7 @@ void check_options(const Options& options) {
 
 void check(const Inputs& inputs, const Options& options) {
   check_options(options);
+  TORCH_CHECK_VALUE(!options.is_shard(), "cross_entropy_ext: only _forward and _backward take a shard of the classes");
   if (options.form == Form::kNone && !has_value(inputs.sample_weight) && !has_value(inputs.divisor)) return;
   const at::Tensor &logits = inputs.logits, &target = inputs.target;
   const OptionalTensor &weight = inputs.weight, &companion = inputs.companion, &sample_weight = inputs.sample_weight;
@@ -273,14 +276,15 @@ bool is_supported(const Inputs& inputs, const Options& options) {
       }
   }
   if (!has_value(weight)) return true;
-  if (!is_plain(*weight, logits) || weight->dim() != 1 || weight->sym_size(0) != classes) return false;
+  const auto all_classes = options.is_shard() ? c10::SymInt(options.total_classes) : classes;
+  if (!is_plain(*weight, logits) || weight->dim() != 1 || weight->sym_size(0) != all_classes) return false;
   if (form == Form::kProbabilities && options.is_plain() && !has_value(sample_weight)) return !weight->is_complex();
   if (grad && weight->requires_grad()) return false;
-  if (form != Form::kIndices) return !weight->is_complex();
-  // Native asks for the logits' type; where the loss is wanted in float32, weights of that type go with it.
+  if (form != Form::kIndices || options.is_shard()) return !weight->is_complex();
+  // Native asks for the logits' type; where the loss is wanted in float32 or wider, weights of that type go with it.
   return weight->scalar_type() == logits.scalar_type() ||
-         (weight->scalar_type() == at::kFloat && options.loss_dtype == at::kFloat &&
-          logits.scalar_type() != at::kDouble);
+         (weight->scalar_type() == at::kFloat && logits.scalar_type() != at::kDouble &&
+          (options.loss_dtype == at::kFloat || options.loss_dtype == at::kDouble));
 }
 
 }  // namespace xent

@@ -39,19 +39,23 @@ OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? Op
 // In one entry of three, for which a tuple has room: more would cost allocations and lookups. What native has no
 // argument for comes in a second one, if there is anything.
 void save_options(AutogradContext* ctx, const Options& options) {
-  const auto [reduction, ignore_index, loss_dtype, flags] = options.integers();
+  const auto [reduction, ignore_index, loss_dtype, flags, class_begin, total_classes] = options.integers();
   ctx->saved_data["options"] =
       std::make_tuple(reduction | (loss_dtype + 1) << 8 | flags << 16, ignore_index, options.label_smoothing);
   if (options.is_plain()) return;
   const auto numbers = options.numbers();
   ctx->saved_data["numbers"] = std::vector<double>(numbers.begin(), numbers.end());
+  if (options.is_shard()) ctx->saved_data["shard"] = std::make_tuple(class_begin, total_classes);
 }
 
 Options saved_options(AutogradContext* ctx) {
   const auto [packed, ignore_index, label_smoothing] =
       ctx->saved_data["options"].to<std::tuple<int64_t, int64_t, double>>();
-  const std::array<int64_t, Options::kIntegers> integers{packed & 0xff, ignore_index, (packed >> 8 & 0xff) - 1,
-                                                         packed >> 16};
+  std::array<int64_t, Options::kIntegers> integers{
+      packed & 0xff, ignore_index, (packed >> 8 & 0xff) - 1, packed >> 16, 0, 0};
+  if (const auto shard = ctx->saved_data.find("shard"); shard != ctx->saved_data.end()) {
+    std::tie(integers[4], integers[5]) = shard->second.to<std::tuple<int64_t, int64_t>>();
+  }
   const auto numbers = ctx->saved_data.find("numbers");
   if (numbers != ctx->saved_data.end()) return Options::of(integers, numbers->second.toDoubleVector());
   Options plain;
@@ -129,6 +133,8 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const Options options = saved_options(ctx);
+    TORCH_CHECK_NOT_IMPLEMENTED(!options.is_shard(),
+                                "cross_entropy_ext::_backward: of a shard of the classes it has no derivative");
     const bool again = c10::GradMode::is_enabled();
     const at::AutoGradMode with_graph(true);
     // Of each, a node of its own: whatever else leads from one to another is not this function's.

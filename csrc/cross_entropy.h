@@ -47,17 +47,20 @@ struct Options {
   Form form = Form::kNone;  // kPairs or kTeacher; else the target's shape decides
   bool kl = false;          // a teacher's divergence, not its cross entropy
   double z_loss = 0, softcap = 0, logit_scale = 1;
-  double temperature = 1, alpha = 1;  // of a teacher
+  double temperature = 1, alpha = 1;           // of a teacher
+  int64_t class_begin = 0, total_classes = 0;  // of a shard, see Problem; private operators alone take it
 
-  static constexpr size_t kIntegers = 4, kNumbers = 6;
+  static constexpr size_t kIntegers = 6, kNumbers = 6;
   std::array<int64_t, kIntegers> integers() const;
   std::array<double, kNumbers> numbers() const;
   static Options of(at::IntArrayRef integers, at::ArrayRef<double> numbers);
 
   // Whether it is a loss that PyTorch has, too.
   bool is_plain() const {
-    return !statistics && form == Form::kNone && z_loss == 0 && softcap == 0 && logit_scale == 1;
+    return !statistics && form == Form::kNone && z_loss == 0 && softcap == 0 && logit_scale == 1 && !is_shard();
   }
+
+  bool is_shard() const { return total_classes != 0; }
 };
 
 // cross_entropy_ext::_forward -> loss, lse, denominator.
@@ -184,7 +187,7 @@ std::pair<OptionalTensor, Options> with_wide_loss(const Inputs& inputs, Options 
 c10::SymDimVector shape_of_positions(const at::Tensor& logits);
 
 // How many rows of numbers the backward needs.
-int64_t saved_rows(Form form, bool statistics);
+int64_t saved_rows(Form form, const Options& options);
 
 // Raise an error for numbers that mean nothing: a negative or NaN label_smoothing, which native takes for zero; a
 // loss_dtype that is not one of a loss.

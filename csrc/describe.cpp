@@ -1,6 +1,9 @@
 #include "describe.h"
 
+#include <ATen/ops/roll.h>
+
 #include <algorithm>
+#include <limits>
 
 namespace xent {
 
@@ -59,9 +62,10 @@ void merge_dimensions(Problem& problem, std::initializer_list<View*> views) {
   problem.dims = last + 1;
 }
 
-OptionalTensor weight_for_kernel(const OptionalTensor& weight, at::ScalarType arithmetic) {
+OptionalTensor weight_for_kernel(const OptionalTensor& weight, at::ScalarType arithmetic, int64_t class_begin) {
   if (!weight || !weight->defined()) return std::nullopt;
-  return weight->to(arithmetic).contiguous();
+  const at::Tensor typed = weight->to(arithmetic);
+  return class_begin != 0 ? at::roll(typed, -class_begin) : typed.contiguous();
 }
 
 int64_t count_positions(const at::Tensor& logits) {
@@ -81,7 +85,9 @@ void describe(Problem& problem, const Inputs& inputs, const Options& options, co
   }
   problem.form = inputs.form(options);
   problem.statistics = options.statistics;
-  const bool plain = options.form == Form::kNone && !options.statistics && options.softcap == 0;
+  problem.class_begin = options.class_begin;
+  problem.total_classes = options.total_classes;
+  const bool plain = options.form == Form::kNone && !options.statistics && options.softcap == 0 && !options.is_shard();
   problem.kind = !(plain && options.logit_scale == 1)   ? TargetKind::kGeneral
                  : problem.form == Form::kProbabilities ? TargetKind::kSoft
                  : options.label_smoothing > 0          ? TargetKind::kSmoothedIndex
@@ -145,13 +151,29 @@ bool count_is_known(const Problem& problem) {
   return problem.form == Form::kProbabilities || (problem.form == Form::kTeacher && !problem.labels);
 }
 
+namespace {
+
+void check_shard(const Inputs& inputs, const Options& options) {
+  if (!options.is_shard() && options.class_begin == 0) return;
+  const int64_t begin = options.class_begin, total = options.total_classes;
+  const int64_t classes = inputs.logits.dim() > 0 ? inputs.logits.size(class_dim(inputs.logits)) : 0;
+  TORCH_CHECK_VALUE(
+      begin >= 0 && classes <= total && begin <= total - classes && total <= std::numeric_limits<int32_t>::max(),
+      "cross_entropy_ext: the classes [", begin, ", ", begin + classes, ") are no shard of ", total);
+  TORCH_CHECK_VALUE(options.form != Form::kTeacher, "cross_entropy_ext: a teacher's classes cannot be sharded");
+}
+
+}  // namespace
+
 void check_forward(const Inputs& inputs, const Options& options) {
   check_options(options);
+  check_shard(inputs, options);
   TORCH_CHECK(options.loss_dtype && is_supported(inputs, options),
               "cross_entropy_ext::_forward: arguments that cross_entropy_ext::cross_entropy does not pass on");
 }
 
 void check_backward(const Gradients& gradients, const Inputs& inputs, const Options& options, bool target_wanted) {
+  check_shard(inputs, options);
   Options with_float = options;
   with_float.loss_dtype = at::kFloat;
   TORCH_CHECK(is_supported(inputs, options) || is_supported(inputs, with_float),
@@ -161,9 +183,9 @@ void check_backward(const Gradients& gradients, const Inputs& inputs, const Opti
   const at::Tensor &lse = gradients.lse, &grad_output = gradients.grad_output;
   TORCH_CHECK(form != Form::kIndices || !target_wanted, "cross_entropy_ext::_backward: class indices have no gradient");
   const int64_t positions = count_positions(inputs.logits);
-  TORCH_CHECK(lse.is_contiguous() && lse.scalar_type() == arithmetic &&
-                  lse.numel() == saved_rows(form, options.statistics) * positions,
-              "cross_entropy_ext::_backward: lse is not what _forward returned");
+  TORCH_CHECK(
+      lse.is_contiguous() && lse.scalar_type() == arithmetic && lse.numel() == saved_rows(form, options) * positions,
+      "cross_entropy_ext::_backward: lse is not what _forward returned");
   TORCH_CHECK(options.reduction == kNone
                   ? grad_output.numel() == positions && grad_output.dim() == inputs.logits.dim() - 1
                   : grad_output.numel() == 1,

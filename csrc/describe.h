@@ -20,8 +20,9 @@ View view_of_positions(const at::Tensor& tensor);
 // Drops dimensions of size one and merges neighbours that all views step through as through one.
 void merge_dimensions(Problem& problem, std::initializer_list<View*> views);
 
-// The weights of classes as the kernels want them: contiguous, in the type of arithmetic.
-OptionalTensor weight_for_kernel(const OptionalTensor& weight, at::ScalarType arithmetic);
+// The weights of classes as the kernels want them: contiguous, in the type of arithmetic, and from a shard's first
+// class on.
+OptionalTensor weight_for_kernel(const OptionalTensor& weight, at::ScalarType arithmetic, int64_t class_begin = 0);
 
 int64_t count_positions(const at::Tensor& logits);
 

@@ -140,7 +140,7 @@ ForwardResult forward_meta(XENT_INPUTS, XENT_OPTIONS) {
   for (const c10::SymInt& size : shape) positions = positions * size;
   if (options.reduction != kNone) shape.clear();
   return {at::empty_symint(shape, logits.options().dtype(loss_type(inputs, options))),
-          at::empty_symint({saved_rows(inputs.form(options), options.statistics), positions},
+          at::empty_symint({saved_rows(inputs.form(options), options), positions},
                            logits.options().dtype(arithmetic_type(inputs, options))),
           at::empty({}, logits.options().dtype(at::kDouble))};
 }

@@ -28,7 +28,7 @@ enum class TargetKind : uint8_t {
   kIndex,          // a = w_y [c = y]
   kSmoothedIndex,  // a = (1 - e) w_y [c = y] + (e / C) w_c
   kSoft,           // a = w_c ((1 - e) q_c + e / C)
-  kGeneral,        // any form of target, transformed logits, statistics
+  kGeneral,        // any form of target, transformed logits, statistics, a shard of the classes
 };
 
 // What a kGeneral target is.
@@ -50,7 +50,9 @@ enum Row : int {
   // a confident position's gradient.
   kLse = 0,
   kLseLost = 1,
-  kMass = 2,  // probabilities: A = sum_c a_c. Teacher: the position's distillation loss, before its factor
+  // Probabilities, and every target of a shard: A = sum_c a_c. Teacher: the position's distillation loss, before its
+  // factor.
+  kMass = 2,
   // Statistics. The class of the largest logit is an integer as wide as T.
   kEntropy = 3,
   kTargetLogProb = 4,
@@ -91,7 +93,7 @@ struct Problem {
   View logits;
   View target;                   // class indices, a probability for each class, k classes, or the teacher's logits
   View sample_weight;            // a factor for each position, or absent for ones
-  const void* weight = nullptr;  // T[classes], or null for ones
+  const void* weight = nullptr;  // T[all_classes()] from class_begin on, or null for ones
   void* lse = nullptr;           // what is saved: two rows, and more of other targets
 
   // ---- kGeneral
@@ -104,6 +106,21 @@ struct Problem {
   double temperature = 1;               // where it is not 1, logits are divided by it: logit_scale is its inverse
   double teacher_scale = 1, label_scale = 0;  // alpha T^2 and 1 - alpha
   bool kl = false;                            // less the teacher's entropy
+
+  // A shard: the logits are those of the classes [class_begin, class_begin + classes) of `total_classes`, the others
+  // are elsewhere. Class indices, class weights and label smoothing are of all of them. The forward finds out what the
+  // shard alone has of the loss, L = sum_c a_c (lse - x_c) over its own classes and with its own lse; the loss is the
+  // sum over shards of L + A (lse of all - lse). The backward is given what was saved as it is of all classes.
+  int64_t class_begin = 0, total_classes = 0;  // zero: no shard
+
+  XENT_HOST_DEVICE bool is_shard() const { return total_classes != 0; }
+  XENT_HOST_DEVICE int64_t all_classes() const { return is_shard() ? total_classes : classes; }
+
+  // Kernels count classes from the shard's first on, and around: those below `classes` are here.
+  XENT_HOST_DEVICE int64_t counted_from_here(int64_t c) const {
+    return c < class_begin ? c - class_begin + total_classes : c - class_begin;
+  }
+  XENT_HOST_DEVICE bool is_here(int64_t c) const { return uint64_t(c) < uint64_t(classes); }
 
   // The first position whose target is neither a class nor ignore_index; stays at its initial value where there is
   // none.

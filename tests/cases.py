@@ -382,4 +382,4 @@ def numbered(
     reduction: int = 1, ignore_index: int = -100, label_smoothing: float = 0.0, loss_dtype: int = 6
 ) -> tuple[list[int], list[float]]:
     """The options of the plain loss as the private operators take them; `loss_dtype` is an at::ScalarType."""
-    return [reduction, ignore_index, loss_dtype, 0], [label_smoothing, 0.0, 0.0, 1.0, 1.0, 1.0]
+    return [reduction, ignore_index, loss_dtype, 0, 0, 0], [label_smoothing, 0.0, 0.0, 1.0, 1.0, 1.0]

@@ -18,7 +18,10 @@ import torch
 from cases import DTYPES, Objective, generator, name_of, place
 from cuda_on_cpu import build
 from oracle import arithmetic_of, assert_as_exact, check, reference
+from oracle_targets import check_call
+from shards import numbered, ops, sharded
 from test_autograd import *  # noqa: F403
+from test_shards import *  # noqa: F403
 from test_targets import *  # noqa: F403
 from test_values import *  # noqa: F403
 from test_values import grad_output_for
@@ -33,6 +36,7 @@ for name in (
     "test_every_instruction_set",
     "test_bits_do_not_depend_on_the_threads",
     "test_core_out_of_range_targets",
+    "test_bad_targets_of_shards",
     "test_targets_on_every_instruction_set",
     "test_targets_do_not_depend_on_the_threads",
 ):
@@ -444,6 +448,47 @@ def test_bad_classes_of_pairs_and_labels(kernels: ModuleType, shape: tuple[int, 
         assert grad.isfinite().all() and not grad[1].any() and grad[0].any()
         with pytest.raises(IndexError):
             kernels.check_errors()
+
+
+@pytest.mark.parametrize(("device", "dtype", "shape", "order"), [d[:4] for d in GENERAL_DECISIONS], ids=str)
+def test_launch_decisions_of_shards(kernels: ModuleType, device: str, dtype: torch.dtype, shape, order) -> None:
+    """Each kernel on the larger of two shards, and on whichever the other asks for."""
+    kernels.set_device(*DEVICES[device])
+    shape = (shape[0], shape[1] * 3 // 2, *shape[2:])
+    logits, positions = logits_of(shape, dtype, order), index_target(logits_of(shape, dtype)).shape
+    random = generator("shards", shape)
+    labels = torch.randint(shape[1], positions, generator=random)
+    labels.view(-1)[1::5] = -100
+    indices = torch.randint(shape[1], (shape[0], 3, *shape[2:]), generator=random)
+    weight = torch.rand(shape[1], generator=random).to(dtype)
+    options = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 5.0, "roundings": 12}
+    check_call(sharded(ext.cross_entropy_with_stats, 2), logits, labels, weight, **options)
+    check_call(sharded(ext.sparse_cross_entropy, 2), logits, indices, torch.ones(indices.shape), weight, **options)
+
+
+@pytest.mark.parametrize("shape", [(4, 30), (4, 2100), (2, 30, 2)], ids=str)
+def test_bad_classes_of_shards(kernels: ModuleType, shape: tuple[int, ...]) -> None:
+    """One that no shard has is reported by all, with the number of all classes; one that another has is none."""
+    logits, total = logits_of(shape, single), 2 * shape[1]
+    positions = index_target(logits).shape
+    first = torch.arange(shape[0]).eq(0).view(-1, *[1] * (len(positions) - 1)).expand(positions)
+    for begin in (0, shape[1] // 2, shape[1]):
+        for bad in (total, -1):
+            labels = torch.full(positions, total - 1)
+            arguments = numbered(begin, total)
+            ops._forward(logits, labels, None, None, None, *arguments)
+            kernels.check_errors()
+            labels[0] = bad
+            loss, saved, one = ops._forward(logits, labels, None, None, None, *arguments)
+            with pytest.raises(IndexError, match=rf"Target {bad} is out of bounds\. .* over {total} classes"):
+                kernels.check_errors()
+            assert torch.equal(loss.isnan(), first)
+            g = torch.ones(positions, dtype=double)
+            rest = (logits, labels, None, None, None, saved, one, *arguments, [True, False])
+            gradient, _ = ops._backward(g, None, *rest)
+            assert gradient.isfinite().all() and not gradient[0].any()
+            with pytest.raises(IndexError):
+                kernels.check_errors()
 
 
 # ---- without Python: the whole program under sanitizers --------------------------------------------------

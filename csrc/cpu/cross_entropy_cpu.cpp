@@ -29,11 +29,11 @@ Lanes choose_lanes(const Problem& problem) {
 // Where there are weights, what smoothing makes of their sum.
 double smoothed_total_of(const Problem& problem, const at::Tensor& weight) {
   double sum = 0;
-  for (int64_t c = 0; c < problem.classes; ++c) {
+  for (int64_t c = 0; c < problem.all_classes(); ++c) {
     sum +=
         problem.arithmetic_in_double ? weight.const_data_ptr<double>()[c] : double(weight.const_data_ptr<float>()[c]);
   }
-  return problem.label_smoothing / double(problem.classes) * sum;
+  return problem.label_smoothing / double(problem.all_classes()) * sum;
 }
 
 void describe_with_weights(Problem& problem, const Inputs& inputs, const Options& options,
@@ -94,11 +94,13 @@ enum class GradientOfForward { kNone, kNew, kInPlace };
 
 ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, GradientOfForward wanted) {
   check_forward(inputs, options);
+  TORCH_CHECK_VALUE(!gradient_wanted || !options.is_shard(),
+                    "cross_entropy_ext::_forward_backward: a shard's gradient needs the lse of all classes");
   const at::Tensor& logits = inputs.logits;
   const bool mean = options.reduction == kMean;
   const auto arithmetic = arithmetic_type(inputs, options), loss_dtype = *options.loss_dtype;
-  const auto weights = weight_for_kernel(inputs.weight, arithmetic);
-  const int64_t rows = saved_rows(inputs.form(options), options.statistics);
+  const auto weights = weight_for_kernel(inputs.weight, arithmetic, options.class_begin);
+  const int64_t rows = saved_rows(inputs.form(options), options);
   const at::Tensor lse = new_tensor({rows, count_positions(logits)}, arithmetic);
   const at::Tensor denominator = new_tensor({}, at::kDouble);
   at::Tensor grad_logits;
@@ -200,7 +202,7 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   check_backward(gradients, inputs, options, grad_target.defined());
   if (grad_logits.defined()) grad_logits.mutable_data_ptr();  // no lazy copy shares it from here on
   const auto arithmetic = arithmetic_type(inputs, options);
-  const auto weights = weight_for_kernel(inputs.weight, arithmetic);
+  const auto weights = weight_for_kernel(inputs.weight, arithmetic, options.class_begin);
 
   const at::Tensor& grad_output = gradients.grad_output;
   const View grad_view = options.reduction == kNone

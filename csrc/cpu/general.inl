@@ -9,6 +9,9 @@
 //
 // times the derivative of the transform. A label is a pair of probability one. Options are asked for once for each
 // vector or position, never by element.
+//
+// Of a shard (Problem::total_classes) the forward's sums are of its own classes alone, and so are the pairs that they
+// know of; the backward's P is of all pairs, wherever their classes are.
 
 // Calls function(i, count) for each vector of n elements, of which the last has fewer than all its lanes.
 template <class T, class Function>
@@ -182,24 +185,28 @@ template <class V>
 struct Found {
   V log_sum{}, label_log_sum{};
   V loss{}, entropy{}, target_log_prob{};
-  V saved{};  // in the row kMass
+  V saved{};  // in the row kMass, where there is one
 };
 
 template <class V>
 XENT_INLINE Found<V> find(const Problem& problem, const Totals<V>& sums, const Own<V>& own) {
   Found<V> found;
-  const V log_sum = found.log_sum = log_of_sum(sums.ties, sums.rest);
-  const V dense = sums.spread + sums.mass * log_sum, zero{};
+  const V zero{};
+  V log_sum = log_of_sum(sums.ties, sums.rest);
+  if (problem.is_shard()) log_sum = select(sums.ties + sums.rest == zero, zero, log_sum);  // see below
+  found.log_sum = log_sum;
+  const V dense = sums.spread + sums.mass * log_sum;
   found.entropy = log_sum + sums.energy / (sums.ties + sums.rest);
   switch (problem.form) {
     case Form::kNone: break;
     case Form::kIndices:
     case Form::kPairs: {
       const V keep = constant<V>(1 - problem.label_smoothing);
-      const double share = problem.label_smoothing / double(problem.classes);
+      const double share = problem.label_smoothing / double(problem.all_classes());
       found.loss = keep * select(own.weight == zero, own.weighted_gap, own.weighted_gap + own.weight * log_sum);
       if (share != 0) found.loss += constant<V>(share) * dense;
       found.target_log_prob = -(own.gap + own.mass * log_sum);
+      found.saved = keep * own.weight + constant<V>(share) * sums.mass;
       break;
     }
     case Form::kProbabilities:
@@ -222,10 +229,20 @@ XENT_INLINE Found<V> find(const Problem& problem, const Totals<V>& sums, const O
     const V lse = sums.max + log_sum;
     found.loss += constant<V>(problem.z_loss) * lse * lse;
   }
+  if (problem.is_shard()) {
+    // All logits may be -inf, as long as another shard's are not: it has nothing of the softmax, and is infinitely far
+    // from whatever it has of the target.
+    const auto nothing = sums.ties + sums.rest == zero;
+    const V infinity = constant<V>(std::numeric_limits<double>::infinity());
+    found.log_sum = select(nothing, -infinity, found.log_sum);
+    found.loss = select(nothing, select(found.saved > zero, infinity, zero), found.loss);
+    found.entropy = select(nothing, zero, found.entropy);
+  }
   return found;
 }
 
-// Calls use(class, probability, number of the pair) for each pair of a position that is not ignored.
+// Calls use(class, probability, number of the pair) for each pair of a position that is not ignored, with classes
+// counted from here.
 template <class T, class Use>
 XENT_INLINE void for_pairs(const Problem& problem, const Cursor& cursor, const Use& use) {
   constexpr int64_t kAtATime = 64;
@@ -238,7 +255,7 @@ XENT_INLINE void for_pairs(const Problem& problem, const Cursor& cursor, const U
     read_into(y, problem.target, target + first * step, step, n);
     read_into(probabilities, problem.probs, probs + first * step_of_probs, step_of_probs, n);
     for (int64_t i = 0; i < n; ++i) {
-      if (y[i] != problem.ignore_index) use(y[i], probabilities[i], first + i);
+      if (y[i] != problem.ignore_index) use(problem.counted_from_here(y[i]), probabilities[i], first + i);
     }
   }
 }
@@ -282,7 +299,7 @@ struct GeneralTerms {
       entropy = -grad_at(kGradEntropy);
       of_lse += grad_at(kGradLse) + entropy * saved_at(saved::kEntropy);
     }
-    dense = scale * T(problem.label_smoothing / double(problem.classes));
+    dense = scale * T(problem.label_smoothing / double(problem.all_classes()));
     rest = of_lse + scale * T(problem.smoothed_total);
     switch (problem.form) {
       case Form::kNone: break;
@@ -359,7 +376,7 @@ struct GeneralResult : PositionResult<T> {
 
   XENT_INLINE_MEMBER void write(const Forward& problem, int64_t p, Sums& sums) const {
     PositionResult<T>::write(problem, p, sums);
-    if (is_dense(problem.form)) saved_row<T>(problem, saved::kMass)[p] = this->mass;
+    if (is_dense(problem.form) || problem.is_shard()) saved_row<T>(problem, saved::kMass)[p] = this->mass;
     if (problem.statistics) {
       saved_row<T>(problem, saved::kEntropy)[p] = entropy;
       saved_row<T>(problem, saved::kTargetLogProb)[p] = target_log_prob;
@@ -412,6 +429,7 @@ static void forward_general_rows(const Forward& problem, int64_t begin, int64_t 
     }
     Own<double> own;
     for_own<T>(problem, cursor, row.y, [&](int64_t y, T probability, int64_t) {
+      if (!problem.is_here(y)) return;
       const T logit = read_logit<T>(problem, row.logits + y * problem.logits.class_stride);
       own.add(double(weight_of_class<T>(problem, y)), double(probability), double(of_row.max) - double(logit));
     });
@@ -420,6 +438,7 @@ static void forward_general_rows(const Forward& problem, int64_t begin, int64_t 
         {double(of_row.max), of_row.ties, of_row.rest, of_row.spread, of_row.mass, of_row.energy, of_row.label_rest},
         own);
     result.lse = Lse<T>::of(double(of_row.max), found.log_sum);
+    if (result.lse.rounded == -std::numeric_limits<T>::infinity()) result.lse.lost = 0;  // of a shard
     result.label_max = of_row.max;
     result.label_log_sum = T(found.label_log_sum);
     result.mass = T(found.saved);
@@ -432,7 +451,8 @@ static void forward_general_rows(const Forward& problem, int64_t begin, int64_t 
       if (argmax < 0) argmax = find_class(problem, row, block_of_maximum, of_row.max);
       result.argmax = Int<T>(std::max<int64_t>(0, argmax));  // the first, where all are -inf
     }
-    sums.weight += (problem.form == Form::kIndices ? own.weight : 1) * row.sample_weight;
+    const double weight = problem.form == Form::kIndices ? double(weight_of_class<T>(problem, row.y)) : 1;
+    sums.weight += weight * row.sample_weight;
     result.write(problem, p, sums);
   }
 }
@@ -517,8 +537,9 @@ static void backward_general_rows(const Backward& problem, int64_t begin, int64_
       }
     }
     if (problem.form != Form::kPairs || !problem.grad_target) continue;
-    zero_target_gradient<T>(problem, dq);  // of ignored pairs
+    zero_target_gradient<T>(problem, dq);  // of pairs that are ignored, or elsewhere
     for_own<T>(problem, cursor, y, [&](int64_t at, T, int64_t j) {
+      if (!problem.is_here(at)) return;
       const T logit = read_logit<T>(problem, logits + at * problem.logits.class_stride);
       const Vector<T> hit = terms.hit_of(problem, broadcast(weight_of_class<T>(problem, at)), broadcast(T(1)));
       const T gradient = -(hit * terms.log_softmax(broadcast(logit)))[0];
@@ -551,7 +572,7 @@ struct GeneralTile {
     }
     if (problem.form == Form::kProbabilities) {
       read_tile(q, cursor, count, problem.target, 0, problem.classes);
-      const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.classes));
+      const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.all_classes()));
       if (keep == 1 && !problem.weight) return;
       for_cells(problem, [&](int64_t c, int64_t v) {
         store(q.row(c) + v, weight_of_class<T>(problem, c) * (load(q.row(c) + v) * keep + share));
@@ -589,21 +610,25 @@ struct GeneralTile {
   }
 };
 
-// The j-th pairs of a tile's positions, or their labels: no class, and a probability of zero, where they are ignored.
+// The j-th pairs of a tile's positions, or their labels: no class, and a probability of zero, where they are ignored;
+// or, with `only_here`, elsewhere.
 template <class T>
 struct PairOfTile {
   alignas(64) int64_t y[kTile];
   alignas(64) T probability[kTile];
 
-  PairOfTile(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t count, int64_t j) {
+  PairOfTile(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t count, int64_t j,
+             bool only_here) {
     const bool pairs = problem.form == Form::kPairs;
     if (pairs) {
       read_positions(y, cursor, count, problem.target, j);
       read_positions(probability, cursor, count, problem.probs, j);
     }
     for (int64_t i = 0; i < tile.lanes; ++i) {
-      const bool counts = tile.y[i] >= 0 && !(pairs && y[i] == problem.ignore_index);
-      y[i] = !counts ? -1 : pairs ? y[i] : tile.y[i];
+      bool counts = tile.y[i] >= 0 && !(pairs && y[i] == problem.ignore_index);
+      if (counts) y[i] = pairs ? problem.counted_from_here(y[i]) : tile.y[i];
+      if (only_here) counts &= problem.is_here(y[i]);
+      y[i] = !counts ? -1 : y[i];
       probability[i] = !counts ? T(0) : pairs ? probability[i] : T(1);
     }
   }
@@ -613,7 +638,8 @@ XENT_INLINE int64_t count_of_own(const Problem& problem) {
   return problem.form == Form::kPairs ? problem.pairs : problem.form == Form::kIndices || problem.labels ? 1 : 0;
 }
 
-// Own, of each position. `max`: of its logits, or null where gaps are not asked for.
+// Own, of each position. `max`: of its logits, or null where gaps are not asked for, and every pair counts, wherever
+// its class is.
 template <class T>
 struct OwnOfTile {
   alignas(64) T weighted_gap[kTile], weight[kTile], gap[kTile], mass[kTile];
@@ -621,7 +647,7 @@ struct OwnOfTile {
   OwnOfTile(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t count, const T* max) {
     for (T* sums : {weighted_gap, weight, gap, mass}) std::fill_n(sums, tile.lanes, T(0));
     for (int64_t j = 0; j < count_of_own(problem); ++j) {
-      const PairOfTile<T> pair(problem, tile, cursor, count, j);
+      const PairOfTile<T> pair(problem, tile, cursor, count, j, max != nullptr);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t c = pair.y[i];
         if (c < 0) continue;
@@ -700,8 +726,9 @@ static void forward_general_tile(const Forward& problem, const Cursor& cursor, i
     V rounded, lost;
     two_sum(max, found.log_sum, rounded, lost);
     save<T>(problem, saved::kLse, p, keep(rounded), n);
+    lost = select(rounded == -std::numeric_limits<T>::infinity(), zero, lost);  // of a shard
     save<T>(problem, saved::kLseLost, p, keep(lost), n);
-    if (is_dense(problem.form)) save<T>(problem, saved::kMass, p, keep(found.saved), n);
+    if (is_dense(problem.form) || problem.is_shard()) save<T>(problem, saved::kMass, p, keep(found.saved), n);
     if (problem.labels) {
       save<T>(problem, saved::kLabelMax, p, keep(max), n);
       save<T>(problem, saved::kLabelLogSum, p, keep(found.label_log_sum), n);
@@ -737,7 +764,7 @@ template <class T>
 static void add_up_classes(const Problem& problem, GeneralTile<T>& tile, const Cursor& cursor, int64_t count) {
   tile.for_cells(problem, [&](int64_t c, int64_t v) { store(tile.log_q.row(c) + v, Vector<T>{}); });
   for (int64_t j = 0; j < problem.pairs; ++j) {
-    const PairOfTile<T> pair(problem, tile, cursor, count, j);
+    const PairOfTile<T> pair(problem, tile, cursor, count, j, /*only_here=*/true);
     for (int64_t i = 0; i < count; ++i) {
       if (pair.y[i] >= 0) tile.log_q.row(pair.y[i])[i] += pair.probability[i];
     }
@@ -748,7 +775,7 @@ static void add_up_classes(const Problem& problem, GeneralTile<T>& tile, const C
 template <class T>
 static void backward_pairs(const Backward& problem, const GeneralTile<T>& tile, Tile<T>& out, const Cursor& cursor,
                            int64_t count, int64_t j, const GeneralTerms<T>* terms) {
-  const PairOfTile<T> pair(problem, tile, cursor, count, j);
+  const PairOfTile<T> pair(problem, tile, cursor, count, j, /*only_here=*/true);
   alignas(64) T logit[kTile], weight[kTile], probability[kTile], of_probability[kTile];
   for (int64_t i = 0; i < tile.lanes; ++i) {
     const int64_t c = std::max<int64_t>(0, pair.y[i]);
@@ -804,7 +831,7 @@ static void backward_general_tile(const Backward& problem, const Cursor& cursor,
     if (labelled) {
       T logit[W], coefficient[W];
       for (int k = 0; k < W; ++k) {
-        const int64_t c = std::max<int64_t>(0, tile.y[v + k]);
+        const int64_t c = problem.is_here(tile.y[v + k]) ? tile.y[v + k] : 0;
         logit[k] = tile.x.row(c)[v + k];
         coefficient[k] = dense                          ? tile.q.row(c)[v + k]
                          : problem.label_smoothing == 0 ? T(0)

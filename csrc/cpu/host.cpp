@@ -29,9 +29,10 @@ void raise_bad_target(const Inputs& in, const Options& options, int64_t position
   target = form == Form::kPairs
                ? target.movedim(class_dim(in.logits), -1).reshape({-1, target.size(class_dim(in.logits))})[position]
                : target.reshape(-1)[position].reshape(-1);
+  const int64_t classes = options.is_shard() ? options.total_classes : in.logits.size(class_dim(in.logits));
   for (int64_t i = 0; i < target.numel(); ++i) {
     const auto value = target[i].item<int64_t>();
-    if (value == options.ignore_index || (value >= 0 && value < in.logits.size(class_dim(in.logits)))) continue;
+    if (value == options.ignore_index || (value >= 0 && value < classes)) continue;
     TORCH_CHECK_INDEX(false, "Target ", value, " is out of bounds.");
   }
 }

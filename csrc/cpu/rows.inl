@@ -160,7 +160,7 @@ XENT_INLINE const T* dense_coefficients(T* buffer, const Problem& problem, int64
   const T* weight = static_cast<const T*>(problem.weight);
   if (problem.form == Form::kProbabilities) {
     const int64_t stride = problem.target.class_stride;
-    const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.classes));
+    const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.all_classes()));
     const T* q = read_or_point(buffer, problem.target, target_offset + c * stride, stride, n);
     if (keep == 1 && !weight) return q;
     for (int64_t i = 0; i < n; ++i) buffer[i] = (weight ? weight[c + i] : T(1)) * (keep * q[i] + share);

@@ -262,7 +262,7 @@ static __attribute__((noinline)) void report_bad_targets(int64_t* y, const Probl
 // Replaces targets that are ignored by -1, and those that are no class, too; remembers the first of these.
 XENT_INLINE void check_targets(int64_t* y, const Problem& problem, int64_t first, int64_t count) {
   constexpr int64_t L = kLanes<double>;
-  const uint64_t classes = uint64_t(problem.classes);
+  const uint64_t classes = uint64_t(problem.all_classes());
   Int64Vector any_bad{};
   int64_t i = 0;
   for (; i + L <= count; i += L) {
@@ -284,8 +284,8 @@ XENT_INLINE void check_targets(int64_t* y, const Problem& problem, int64_t first
   if (is_bad) report_bad_targets(y, problem, first, count);
 }
 
-// What the targets of `count` positions say: a class; -1 where they are to be ignored, as a position of only ignored
-// pairs is; 0 where they have no class of their own. At most kTile positions.
+// What the targets of `count` positions say: a class, counted from here; -1 where they are to be ignored, as a position
+// of only ignored pairs is; 0 where they have no class of their own. At most kTile positions.
 static void read_labels(int64_t* y, const Problem& problem, const Cursor& cursor, int64_t first, int64_t count) {
   if (problem.form == Form::kPairs) {
     int64_t of_pair[kTile];
@@ -295,7 +295,7 @@ static void read_labels(int64_t* y, const Problem& problem, const Cursor& cursor
       read_positions(of_pair, cursor, count, problem.target, j);
       for (int64_t i = 0; i < count; ++i) {
         const bool ignored = of_pair[i] == problem.ignore_index,
-                   is_class = uint64_t(of_pair[i]) < uint64_t(problem.classes);
+                   is_class = uint64_t(of_pair[i]) < uint64_t(problem.all_classes());
         y[i] = ignored | (y[i] == -2) ? y[i] : is_class ? 0 : -2;
         any_bad |= y[i] == -2;
       }
@@ -304,6 +304,7 @@ static void read_labels(int64_t* y, const Problem& problem, const Cursor& cursor
   } else if (problem.form == Form::kIndices || problem.labels) {
     read_positions(y, cursor, count, problem.labels ? problem.labels : problem.target);
     check_targets(y, problem, first, count);
+    for (int64_t i = 0; i < count && problem.is_shard(); ++i) y[i] = y[i] < 0 ? y[i] : problem.counted_from_here(y[i]);
   } else {
     std::fill_n(y, count, int64_t{0});
   }

@@ -69,8 +69,8 @@ struct Workspace {
 // With class weights, what smoothing makes of their sum is known only on the device.
 void sum_class_weights(Task& task, double* result, const DeviceScope& device) {
   if (task.label_smoothing == 0 || is_dense(task.form) || task.weight == nullptr) return;
-  const WeightSum request{task.weight, task.classes, task.arithmetic_in_double,
-                          task.label_smoothing / double(task.classes), result};
+  const WeightSum request{task.weight, task.all_classes(), task.arithmetic_in_double,
+                          task.label_smoothing / double(task.all_classes()), result};
   check(launch_weight_sum(request, device.stream()), "sum of the class weights");
   task.smoothed_total_on_device = result;
 }
@@ -90,12 +90,14 @@ void sum_teacher(const Task& task, const DeviceScope& device) {
 
 ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, bool gradient_wanted) {
   check_forward(inputs, options);
+  TORCH_CHECK_VALUE(!gradient_wanted || !options.is_shard(),
+                    "cross_entropy_ext::_forward_backward: a shard's gradient needs the lse of all classes");
   const at::Tensor& logits = inputs.logits;
   const DeviceScope device(logits.device());
   raise_bad_target(logits.device());
   const auto arithmetic = arithmetic_type(inputs, options);
-  const auto weights = weight_for_kernel(inputs.weight, arithmetic);
-  const at::Tensor lse = at::empty({saved_rows(inputs.form(options), options.statistics), count_positions(logits)},
+  const auto weights = weight_for_kernel(inputs.weight, arithmetic, options.class_begin);
+  const at::Tensor lse = at::empty({saved_rows(inputs.form(options), options), count_positions(logits)},
                                    logits.options().dtype(arithmetic));
   const at::Tensor denominator = at::empty({}, logits.options().dtype(at::kDouble));
   const at::Tensor grad_logits = gradient_wanted ? at::empty_like(logits) : at::Tensor();
@@ -176,7 +178,7 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   if (logits.numel() == 0 || (!grad_logits.defined() && !grad_target.defined())) return;
   if (grad_logits.defined()) grad_logits.mutable_data_ptr();  // no lazy copy shares it from here on
   const auto arithmetic = arithmetic_type(inputs, options);
-  const auto weights = weight_for_kernel(inputs.weight, arithmetic);
+  const auto weights = weight_for_kernel(inputs.weight, arithmetic, options.class_begin);
   Task task = describe_task(device, inputs, options, weights, arithmetic, gradients.lse);
   task.pass = Pass::kBackward;
   if (has_value(gradients.grad_statistics)) {

@@ -4,7 +4,8 @@
 //   d/dx_c = D (A p_c - a_c) + (hits - hit_c) p_c + hit_c (p_c - 1) + R p_c + E p_c log p_c
 //
 // with p = softmax(x), what the target has of every class in the first term, what it has of a few in the next two, and
-// what is added to the loss in the others. See the head of online_softmax.h.
+// what is added to the loss in the others. See the head of online_softmax.h. Of a shard the sums of the forward are of
+// what is here; D, A and the hits of the backward are of all classes.
 #pragma once
 
 #include "position.cuh"
@@ -106,7 +107,7 @@ struct Pairs {
       : task(task), classes(offset_of(task, task.target, position)), probs(offset_of(task, task.probs, position)) {}
 
   XENT_DEVICE int64_t label(int64_t j) const {
-    return checked_class(task, task.target, classes + j * task.target.class_stride);
+    return checked_class<TargetKind::kGeneral>(task, task.target, classes + j * task.target.class_stride);
   }
   XENT_DEVICE A prob(int64_t j) const { return read_number<A>(task.probs, probs + j * task.probs.class_stride); }
 };
@@ -121,9 +122,12 @@ struct AllFound : Found<A> {
   int64_t argmax = -1;
 
   template <bool kLong>
-  static XENT_DEVICE AllFound of(const AllStatistics<A, kLong>& s) {
-    return {Found<A>::of(s), s.slope != A(0) ? s.label_log_sum() : s.entropy(),
-            int64_t(s.argmax < 0 ? s.argmax - s.kNaN : s.argmax)};
+  static XENT_DEVICE AllFound of(const Task& task, const AllStatistics<A, kLong>& s) {
+    AllFound found{Found<A>::of(task, s), s.slope != A(0) ? s.label_log_sum() : s.entropy(),
+                   int64_t(s.argmax < 0 ? s.argmax - s.kNaN : s.argmax)};
+    // A shard may be of nothing but -inf, as long as others are not: its lse is no NaN.
+    if (task.is_shard() && s.max == -A(INFINITY) && s.rest.value() == A(0)) found.log_sum = found.second = A(0);
+    return found;
   }
 };
 
@@ -142,7 +146,7 @@ XENT_DEVICE void add_pairs(const Task& task, int64_t position, const T* logits, 
   const Pairs<A> pairs(task, position);
   for (int64_t j = first; j < task.pairs; j += step) {
     const int64_t label = pairs.label(j);
-    if (label < 0) continue;
+    if (!task.is_here(label)) continue;
     const A x[1] = {read_logit<TargetKind::kGeneral, T, A>(task, logits, label)};
     statistics.raise(x[0]);  // it is counted by whoever has the class
     statistics.add_terms(
@@ -168,19 +172,27 @@ XENT_DEVICE A scaled_loss(A scale, A term) {
   return scale == A(0) ? A(0) : scale * term;
 }
 
+// Where all logits are -inf infinite, or NaN.
+template <class A>
+XENT_DEVICE A log_softmax(const Found<A>& found, A x) {
+  return (found.max == -A(INFINITY) ? -A(INFINITY) : x - found.max) - found.log_sum;
+}
+
 // log p of an index target's class; of probabilities the mean of log p.
 template <class T, class A>
-XENT_DEVICE A target_log_prob(const Task& task, int64_t position, const T* logits, A target_logit,
+XENT_DEVICE A target_log_prob(const Task& task, int64_t position, int64_t label, const T* logits, A target_logit,
                               const Found<A>& found) {
-  if (task.form == Form::kIndices) return (target_logit - found.max) - found.log_sum;
-  if (task.form == Form::kProbabilities) return -(found.spread + found.mass * found.log_sum);
+  if (task.form == Form::kIndices) return task.is_here(label) ? log_softmax(found, target_logit) : A(0);
+  if (task.form == Form::kProbabilities) {
+    if (found.max == -A(INFINITY)) return scaled_loss(found.mass, log_softmax(found, found.max));
+    return -(found.spread + found.mass * found.log_sum);
+  }
   A sum = 0;
   const Pairs<A> pairs(task, position);
   for (int64_t j = 0; j < task.pairs; ++j) {
-    const int64_t label = pairs.label(j);
-    if (label < 0) continue;
-    sum += scaled_loss(pairs.prob(j),
-                       (read_logit<TargetKind::kGeneral, T, A>(task, logits, label) - found.max) - found.log_sum);
+    const int64_t c = pairs.label(j);
+    if (!task.is_here(c)) continue;
+    sum += scaled_loss(pairs.prob(j), log_softmax(found, read_logit<TargetKind::kGeneral, T, A>(task, logits, c)));
   }
   return sum;
 }
@@ -193,7 +205,7 @@ XENT_DEVICE void finish_statistics(const Task& task, int64_t position, int64_t l
   const bool counts = is_counted(label);
   saved_row<A>(task, saved::kEntropy)[position] = counts ? found.second : A(0);
   saved_row<A>(task, saved::kTargetLogProb)[position] =
-      counts ? target_log_prob(task, position, logits, target_logit, found) : A(0);
+      counts ? target_log_prob(task, position, label, logits, target_logit, found) : A(0);
   using Class = typename AllStatistics<A, false>::Class;
   reinterpret_cast<Class*>(saved_row<A>(task, saved::kArgmax))[position] = Class(counts ? found.argmax : -1);
 }
@@ -209,7 +221,7 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
   if (task.form == Form::kNone) return;
 
   const A of_terms = index_loss(A(0), A(1), A(0), spread, mass, log_sum);
-  A loss = 0, weight = 0;
+  A loss = 0, weight = 0, mass_here = mass;
   if (label == kBad) {
     loss = A(NAN);
     report_bad_target<kind>(task, to.position, to.target_offset);
@@ -218,7 +230,9 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
     loss = of_terms;
     if (task.form == Form::kIndices) {
       weight = class_weight<A>(task, label);
-      loss += index_loss(numbers<A>(task).keep * weight, A(0), max - target_logit, A(0), A(0), log_sum);
+      const A hit = task.is_here(label) ? numbers<A>(task).keep * weight : A(0);
+      loss += index_loss(hit, A(0), max - target_logit, A(0), A(0), log_sum);
+      mass_here += hit;
     } else if (task.form == Form::kTeacher) {
       loss = scaled_loss(A(task.teacher_scale), of_terms);
       if (label >= 0) {
@@ -226,8 +240,9 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
       }
     }
     loss += z_loss_of(task, max + log_sum);
+    if (task.is_shard() && max + log_sum == -A(INFINITY)) loss = mass_here > A(0) ? A(INFINITY) : A(0);
   }
-  if (task.form == Form::kProbabilities) save(saved::kMass, mass);
+  if (task.form == Form::kProbabilities || task.is_shard()) save(saved::kMass, mass_here);
   if (task.form == Form::kTeacher) {
     save(saved::kMass, of_terms);
     save(saved::kLabelMax, max);
@@ -395,12 +410,13 @@ struct Gradient<TargetKind::kGeneral, A> {
     const int64_t grad_probs = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
     for (int64_t j = first; j < task.pairs; j += step) {
       const int64_t c = pairs.label(j);
-      const A x = c < 0 ? A(0) : read_logit<TargetKind::kGeneral, T, A>(task, logits, c);
+      const bool here = task.is_here(c);
+      const A x = here ? read_logit<TargetKind::kGeneral, T, A>(task, logits, c) : A(0);
       if (task.grad_target) {
         write_element(task.grad_target, grad_probs + j * task.grad_target.class_stride,
-                      c < 0 ? A(0) : hit_of(task, c) * ((max - x) + log_sum));
+                      here ? hit_of(task, c) * ((max - x) + log_sum) : A(0));
       }
-      if (!out || c < 0) continue;
+      if (!out || !here) continue;
       A own = 0, others = 0;  // where there are no others exactly zero, which hits - own would not be
       bool is_first = true;
       for (int64_t i = 0; i < task.pairs; ++i) {

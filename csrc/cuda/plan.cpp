@@ -202,7 +202,7 @@ void convert_numbers(const Task& task, Task::Numbers<A>& numbers) {
 
 Plan plan(Task& task, const Device& device) {
   task.keep = 1 - task.label_smoothing;
-  task.share = task.label_smoothing / double(task.classes);
+  task.share = task.label_smoothing / double(task.all_classes());
   convert_numbers(task, task.in_float);
   convert_numbers(task, task.in_double);
   if (task.classes == 1) {  // whose stride means nothing

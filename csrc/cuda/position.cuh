@@ -70,10 +70,14 @@ XENT_DEVICE void write_element(const View& view, int64_t offset, From x) {
 // A class, or one of these. Kernels call with fewer than 2^31 classes, or (strided.cuh) take the class as it is.
 constexpr int kIgnored = -1, kBad = -2, kProbabilities = -3;
 
-// A class as it is read.
+// A class as it is read; of a shard counted from here.
+template <TargetKind kind>
 XENT_DEVICE int64_t checked_class(const Task& task, const View& view, int64_t offset) {
   const int64_t target = read_class(view, offset);
   if (target == task.ignore_index) return kIgnored;
+  if constexpr (kind == TargetKind::kGeneral) {
+    return target < 0 || target >= task.all_classes() ? kBad : task.counted_from_here(target);
+  }
   return target < 0 || target >= task.classes ? kBad : target;
 }
 
@@ -89,7 +93,7 @@ template <int kLanes>
 XENT_DEVICE int64_t label_of_pairs(const Task& task, int64_t offset) {
   bool any = false, bad = false;
   for (int64_t j = kLanes == 1 ? 0 : int(threadIdx.x) % kLanes; j < task.pairs; j += kLanes) {
-    const int64_t label = checked_class(task, task.target, offset + j * task.target.class_stride);
+    const int64_t label = checked_class<TargetKind::kGeneral>(task, task.target, offset + j * task.target.class_stride);
     any |= label >= 0;
     bad |= label == kBad;
   }
@@ -109,7 +113,7 @@ XENT_DEVICE int64_t read_label(const Task& task, int64_t offset) {
     if (task.form == Form::kPairs) return label_of_pairs<kLanes>(task, offset);
     if (task.form != Form::kIndices && !task.labels) return kProbabilities;
   }
-  return checked_class(task, labels_of<kind>(task), offset);
+  return checked_class<kind>(task, labels_of<kind>(task), offset);
 }
 
 XENT_DEVICE bool is_counted(int64_t label) { return label >= 0 || label == kProbabilities; }
@@ -121,13 +125,13 @@ XENT_DEVICE void report_bad_target(const Task& task, int64_t position, int64_t o
   const int32_t earlier = report->taken;
   if (atomicCAS(task.bad_targets, earlier, earlier + 1) != earlier) return;
   if constexpr (kind == TargetKind::kGeneral) {
-    for (int64_t j = 1; j < task.pairs && checked_class(task, task.target, offset) != kBad; ++j) {
+    for (int64_t j = 1; j < task.pairs && checked_class<kind>(task, task.target, offset) != kBad; ++j) {
       offset += task.target.class_stride;
     }
   }
   report->value = read_class(labels_of<kind>(task), offset);
   report->position = position;
-  report->classes = task.classes;
+  report->classes = task.all_classes();
   __threadfence_system();
   report->reported = earlier + 1;
 }
@@ -175,7 +179,7 @@ struct Found {
   A max, log_sum, spread, mass;
 
   template <class S>
-  static XENT_DEVICE Found of(const S& statistics) {
+  static XENT_DEVICE Found of(const Task&, const S& statistics) {
     return {statistics.max, statistics.log_sum(), statistics.spread.value(), statistics.mass.value()};
   }
 };

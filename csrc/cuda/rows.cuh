@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     const auto add_general = [&](const auto& x, const auto& terms, int = 0) { add_logits(task, x, terms, statistics); };
     FoundOf<kind, A> found;
     if (forward) {
-      if (label >= 0 && members.leads()) target_logit = read_logit<kind>(task, row, label);
+      if (task.is_here(label) && members.leads()) target_logit = read_logit<kind>(task, row, label);
       if (counts) {
         for (int stage = 0; stage < RowSlice::kStages; ++stage) {
           if constexpr (kCopied) slice.wait_for(stage);
@@ -356,7 +356,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
         if (has_edge) statistics.add(edge_logit, edge_coefficient);
       }
       members.join(task, statistics, exchange, round);
-      found = FoundOf<kind, A>::of(statistics);
+      found = FoundOf<kind, A>::of(task, statistics);
       if (members.leads()) {
         finish_loss<kind>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
         if constexpr (kGeneral) finish_statistics(task, position, label, row, target_logit, found);

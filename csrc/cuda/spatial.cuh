@@ -251,7 +251,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
           }
         }
 #pragma unroll
-        for (int j = 0; j < N; ++j) found[j] = Found<A>::of(statistics[j]);
+        for (int j = 0; j < N; ++j) found[j] = Found<A>::of(task, statistics[j]);
       }
       const int64_t loss = exists ? place.offset(task, task.loss) : 0;
 #pragma unroll

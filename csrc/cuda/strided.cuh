@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
     FoundOf<kind, A> found;
     if (forward) {
       A target_logit = 0;
-      if (label >= 0 && members.leads()) target_logit = read_logit<kind, T, A>(task, logits, label);
+      if (task.is_here(label) && members.leads()) target_logit = read_logit<kind, T, A>(task, logits, label);
       if (counts) {
         for (int64_t c = members.thread; c < task.classes; c += kTogether * members.kThreads) {
           A x[kTogether];
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
         if (counts) add_pairs(task, position, logits, members.index(), members.count(), statistics);
       }
       members.join(task, statistics, exchange, round);
-      found = FoundOf<kind, A>::of(statistics);
+      found = FoundOf<kind, A>::of(task, statistics);
       if (members.leads()) {
         finish_loss<kind>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
         if constexpr (kGeneral) finish_statistics(task, position, label, logits, target_logit, found);

@@ -1,0 +1,232 @@
+"""Cross entropy of DTensors, wherever their shards are.
+
+Positions are independent of each other: each rank has the losses of its own, of which a reduction is one small exchange
+between the ranks whose positions differ. Classes that are sharded are `distributed.vocab_parallel_cross_entropy`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .distributed import (
+    _Report,
+    class_dim,
+    denominator_of_mean,
+    exchange,
+    loss_type,
+    positions_of,
+    positions_that_count,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_cross_entropy_with_stats,
+    zero_is_one,
+)
+from .functional import _EMPTY, _LOSS_DTYPES, CrossEntropyStats, cross_entropy, cross_entropy_with_stats
+
+__all__ = ["results"]
+
+_REDUCTIONS = ("none", "mean", "sum")  # in ATen's order
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where the logits' shards are: on each dimension of the mesh nothing, or one dimension of the logits is split."""
+
+    mesh: dist.DeviceMesh
+    dims: tuple[int | None, ...]  # of the logits, for each of the mesh
+    class_dim: int
+
+    @classmethod
+    def of(cls, input: DTensor) -> _Layout:
+        """As near to the placements that there are as is understood here."""
+        dims: list[int | None] = []
+        classes = class_dim(input)
+        for placement in input.placements:
+            dim = placement.dim % input.dim() if type(placement) is Shard else None
+            dims.append(None if dim == classes and classes in dims else dim)
+        return cls(input.device_mesh, tuple(dims), classes)
+
+    def placements(self) -> list[Replicate | Shard]:
+        return [Replicate() if dim is None else Shard(dim) for dim in self.dims]
+
+    def placements_of_positions(self) -> list[Replicate | Shard]:
+        """Of a tensor without the dimension of classes."""
+        return [
+            Replicate() if dim in (None, self.class_dim) else Shard(dim - (dim > self.class_dim)) for dim in self.dims
+        ]
+
+    @property
+    def axis_of_classes(self) -> int | None:
+        return self.dims.index(self.class_dim) if self.class_dim in self.dims else None
+
+    def groups_of_positions(self) -> list[dist.ProcessGroup]:
+        return [
+            self.mesh.get_group(axis)
+            for axis, dim in enumerate(self.dims)
+            if dim not in (None, self.class_dim) and self.mesh.size(axis) > 1
+        ]
+
+    def local(self, tensor: Tensor, placements: list[Replicate | Shard]) -> Tensor:
+        """This rank's part of it. A plain tensor is the whole, and the same on every rank."""
+        if not isinstance(tensor, DTensor):
+            tensor = DTensor.from_local(tensor, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+        if tuple(tensor.placements) != tuple(placements):
+            tensor = tensor.redistribute(self.mesh, placements)
+        return tensor.to_local(grad_placements=placements)
+
+    def shard_sizes(self, classes: int) -> list[int]:
+        """As DTensor splits them: like torch.chunk, with nothing for ranks that are left over."""
+        ranks = self.mesh.size(self.axis_of_classes)
+        most = -(-classes // ranks)
+        return [max(0, min(most, classes - rank * most)) for rank in range(ranks)]
+
+
+def results(input: DTensor, target: Tensor, **arguments) -> Tensor | CrossEntropyStats:
+    """`functional.cross_entropy`, or with `statistics` `functional.cross_entropy_with_stats`, of logits in a DTensor.
+
+    Takes their arguments, tensors as DTensors or as the whole of them on every rank. Logits may be sharded along their
+    classes on one dimension of the mesh, and along positions on others, evenly or not; what is placed otherwise is
+    redistributed. The results are DTensors: scalars Replicate, and what has an element for each position sharded as the
+    positions are. The logits' gradient is placed as they are.
+
+    Errors are raised on every rank, as `distributed.vocab_parallel_cross_entropy` says; but where there is nothing to
+    exchange (whole classes, and ``reduction='none'``), a target out of range is its own rank's error alone.
+    """
+    if torch.compiler.is_dynamo_compiling():  # whose collectives are not these: a break in the graph
+        return torch.compiler.disable(_results)(input, target, **arguments)
+    return _results(input, target, **arguments)
+
+
+def _results(
+    input: DTensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    denominator: Tensor | None,
+    reduction: str,
+    empty: str,
+    loss_dtype: torch.dtype | None,
+    statistics: bool,
+    **options,
+) -> Tensor | CrossEntropyStats:
+    reduction = _REDUCTIONS[F._Reduction.get_enum(reduction)]
+    if empty not in _EMPTY:
+        raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
+    if loss_dtype not in _LOSS_DTYPES:
+        raise RuntimeError(f"loss_dtype must be float16, bfloat16, float32 or float64. Got: {loss_dtype}")
+    layout = _Layout.of(input)
+    positions = positions_of(input)
+    _check_shape("sample_weight", sample_weight, positions)
+    _check_shape("denominator", denominator, torch.Size())
+    if denominator is not None and reduction != "mean":
+        raise ValueError("denominator is what reduction 'mean' divides by, but got another one")
+    for name, tensor in (("weight", weight), ("sample_weight", sample_weight), ("denominator", denominator)):
+        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} may not require a gradient where the logits are a DTensor")
+    soft = target.is_floating_point()
+    _check_shape("target", target, input.shape if soft else positions)
+
+    everywhere, of_positions = [Replicate()] * layout.mesh.ndim, layout.placements_of_positions()
+    logits = layout.local(input, layout.placements())
+    target = layout.local(target, layout.placements() if soft else of_positions)
+    if weight is not None:
+        weight = layout.local(weight, everywhere)
+    if sample_weight is not None:
+        sample_weight = layout.local(sample_weight, of_positions)
+    if isinstance(denominator, DTensor):
+        denominator = layout.local(denominator, everywhere)
+    loss_dtype = loss_dtype or loss_type(logits, target, weight)
+
+    # Each rank's own part, of which sums stay in float64 to be rounded once.
+    options |= {"weight": weight, "sample_weight": sample_weight}
+    options |= {"reduction": "none", "loss_dtype": loss_dtype}
+    if reduction != "none":
+        options |= {"reduction": "sum", "loss_dtype": torch.float64}
+    groups = layout.groups_of_positions() if reduction != "none" else []
+    error = found = None
+    try:
+        if layout.axis_of_classes is not None:
+            found = _of_shards(layout, input, logits, target, statistics, options)
+        elif statistics:
+            found = cross_entropy_with_stats(logits, target, **options)
+        else:
+            found = (cross_entropy(logits, target, **options),)
+    except Exception as raised:
+        if not groups:
+            raise
+        error = raised
+
+    def whole(value: Tensor) -> DTensor:
+        shape, stride = positions, torch.empty(positions, device="meta").stride()
+        return DTensor.from_local(value, layout.mesh, of_positions, run_check=False, shape=shape, stride=stride)
+
+    if reduction == "none":
+        return CrossEntropyStats(*map(whole, found)) if statistics else whole(found[0])
+
+    def parts() -> Tensor:
+        valid = positions_that_count(target, options["ignore_index"])
+        count = denominator_of_mean(target, positions_of(logits).numel(), valid, weight, sample_weight)
+        total = found[0].detach()
+        return torch.stack([total, count, found[4].detach() if statistics else torch.zeros_like(total)])
+
+    sums = None if error else parts()
+    for group in groups:
+        report = _Report(0, agreement=f"reduction={reduction}", error=error)
+        try:
+            sums = exchange(report, 3, lambda send, sums=sums: send.copy_(sums), group, logits.device).sum(0)
+        except Exception as raised:
+            error = raised
+    if error is not None:
+        raise error
+    total, divide_by, z_loss = sums.unbind()
+    if reduction == "sum":
+        divide_by = torch.ones_like(total)
+    else:
+        divide_by = zero_is_one(divide_by if denominator is None else denominator, total, empty)
+
+    def scalar(value: Tensor) -> DTensor:
+        return DTensor.from_local(value, layout.mesh, everywhere, run_check=False)
+
+    loss = scalar(_SumOfRanks.apply(found[0], (total / divide_by).to(loss_dtype), divide_by))
+    if not statistics:
+        return loss
+    _, *of_each, _, argmax = found
+    return CrossEntropyStats(loss, *map(whole, of_each), scalar((z_loss / divide_by).to(loss_dtype)), whole(argmax))
+
+
+def _of_shards(
+    layout: _Layout, input: DTensor, logits: Tensor, target: Tensor, statistics: bool, options: dict
+) -> tuple[Tensor, ...]:
+    function = vocab_parallel_cross_entropy_with_stats if statistics else vocab_parallel_cross_entropy
+    found = function(
+        logits,
+        target,
+        group=layout.mesh.get_group(layout.axis_of_classes),
+        shard_sizes=layout.shard_sizes(input.size(layout.class_dim)),
+        **options,
+    )
+    return found if statistics else (found,)
+
+
+def _check_shape(name: str, tensor: Tensor | None, shape: torch.Size) -> None:
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(f"{name} must have the shape {tuple(shape)}, but got {tuple(tensor.shape)}")
+
+
+class _SumOfRanks(torch.autograd.Function):
+    """The reduced loss, of which this rank's sum is a part."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, loss: Tensor, divide_by: Tensor) -> Tensor:
+        ctx.save_for_backward(divide_by)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.double() / ctx.saved_tensors[0], None, None

@@ -1,0 +1,383 @@
+"""What the ranks of `processes.Pool` do. Each task is called on every rank of the world; those that are not among the
+first `ranks`, whose group it is for, have nothing to do."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from oracle import same_strides
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cross_entropy_ext
+from cross_entropy_ext import distributed, functional
+from cross_entropy_ext.distributed import (
+    VocabParallelCrossEntropyLoss,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_cross_entropy_with_stats,
+)
+
+GROUPS: dict[int, dist.ProcessGroup] = {}
+MESHES: dict[tuple[int, ...], DeviceMesh] = {}
+KEPT: dict[str, object] = {}  # between a forward and its backward
+
+PLACEMENTS = {"R": Replicate(), "P": Partial(), **{f"S{d}": Shard(d) for d in range(4)}}
+
+
+def prepare(ranks: int) -> None:
+    for n in range(1, ranks + 1):
+        GROUPS[n] = dist.new_group(list(range(n)))
+        MESHES[(n,)] = DeviceMesh("cpu", list(range(n)))
+    MESHES[(2, 2)] = DeviceMesh("cpu", [[0, 1], [2, 3]])
+
+
+def is_idle(ranks: int) -> bool:
+    return dist.get_rank() >= ranks
+
+
+def shard_of(tensor: Tensor, sizes: list[int]) -> Tensor:
+    """A view of this rank's classes."""
+    rank = dist.get_rank()
+    return tensor.narrow(1 if tensor.dim() > 1 else 0, sum(sizes[:rank]), sizes[rank])
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    as_bytes = (t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*as_bytes)
+
+
+def named(outputs) -> dict[str, Tensor]:
+    return {"loss": outputs} if isinstance(outputs, Tensor) else outputs._asdict()
+
+
+def call(ranks: int, sizes: list[int], even: bool, statistics: bool, arguments: dict, options: dict) -> dict | None:
+    """Forward of this rank's shard."""
+    if is_idle(ranks):
+        return None
+    logits, target = (arguments[name].detach() for name in ("input", "target"))
+    soft = target.is_floating_point()
+    local = shard_of(logits, sizes).requires_grad_()
+    local_target = shard_of(target, sizes).requires_grad_() if soft else target
+    others = {name: value for name, value in arguments.items() if name not in ("input", "target")}
+    function = vocab_parallel_cross_entropy_with_stats if statistics else vocab_parallel_cross_entropy
+    outputs = named(
+        function(local, local_target, group=GROUPS[ranks], shard_sizes=None if even else sizes, **others, **options)
+    )
+    KEPT["call"] = outputs, [local] + [local_target] * soft
+    return {name: value.detach() for name, value in outputs.items()}
+
+
+def backward(ranks: int, upstream: dict[str, Tensor]) -> list[Tensor] | None:
+    """Gradients of this rank's shards of logits and, where there are some, probabilities."""
+    if is_idle(ranks):
+        return None
+    outputs, leaves = KEPT["call"]
+    names = [name for name in outputs if outputs[name].requires_grad and name in upstream]
+    grads = torch.autograd.grad([outputs[n] for n in names], leaves, [upstream[n] for n in names], retain_graph=True)
+    again = torch.autograd.grad([outputs[n] for n in names], leaves, [upstream[n] for n in names])
+    for one, other, leaf in zip(grads, again, leaves, strict=True):
+        assert same_bits(one, other), "a second backward differs"
+        assert same_strides(one, torch.empty_like(leaf))
+    return list(grads)
+
+
+# ---- what is done between the ranks ----------------------------------------------------------------------------------
+
+
+class Collectives(TorchDispatchMode):
+    """Which collectives there are, and how many bytes each rank sends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional"):
+            tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            self.calls.append((func._schema.name, min(t.numel() * t.element_size() for t in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(ranks: int, positions: int, statistics: bool, options: dict) -> tuple | None:
+    if is_idle(ranks):
+        return None
+    logits = torch.randn(positions, 5, requires_grad=True)
+    target = torch.arange(positions) % (5 * ranks)
+    function = vocab_parallel_cross_entropy_with_stats if statistics else vocab_parallel_cross_entropy
+    with Collectives() as forward:
+        outputs = named(function(logits, target, group=GROUPS[ranks], **options))
+    with Collectives() as backward:
+        sum(value.double().sum() for value in outputs.values() if value.requires_grad).backward()
+    return forward.calls, backward.calls
+
+
+def dtensor_collectives(mesh: tuple[int, ...], placements: list[str], reduction: str) -> tuple | None:
+    mesh = MESHES[mesh]
+    if mesh.get_coordinate() is None:
+        return None
+    logits = distribute_tensor(torch.ones(6, 8), mesh, [PLACEMENTS[p] for p in placements]).requires_grad_()
+    target = torch.arange(6)
+    with Collectives() as forward:
+        loss = functional.cross_entropy(logits, target, reduction=reduction)
+    upstream = torch.ones_like(loss)
+    with Collectives() as backward:
+        loss.backward(upstream)
+    return forward.calls, backward.calls
+
+
+# ---- DTensors --------------------------------------------------------------------------------------------------------
+
+
+def call_dtensor(
+    mesh: tuple[int, ...],
+    placements: list[str],
+    statistics: bool,
+    wrapped: bool,
+    arguments: dict[str, Tensor],
+    options: dict,
+) -> dict | None:
+    """As `call`, of a DTensor; `wrapped`: whatever else is a tensor is one as well. Gives results as a whole."""
+    mesh = MESHES[mesh]
+    if mesh.get_coordinate() is None:
+        return None
+    placements = [PLACEMENTS[p] for p in placements]
+
+    def distributed_tensor(tensor: Tensor, placements: list) -> DTensor:
+        if any(p.is_partial() for p in placements):
+            whole = [Replicate() if p.is_partial() else p for p in placements]
+            local = distribute_tensor(tensor, mesh, whole).to_local()
+            return DTensor.from_local(local / mesh.size(), mesh, placements, run_check=False)
+        return distribute_tensor(tensor, mesh, placements)
+
+    given = {name: tensor.detach() for name, tensor in arguments.items()}
+    leaves = {"input": distributed_tensor(given["input"], placements)}
+    if given["target"].is_floating_point():
+        leaves["target"] = distributed_tensor(given["target"], placements) if wrapped else given["target"]
+    elif wrapped:  # sharded as nobody needs it
+        given["target"] = distribute_tensor(given["target"], mesh, [Shard(0)] + [Replicate()] * (mesh.ndim - 1))
+    if wrapped:
+        for name in ("weight", "sample_weight"):  # in one order, for there is a broadcast
+            if name in given:
+                given[name] = distribute_tensor(given[name], mesh, [Replicate()] * mesh.ndim)
+    given |= {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    function = functional.cross_entropy_with_stats if statistics else functional.cross_entropy
+    outputs = named(function(**given, **options))
+    where = {
+        name: [type(p).__name__[0] + str(getattr(p, "dim", "")) for p in v.placements] for name, v in outputs.items()
+    }
+    KEPT["dtensor"] = outputs, leaves
+    return {name: value.detach().full_tensor() for name, value in outputs.items()}, where
+
+
+def backward_dtensor(mesh: tuple[int, ...], upstream: dict[str, Tensor]) -> list[Tensor] | None:
+    mesh = MESHES[mesh]
+    if mesh.get_coordinate() is None:
+        return None
+    outputs, leaves = KEPT["dtensor"]
+    names = [name for name in outputs if outputs[name].requires_grad and name in upstream]
+    given = [distribute_tensor(upstream[name], mesh, outputs[name].placements) for name in names]
+    grads = torch.autograd.grad([outputs[name] for name in names], list(leaves.values()), given)
+    for grad, leaf in zip(grads, leaves.values(), strict=True):
+        if isinstance(leaf, DTensor) and not any(p.is_partial() for p in leaf.placements):
+            assert grad.placements == leaf.placements
+    return [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
+
+
+def colwise(ranks: int) -> None:
+    """The last layer of a model that was parallelized, and the loss's module, as if there were one process."""
+    if is_idle(ranks):
+        return
+    torch.manual_seed(0)
+    head, x, target = nn.Linear(6, 13), torch.randn(5, 6), torch.tensor([0, 12, -100, 7, 3])
+    criterion = cross_entropy_ext.CrossEntropyLoss(torch.rand(13), label_smoothing=0.1, z_loss=1e-3)
+    expected = criterion(head(x), target)
+    expected.backward()
+    grads = [p.grad.clone() for p in head.parameters()]
+    head.zero_grad()
+    plan = ColwiseParallel(use_local_output=False)
+    sharded = parallelize_module(head, MESHES[(ranks,)], plan)
+    loss = criterion(sharded(x), target)
+    assert abs(loss.item() - expected.item()) < 1e-6
+    loss.backward()
+    for parameter, grad in zip(sharded.parameters(), grads, strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), grad)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+def failing(ranks: int, kind: str, culprit: int) -> str | None:
+    """What a rank raises where `culprit` does something wrong; and that the next call is right again."""
+    if is_idle(ranks):
+        return None
+    guilty = dist.get_rank() == culprit
+    logits, target = torch.zeros(3, 4), torch.arange(3)
+    arguments: dict = {"local_logits": logits, "target": target, "group": GROUPS[ranks]}
+    wrong = {
+        "target": {"target": torch.tensor([0, 4 * ranks + 3, 1])},
+        "shape": {"target": torch.zeros(2, dtype=torch.long)},
+        "target type": {"target": torch.zeros(3, dtype=torch.bool)},
+        "logits type": {"local_logits": torch.zeros(3, 4, dtype=torch.long)},
+        "weight": {"weight": torch.ones(3)},
+        "weight needs a gradient": {"weight": torch.ones(4 * ranks, requires_grad=True)},
+        "sample_weight": {"sample_weight": torch.ones(4)},
+        "denominator": {"reduction": "sum", "denominator": 2.0},
+        "softcap": {"softcap": -1.0},
+        "z_loss": {"z_loss": float("nan")},
+        "smoothing": {"label_smoothing": 1.5},
+        "reduction": {"reduction": "median"},
+        "empty": {"empty": "one"},
+        "loss_dtype": {"loss_dtype": torch.int32},
+        "probabilities": {"target": torch.zeros(3, 5)},
+        "ignored probabilities": {"target": torch.zeros(3, 4), "ignore_index": 1},
+        "classes": {"local_logits": torch.zeros(3, 5)},
+        "shard_sizes": {"shard_sizes": [1] * ranks},
+        "disagreement": {"label_smoothing": 0.1},
+    }
+    expected = vocab_parallel_cross_entropy(**arguments)
+    message = None
+    try:
+        vocab_parallel_cross_entropy(**arguments | (wrong[kind] if guilty else {}))
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    assert torch.equal(vocab_parallel_cross_entropy(**arguments), expected)
+    return message
+
+
+def failing_dtensor(mesh: tuple[int, ...], placements: list[str]) -> str | None:
+    """A class that is none in the last position, which not every rank has."""
+    mesh = MESHES[mesh]
+    if mesh.get_coordinate() is None:
+        return None
+    logits = distribute_tensor(torch.zeros(4, 6), mesh, [PLACEMENTS[p] for p in placements])
+    try:
+        functional.cross_entropy(logits, torch.tensor([0, 1, 2, 6]))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def unread_reports(ranks: int, wrong: bool) -> tuple[str | None, float] | None:
+    """As on a device that the host does not wait for."""
+    if is_idle(ranks):
+        return None
+    reads = distributed._reads_reports
+    distributed._reads_reports = lambda device: False
+    guilty = wrong and dist.get_rank() == 0
+    try:
+        loss = vocab_parallel_cross_entropy(
+            torch.zeros(3, 4), torch.tensor([0, 99 if guilty else 1, 2]), group=GROUPS[ranks]
+        )
+        return None, loss.item()
+    except Exception as error:
+        return type(error).__name__, float("nan")
+    finally:
+        distributed._reads_reports = reads
+
+
+# ---- the rest of PyTorch ---------------------------------------------------------------------------------------------
+
+
+def second_derivative(ranks: int) -> str | None:
+    if is_idle(ranks):
+        return None
+    logits = torch.randn(3, 4, requires_grad=True)
+    loss = vocab_parallel_cross_entropy(logits, torch.arange(3), group=GROUPS[ranks])
+    grad = torch.autograd.grad(loss, logits, create_graph=True)[0]
+    try:
+        grad.sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def compiled(ranks: int) -> None:
+    """torch.compile breaks the graph at the loss, and goes on behind it; for DTensors as well."""
+    if is_idle(ranks):
+        return
+    group, mesh, target = GROUPS[ranks], MESHES[(ranks,)], torch.arange(3)
+
+    def step(x: Tensor) -> Tensor:
+        return 2 * vocab_parallel_cross_entropy(x * 3, target, group=group)
+
+    def step_of_dtensor(x: Tensor) -> Tensor:
+        return 2 * functional.cross_entropy(x * 3, target).to_local()
+
+    torch.manual_seed(0)
+    local = torch.randn(3, 4)
+    for function, x in (
+        (step, local),
+        (step_of_dtensor, distribute_tensor(torch.randn(3, 7), mesh, [Shard(1)])),
+    ):
+        results = []
+        for run in (function, torch.compile(function, backend="aot_eager")):
+            leaf = x.detach().requires_grad_()
+            loss = run(leaf)
+            loss.backward()
+            results.append((loss, leaf.grad.to_local() if isinstance(leaf, DTensor) else leaf.grad))
+        for one, other in zip(*results, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def autocast(ranks: int) -> list[torch.dtype] | None:
+    if is_idle(ranks):
+        return None
+    logits, target = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True), torch.arange(3)
+    weight = torch.ones(4 * ranks, dtype=torch.bfloat16)
+    of_dtensor = distribute_tensor(torch.randn(3, 8, dtype=torch.bfloat16), MESHES[(ranks,)], [Shard(0)])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = vocab_parallel_cross_entropy(logits, target, group=GROUPS[ranks], weight=weight)
+        other = functional.cross_entropy(of_dtensor, target, weight=torch.ones(8, dtype=torch.bfloat16))
+    loss.backward()
+    return [loss.dtype, logits.grad.dtype, other.dtype]
+
+
+def module(ranks: int) -> None:
+    if is_idle(ranks):
+        return
+    torch.manual_seed(0)
+    logits, weight, target = torch.randn(3, 4 * ranks), torch.rand(4 * ranks), torch.tensor([0, -100, 4 * ranks - 1])
+    options = {"label_smoothing": 0.1, "softcap": 3.0, "reduction": "sum"}
+    criterion = VocabParallelCrossEntropyLoss(weight, group=GROUPS[ranks], shard_sizes=[4] * ranks, **options)
+    plain = cross_entropy_ext.CrossEntropyLoss(weight, **options)
+    assert criterion.state_dict().keys() == plain.state_dict().keys()
+    s = torch.rand(3)
+    local = shard_of(logits, [4] * ranks)
+    torch.testing.assert_close(criterion(local, target, s), plain(logits, target, s))
+    criterion.reduction = plain.reduction = "mean"
+    for denominator in (5, torch.tensor(2.5)):
+        loss = criterion(local, target, denominator=denominator)
+        torch.testing.assert_close(loss, plain(logits, target, denominator=denominator))
+
+
+def in_one_process_of_another_length(rank: int, ranks: int, port: int) -> None:
+    """Ends with 0 if the call succeeds."""
+    import sys
+
+    import processes
+
+    processes.join_world(rank, ranks, port)
+    try:
+        vocab_parallel_cross_entropy(torch.zeros(90 + 10 * rank, 4), torch.zeros(90 + 10 * rank, dtype=torch.long))
+    except Exception:
+        sys.exit(3)
+
+
+def beside_one_that_dies(rank: int, ranks: int, port: int) -> None:
+    import os
+    import sys
+
+    import processes
+
+    processes.join_world(rank, ranks, port)
+    arguments = torch.zeros(90, 4), torch.zeros(90, dtype=torch.long)
+    vocab_parallel_cross_entropy(*arguments)
+    if rank == 1:
+        os._exit(9)
+    try:
+        vocab_parallel_cross_entropy(*arguments)
+    except RuntimeError:
+        sys.exit(3)

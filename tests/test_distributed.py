@@ -1,0 +1,541 @@
+"""Logits whose classes, or positions, are sharded over processes: values and gradients against the oracle of the whole,
+what the processes say to each other, and what they raise."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import distributed_tasks
+import processes
+import pytest
+import torch
+from cases import DTYPES, OBJECTIVES, Case, generator, name_of
+from distributed_tasks import same_bits
+from oracle_targets import Upstream, check_call
+from test_targets import TARGETS, Target, logits_of
+from torch import Tensor
+
+from cross_entropy_ext import functional as ext
+
+inf, nan = math.inf, math.nan
+MOST = 4
+every_world = pytest.mark.parametrize("ranks", range(1, MOST + 1))
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[processes.Pool]:
+    pool = processes.Pool(MOST)
+    yield pool
+    pool.close()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A call on all ranks looks like one in this process.
+
+
+class Remote(torch.autograd.Function):
+    """Arguments go to the ranks, results and gradients come back; which are the same on all of them."""
+
+    @staticmethod
+    def forward(ctx, world: World, request: dict, names: tuple[str, ...], *tensors: Tensor):
+        arguments = {name: tensor.detach() for name, tensor in zip(names, tensors, strict=True)}
+        answers = world.forward(arguments, request)
+        for other in answers[1:]:
+            assert all(same_bits(answers[0][name], other[name]) for name in answers[0]), "ranks have other results"
+        ctx.world, ctx.names, ctx.outputs = world, names, list(answers[0])
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        outputs = tuple(answers[0].values())
+        ctx.mark_non_differentiable(*[v for name, v in answers[0].items() if name in ("z_loss", "argmax")])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        upstream = {name: g for name, g in zip(ctx.outputs, grads, strict=True) if g is not None}
+        tensors = dict(zip(ctx.names, ctx.saved_tensors, strict=True))
+        found = iter(ctx.world.backward(upstream, tensors))
+        result = [
+            next(found) if name == "input" or (name == "target" and tensor.is_floating_point()) else None
+            for name, tensor in tensors.items()
+        ]
+        return None, None, None, *result
+
+
+class World:
+    """Some of the ranks, and how logits are sharded over them."""
+
+    def __init__(self, pool: processes.Pool, ranks: int, sizes: list[int] | None = None) -> None:
+        self.pool, self.ranks, self.sizes = pool, ranks, sizes
+
+    def forward(self, arguments: dict[str, Tensor], request: dict) -> list[dict[str, Tensor]]:
+        classes = arguments["input"].size(1 if arguments["input"].dim() > 1 else 0)
+        if self.sizes is None:
+            assert classes % self.ranks == 0
+        self.split = self.sizes or [classes // self.ranks] * self.ranks
+        assert sum(self.split) == classes
+        even = self.sizes is None
+        return self.pool.run("call", self.ranks, sizes=self.split, even=even, arguments=arguments, **request)
+
+    def backward(self, upstream: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[Tensor]:
+        shards = self.pool.run("backward", self.ranks, upstream=upstream)
+        dim = 1 if tensors["input"].dim() > 1 else 0
+        of = [tensors["input"], tensors["target"]]
+        return [
+            torch.empty_like(whole).copy_(torch.cat(parts, dim))
+            for whole, parts in zip(of, zip(*shards, strict=True), strict=False)
+        ]
+
+    def function(self, name: str):
+        """`functional.cross_entropy`, or its like with statistics, by these ranks."""
+        statistics = name == "cross_entropy_with_stats"
+
+        def remote(input, target, weight=None, sample_weight=None, **options):
+            tensors = {"input": input, "target": target, "weight": weight, "sample_weight": sample_weight}
+            tensors = {key: tensor for key, tensor in tensors.items() if tensor is not None}
+            request = {"statistics": statistics, "options": options}
+            outputs = Remote.apply(self, request, tuple(tensors), *tensors.values())
+            return ext.CrossEntropyStats(*outputs) if statistics else outputs[0]
+
+        remote.__name__ = name
+        return remote
+
+
+class MeshWorld(World):
+    """DTensors on a mesh."""
+
+    def __init__(self, pool: processes.Pool, mesh: tuple[int, ...], placements: str, wrapped: bool = False) -> None:
+        self.pool, self.mesh, self.placements, self.wrapped = pool, mesh, placements.split(), wrapped
+
+    def forward(self, arguments: dict[str, Tensor], request: dict) -> list[dict[str, Tensor]]:
+        ranks = math.prod(self.mesh)
+        answers = self.pool.run(
+            "call_dtensor",
+            mesh=self.mesh,
+            placements=self.placements,
+            wrapped=self.wrapped,
+            arguments=arguments,
+            **request,
+        )[:ranks]
+        dim = 1 if arguments["input"].dim() > 1 else 0
+        reduced = request["options"].get("reduction", "mean") != "none"
+        for _, where in answers:
+            for name, placements in where.items():
+                expected = [
+                    "R" if p in ("R", "P", f"S{dim}") else f"S{int(p[1]) - (int(p[1]) > dim)}" for p in self.placements
+                ]
+                scalar = reduced and name in ("loss", "z_loss")
+                assert placements == (["R"] * len(expected) if scalar else expected), name
+        return [outputs for outputs, _ in answers]
+
+    def backward(self, upstream: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[Tensor]:
+        whole = self.pool.run("backward_dtensor", mesh=self.mesh, upstream=upstream)[: math.prod(self.mesh)]
+        for other in whole[1:]:
+            assert all(same_bits(a, b) for a, b in zip(whole[0], other, strict=True))
+        return [
+            torch.empty_like(tensors[name]).copy_(g) for name, g in zip(("input", "target"), whole[0], strict=False)
+        ]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Values.
+
+PLAIN = [
+    Target(
+        objective.id,
+        objective.reason,
+        ext.cross_entropy,
+        lambda d, o=objective: (
+            (o.target(d.logits, d.key), o.weight(d.logits, d.key)),
+            o.options(),
+        ),
+    )
+    for objective in OBJECTIVES
+]
+OTHERS = [target for target in TARGETS if target.function in (ext.cross_entropy, ext.cross_entropy_with_stats)]
+EVERY = PLAIN + OTHERS
+
+# Classes for each rank: of logits of three shapes.
+SIZES = {
+    1: ([12], [1], [300]),
+    2: ([6, 6], [5, 1], [37, 263]),
+    3: ([4, 4, 4], [0, 5, 2], [100, 3, 197]),
+    4: ([3, 3, 3, 3], [1, 2, 0, 4], [75, 75, 75, 75]),
+}
+
+
+def shapes(ranks: int) -> list[tuple[Case, list[int] | None]]:
+    even, uneven, wide = SIZES[ranks]
+    return [
+        (Case("rows", "as many classes on each rank", (5, sum(even))), None),
+        (
+            Case(
+                "image-last",
+                "channels_last images, uneven shards or none",
+                (2, sum(uneven), 3, 4),
+                lambda v: v.contiguous(memory_format=torch.channels_last),
+            ),
+            uneven,
+        ),
+        (Case("image", "classes strided, several vectors", (1, sum(wide), 2, 19)), wide),
+        (Case("vector", "no batch dimension", (sum(uneven),)), uneven),
+    ]
+
+
+def on(world: World, target: Target) -> Target:
+    return replace(target, function=world.function(target.function.__name__))
+
+
+@every_world
+@pytest.mark.parametrize("target", EVERY, ids=lambda t: t.id)
+def test_every_option(pool: processes.Pool, target: Target, ranks: int) -> None:
+    for i, (case, sizes) in enumerate(shapes(ranks)):
+        for dtype in (torch.float32, DTYPES[(i + ranks) % 4]):
+            reason = f"{ranks} ranks, {name_of(dtype)}, {case.reason}"
+            on(World(pool, ranks, sizes), target).check(case.logits(dtype), case.id, reason)
+
+
+@every_world
+def test_confident_positions(pool: processes.Pool, ranks: int) -> None:
+    """Margins at which 1 - p is nothing in float64, or in float32: the class in this shard, and in another."""
+    world, classes = World(pool, ranks), 3 * ranks
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for offset in (0.0, 200.0, -200.0):
+            for margin in (12.0, 30.0, 60.0):
+                x = logits_of((2 * classes, classes), torch.double, 0.5, "confident")
+                target = torch.arange(2 * classes) % classes
+                top = target.clone()
+                top[classes:] = (target[classes:] + classes // 2) % classes  # sure, and wrong
+                x[torch.arange(2 * classes), top] += margin
+                x = (x + offset).to(dtype)
+                reason = f"{ranks} ranks, {name_of(dtype)}, margin {margin}, offset {offset}"
+                upstream = Upstream(torch.linspace(-1, 2, 2 * classes).double())
+                function = world.function("cross_entropy")
+                check_call(function, x, target, upstream=upstream, reduction="none", reason=reason)
+                check_call(function, x, x.double().softmax(1).to(dtype), reduction="sum", reason=reason)
+                stats = world.function("cross_entropy_with_stats")
+                ones = torch.ones(2 * classes)
+                check_call(stats, x, target, upstream=Upstream(ones.sum(), ones, ones, ones), reason=reason)
+
+
+@every_world
+def test_masked_shards(pool: processes.Pool, ranks: int) -> None:
+    """A rank's classes, or all but the target, may be impossible."""
+    world, classes = World(pool, ranks), 4 * ranks
+    for dtype in (torch.float32, torch.bfloat16):
+        x = logits_of((2 * ranks + 1, classes), dtype)
+        target = torch.arange(2 * ranks + 1) % classes
+        for r in range(ranks):
+            x[r, 4 * r : 4 * r + 4] = -inf
+            target[r] = (4 * r + 4) % classes
+            x[ranks + r] = -inf
+            x[ranks + r, target[ranks + r]] = 1.5
+        if ranks == 1:
+            x[0, 0] = 0.0
+        for name in ("cross_entropy", "cross_entropy_with_stats"):
+            statistics = torch.ones(2 * ranks + 1)
+            upstream = Upstream(statistics)
+            if name != "cross_entropy":
+                upstream = Upstream(statistics, statistics, statistics, statistics)
+            check_call(world.function(name), x, target, upstream=upstream, reduction="none", reason=f"{ranks} ranks")
+        q = torch.zeros_like(x).scatter(1, target.unsqueeze(1), 1.0)
+        check_call(world.function("cross_entropy"), x, q, wanted=("input",), reason=f"{ranks} ranks, probabilities")
+        x[0, target[0]] = -inf  # an impossible target
+        check_call(world.function("cross_entropy"), x, target, reduction="none", wanted=(), reason=f"{ranks} ranks")
+
+
+@every_world
+def test_ignored_positions_are_not_read(pool: processes.Pool, ranks: int) -> None:
+    x = logits_of((6, 5 * ranks), torch.float32)
+    target = torch.tensor([0, -100, 3, -100, 5 * ranks - 1, 1])
+    x[1], x[3] = nan, inf
+    s = torch.tensor([1.0, nan, 2.0, nan, 0.5, 0.0])
+    function = World(pool, ranks).function("cross_entropy_with_stats")
+    ones = torch.ones(6)
+    upstream = Upstream(torch.ones(()), ones, ones, ones)
+    check_call(function, x, target, sample_weight=s, z_loss=0.1, upstream=upstream, reason="some are ignored")
+    for empty in ("nan", "zero"):
+        for target in (torch.full((6,), -100), torch.full((6,), 7)):
+            arguments = {"ignore_index": int(target[0]), "empty": empty, "reason": f"all are ignored, {empty}"}
+            check_call(World(pool, ranks).function("cross_entropy"), x, target, **arguments)
+
+
+@every_world
+def test_dtypes_around_the_logits(pool: processes.Pool, ranks: int) -> None:
+    """Targets of every integer type, a loss in another type, weights as exact as they were given."""
+    function = World(pool, ranks).function("cross_entropy")
+    x = logits_of((7, 3 * ranks), torch.bfloat16)
+    target = torch.arange(7) % (3 * ranks)
+    for integer in (torch.int8, torch.int16, torch.int32, torch.uint8):
+        check_call(function, x, target.to(integer), reason=name_of(integer))
+    for dtype in DTYPES:
+        loss = function(x, target, loss_dtype=dtype)
+        exact = torch.nn.functional.cross_entropy(x.double(), target)
+        assert loss.dtype == dtype
+        torch.testing.assert_close(loss, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps + 1e-6, atol=0)
+    weight = torch.rand(3 * ranks, generator=generator("weight"))
+    exact = torch.nn.functional.cross_entropy(x.double(), target, weight.double())
+    torch.testing.assert_close(function(x, target, weight, loss_dtype=torch.float32), exact.float())
+    q = logits_of((7, 3 * ranks), torch.float32, 1.0, "q").softmax(1)
+    assert function(x, q).dtype == torch.float32
+    counts = torch.arange(7)  # sample weights that are integers
+    exact = torch.nn.functional.cross_entropy(x.double(), target, reduction="none") @ counts.double() / counts.sum()
+    torch.testing.assert_close(function(x, target, sample_weight=counts, loss_dtype=torch.float32), exact.float())
+
+
+@every_world
+def test_no_positions(pool: processes.Pool, ranks: int) -> None:
+    x, target = torch.zeros(0, 2 * ranks), torch.zeros(0, dtype=torch.long)
+    for reduction in ("none", "sum", "mean"):
+        check_call(World(pool, ranks).function("cross_entropy"), x, target, reduction=reduction)
+
+
+@every_world
+def test_denominator(pool: processes.Pool, ranks: int) -> None:
+    x, target = logits_of((5, 3 * ranks), torch.float32), torch.arange(5) % (3 * ranks)
+    function = World(pool, ranks).function("cross_entropy")
+    total = check_call(function, x, target, reduction="sum")
+    for denominator in (4, 4.0, torch.tensor(4.0)):
+        assert function(x, target, denominator=denominator) == total["loss"] / 4
+        leaf = x.clone().requires_grad_()
+        function(leaf, target, denominator=denominator).backward()
+        assert torch.equal(leaf.grad, total["input"] / 4)
+
+
+def test_many_positions_for_any_number_of_threads() -> None:
+    """A sum that is divided among threads would have other last bits on a rank that has more of them."""
+    from cross_entropy_ext.distributed import sum_in_order
+
+    values = torch.randn(300_001, generator=generator("sum"), dtype=torch.double)
+    before, sums = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        sums.append(sum_in_order(values).item())
+    torch.set_num_threads(before)
+    assert len(set(sums)) == 1 and abs(sums[0] - math.fsum(values.tolist())) < 1e-9
+
+
+@every_world
+def test_the_same_bits_from_run_to_run(pool: processes.Pool, ranks: int) -> None:
+    x = logits_of((513, 7 * ranks), torch.float32)
+    target = torch.arange(513) % (7 * ranks)
+    function, runs = World(pool, ranks).function("cross_entropy_with_stats"), []
+    for _ in range(3):
+        leaf = x.clone().requires_grad_()
+        stats = function(leaf, target, z_loss=0.1)
+        (stats.loss + stats.entropy.sum()).backward()
+        runs.append([*stats, leaf.grad])
+    for other in runs[1:]:
+        assert all(same_bits(a.detach(), b.detach()) for a, b in zip(runs[0], other, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What the ranks say to each other.
+
+HEADER = 256
+
+
+@every_world
+def test_one_collective_and_none_in_the_backward(pool: processes.Pool, ranks: int) -> None:
+    options = [
+        {},
+        {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0, "reduction": "none"},
+        {"weight": torch.ones(5 * ranks), "sample_weight": torch.ones(200), "denominator": 3.0},
+    ]
+    for statistics, bytes_of_a_position in ((False, 32), (True, 72)):
+        for chosen in options:
+            for forward, backward in pool.run(
+                "collectives", ranks, positions=200, statistics=statistics, options=chosen
+            ):
+                assert [name for name, _ in forward] == ["c10d::_allgather_base_"]
+                assert forward[0][1] == HEADER + bytes_of_a_position * 200
+                assert backward == []
+
+
+def test_collectives_of_dtensors(pool: processes.Pool) -> None:
+    """Whole classes: a sum and a count for each rank. Sharded ones: what vocab_parallel_cross_entropy has, and that."""
+    of_sums = HEADER + 3 * 8
+    for mesh, placements, reduction, expected in (
+        ((4,), ["R"], "mean", []),
+        ((4,), ["S0"], "none", []),
+        ((4,), ["S0"], "mean", [of_sums]),
+        ((4,), ["S1"], "mean", [HEADER + 32 * 6]),
+        ((4,), ["S1"], "none", [HEADER + 32 * 6]),
+        ((2, 2), ["S0", "S1"], "mean", [HEADER + 32 * 3, of_sums]),
+        ((2, 2), ["S0", "S0"], "sum", [of_sums, of_sums]),
+    ):
+        for forward, backward in pool.run("dtensor_collectives", mesh=mesh, placements=placements, reduction=reduction):
+            assert [size for _, size in forward] == expected, (placements, reduction, forward)
+            assert backward == []
+
+
+# ------------------------------------------------------------------------------------------------------------
+# DTensors.
+
+LAYOUTS = [
+    ((1,), "S1"),
+    ((2,), "S0"),
+    ((2,), "S1"),
+    ((3,), "S0"),
+    ((3,), "S1"),
+    ((4,), "S0"),
+    ((4,), "S1"),
+    ((4,), "S2"),
+    ((4,), "R"),
+    ((3,), "P"),
+    ((2, 2), "S0 S1"),
+    ((2, 2), "S1 S0"),
+    ((2, 2), "S1 S1"),
+    ((2, 2), "S0 S0"),
+    ((2, 2), "R S1"),
+    ((2, 2), "S1 R"),
+    ((2, 2), "S0 S2"),
+    ((2, 2), "S2 S1"),
+    ((2, 2), "R R"),
+]
+OF_DTENSORS = [
+    target
+    for target in EVERY
+    if target.id
+    in {
+        "index-mean",
+        "index-none",
+        "smoothed-weighted-mean",
+        "soft-weighted-smoothed-none",
+        "everything-mean",
+        "soft-everything-sum",
+        "z-loss-none",
+        "statistics-mean",
+        "statistics-everything-sum",
+    }
+]
+
+
+@pytest.mark.parametrize(("mesh", "placements"), LAYOUTS, ids=lambda v: str(v))
+def test_dtensors(pool: processes.Pool, mesh: tuple[int, ...], placements: str) -> None:
+    """Evenly sharded or not, ranks with nothing among them; targets whole, or sharded in their own way."""
+    shape = (5, 7, 3)
+    for i, target in enumerate(OF_DTENSORS):
+        dtype = (torch.float32, torch.bfloat16)[i % 2]
+        case = Case("dtensor", "positions and classes that no mesh divides", shape)
+        if "P" in placements:  # sums of halves of them, exact
+            dtype = torch.float32
+        world = MeshWorld(pool, mesh, placements, wrapped=i % 3 == 0)
+        reason = f"{placements} on {mesh}, {name_of(dtype)}"
+        values = case.logits(dtype)
+        if "P" in placements:
+            values = (values * 64).round() / 64 * math.prod(mesh)
+        on(world, target).check(values, "dtensor", reason)
+
+
+def test_dtensors_of_other_shapes(pool: processes.Pool) -> None:
+    """No batch dimension; fewer classes, or fewer rows, than ranks."""
+    for shape, placements in (((11,), "S0"), ((3,), "S0"), ((2, 3), "S0"), ((2, 3), "S1"), ((9, 6), "S0")):
+        for target in (PLAIN[0], PLAIN[3], OTHERS[0]):
+            x = Case("dtensor", "", shape).logits(torch.float32)
+            on(MeshWorld(pool, (4,), placements), target).check(x, "dtensor", f"{shape} by {placements}")
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_column_parallel_layer(pool: processes.Pool, ranks: int) -> None:
+    pool.run("colwise", ranks)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Errors.
+
+ERRORS = {
+    "target": "IndexError: Target {bad} is out of bounds.",
+    "shape": "ValueError: target must have a class for each position, (3,), but got the shape (2,)",
+    "target type": "ValueError: target must be class indices or probabilities, but got torch.bool",
+    "logits type": "ValueError: local_logits must be a tensor of float16",
+    "weight": "ValueError: weight must have the shape ({classes},), but got (3,)",
+    "weight needs a gradient": "ValueError: weight may not require a gradient where classes are sharded",
+    "sample_weight": "ValueError: sample_weight must have the shape (3,), but got (4,)",
+    "denominator": "ValueError: denominator is what reduction 'mean' divides by, but got another one",
+    "softcap": "ValueError: softcap must be None or a finite number above 0, but got -1.0",
+    "z_loss": "ValueError: z_loss must be a finite number, but got nan",
+    "smoothing": "RuntimeError: label_smoothing must be between 0.0 and 1.0. Got: 1.5",
+    "reduction": "ValueError: median is not a valid value for reduction",
+    "empty": "ValueError: empty must be 'nan' or 'zero', but got 'one'",
+    "loss_dtype": "RuntimeError: loss_dtype must be float16, bfloat16, float32 or float64. Got: torch.int32",
+    "probabilities": "ValueError: probabilities must have the shape of local_logits, (3, 4), but got (3, 5)",
+    "ignored probabilities": "RuntimeError: ignore_index is not supported for floating point target",
+    "shard_sizes": "ValueError: ",
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("kind", ERRORS)
+def test_an_error_of_one_rank_is_every_rank_s(pool: processes.Pool, kind: str, ranks: int) -> None:
+    culprit = ranks - 1
+    kind_of_error, _, text = ERRORS[kind].format(bad=4 * ranks + 3, classes=4 * ranks).partition(": ")
+    for rank, message in enumerate(pool.run("failing", ranks, kind=kind, culprit=culprit)):
+        prefix = "" if rank == culprit else f"rank {culprit}: "
+        assert message is not None and message.startswith(f"{kind_of_error}: {prefix}{text}"), (rank, message)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_that_disagree(pool: processes.Pool, ranks: int) -> None:
+    for message in pool.run("failing", ranks, kind="classes", culprit=1):
+        assert message.startswith("ValueError: ranks have different numbers of classes: 4 on rank 0, 5 on rank 1")
+        assert "shard_sizes" in message
+    for message in pool.run("failing", ranks, kind="disagreement", culprit=1):
+        assert message.startswith("ValueError: ranks disagree: rank 0 has") and "label_smoothing=0.1" in message
+
+
+def test_an_error_of_one_rank_s_positions(pool: processes.Pool) -> None:
+    for mesh, placements in (((4,), ["S0"]), ((2, 2), ["S0", "S1"]), ((2, 2), ["S1", "S0"]), ((2, 2), ["S0", "S0"])):
+        for message in pool.run("failing_dtensor", mesh=mesh, placements=placements):
+            assert message.startswith("IndexError: ") and message.endswith("Target 6 is out of bounds."), message
+
+
+def test_where_the_host_does_not_read(pool: processes.Pool) -> None:
+    """As on CUDA: an error of one rank is a loss of NaN on the others."""
+    assert pool.run("unread_reports", 3, wrong=False) == [(None, pytest.approx(math.log(12)))] * 3
+    kinds, losses = zip(*pool.run("unread_reports", 3, wrong=True), strict=True)
+    assert kinds == ("IndexError", None, None) and all(math.isnan(loss) for loss in losses)
+
+
+@pytest.mark.parametrize("task", ["in_one_process_of_another_length", "beside_one_that_dies"])
+def test_no_rank_is_left_waiting(task: str) -> None:
+    """Another number of positions, of which gloo ends a process; or a process that ended."""
+    ranks, port = 3, processes.free_port()
+    started = [
+        processes.CONTEXT.Process(target=getattr(distributed_tasks, task), args=(rank, ranks, port))
+        for rank in range(ranks)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(processes.TIMEOUT / 2)
+    codes = [process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    assert None not in codes and 0 not in codes, codes
+    if task == "beside_one_that_dies":
+        assert codes == [3, 9, 3]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The rest of PyTorch.
+
+
+def test_no_second_derivative(pool: processes.Pool) -> None:
+    for message in pool.run("second_derivative", 2):
+        assert message is not None and "has no second derivative" in message
+
+
+def test_compiled(pool: processes.Pool) -> None:
+    pool.run("compiled", 2)
+
+
+def test_autocast(pool: processes.Pool) -> None:
+    for found in pool.run("autocast", 2):
+        assert found == [torch.float32, torch.bfloat16, torch.float32]
+
+
+@every_world
+def test_module(pool: processes.Pool, ranks: int) -> None:
+    pool.run("module", ranks)
