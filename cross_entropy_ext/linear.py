@@ -283,6 +283,10 @@ class _Layer:
         target, weight, companion, sample_weight, denominator = tensors
         input = self.flat(self.input, 1)
         dense = self.probabilities or companion is not None
+        if not self.batch and not dense and target.dim() == 1:  # one label in a list is one, too
+            if target.numel() != 1:
+                raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.numel()}")
+            target = target.squeeze(0)
         target, companion = self.flat(target, int(dense)), self.flat(companion, 1)
         sample_weight = self.flat(sample_weight, 0)
         named = (input, target, weight, companion, sample_weight, denominator)

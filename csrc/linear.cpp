@@ -93,8 +93,6 @@ namespace {
 // ---- what is done chunk by chunk, and what is not -------------------------------------------------------------------
 
 // Whether the product is one that torch's matrix multiplication makes of these as they are, and the loss has a kernel.
-// A mean over targets that weigh nothing, of which smoothing makes a loss all the same, is known to be none only at its
-// end.
 bool is_supported(const Layer& layer, const Inputs& in, const Options& options) {
   const auto fits = [&](const at::Tensor& tensor) {
     return tensor.layout() == at::kStrided && tensor.device() == layer.input.device() &&
@@ -102,7 +100,6 @@ bool is_supported(const Layer& layer, const Inputs& in, const Options& options) 
   };
   if (layer.input.layout() != at::kStrided || !fits(layer.weight)) return false;
   if (has_value(layer.bias) && !fits(*layer.bias)) return false;
-  if (options.empty_is_zero && has_value(in.weight) && options.label_smoothing > 0) return false;
   return xent::is_supported(in, options);
 }
 
