@@ -237,7 +237,7 @@ ForwardResult chunked_forward(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64
   const Options options = Options::of(integers, numbers);
   check_forward(all, options);
   Parts parts(all, options);
-  const at::Tensor lse = new_matrix({saved_rows(all.form(options), options.statistics), count_positions(all.logits)},
+  const at::Tensor lse = new_matrix({saved_rows(all.form(options), options), count_positions(all.logits)},
                                     input, arithmetic_type(all, options));
   at::Tensor loss;
   if (options.reduction == kNone) {
