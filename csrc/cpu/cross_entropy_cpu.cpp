@@ -94,7 +94,7 @@ enum class GradientOfForward { kNone, kNew, kInPlace };
 
 ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, GradientOfForward wanted) {
   check_forward(inputs, options);
-  TORCH_CHECK_VALUE(!gradient_wanted || !options.is_shard(),
+  TORCH_CHECK_VALUE(wanted == GradientOfForward::kNone || !options.is_shard(),
                     "cross_entropy_ext::_forward_backward: a shard's gradient needs the lse of all classes");
   const at::Tensor& logits = inputs.logits;
   const bool mean = options.reduction == kMean;
