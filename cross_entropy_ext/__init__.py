@@ -16,7 +16,7 @@ from ._extension import load, tag_compile_caches
 load()  # before anything else imports torch, so that what is missing is said in one sentence
 tag_compile_caches()
 
-from . import functional
+from . import distributed, functional
 from .functional import CrossEntropyStats
 from .linear import LinearCrossEntropyOptions
 from .modules import CrossEntropyLoss, DistillationLoss, LinearCrossEntropyLoss, NLLLoss
@@ -32,6 +32,7 @@ __all__ = [
     "NLLLoss",
     "build_info",
     "check_errors",
+    "distributed",
     "empty_cache",
     "functional",
     "patch_torch",

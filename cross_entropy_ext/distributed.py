@@ -731,7 +731,8 @@ class _VocabParallel(torch.autograd.Function):
         if options.z_loss != 0:
             of_z = options.z_loss * found.lse.square()
             losses = losses + of_z
-        losses = weighted(losses)
+        if options.z_loss != 0 or sample_weight is not None:  # else those of ignored positions are zero already
+            losses = weighted(losses)
         if options.reduction == "none":
             total, divide_by = losses.view(positions), torch.ones((), dtype=torch.float64, device=logits.device)
         else:

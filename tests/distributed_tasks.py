@@ -3,6 +3,11 @@ first `ranks`, whose group it is for, have nothing to do."""
 
 from __future__ import annotations
 
+import copy
+import os
+import sys
+
+import processes
 import torch
 import torch.distributed as dist
 from oracle import same_strides
@@ -193,17 +198,18 @@ def colwise(ranks: int) -> None:
     torch.manual_seed(0)
     head, x, target = nn.Linear(6, 13), torch.randn(5, 6), torch.tensor([0, 12, -100, 7, 3])
     criterion = cross_entropy_ext.CrossEntropyLoss(torch.rand(13), label_smoothing=0.1, z_loss=1e-3)
-    expected = criterion(head(x), target)
+    head_of_one = copy.deepcopy(head)
+    expected = criterion(head_of_one(x), target)
     expected.backward()
-    grads = [p.grad.clone() for p in head.parameters()]
-    head.zero_grad()
-    plan = ColwiseParallel(use_local_output=False)
-    sharded = parallelize_module(head, MESHES[(ranks,)], plan)
+    sharded = parallelize_module(head, MESHES[(ranks,)], ColwiseParallel(use_local_output=False))
     loss = criterion(sharded(x), target)
     assert abs(loss.item() - expected.item()) < 1e-6
+    with cross_entropy_ext.patch_torch():
+        patched = nn.functional.cross_entropy(sharded(x), target, criterion.weight)
+    assert abs(patched.item() - nn.functional.cross_entropy(head_of_one(x), target, criterion.weight).item()) < 1e-6
     loss.backward()
-    for parameter, grad in zip(sharded.parameters(), grads, strict=True):
-        torch.testing.assert_close(parameter.grad.full_tensor(), grad)
+    for parameter, other in zip(sharded.parameters(), head_of_one.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), other.grad)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -355,10 +361,6 @@ def module(ranks: int) -> None:
 
 def in_one_process_of_another_length(rank: int, ranks: int, port: int) -> None:
     """Ends with 0 if the call succeeds."""
-    import sys
-
-    import processes
-
     processes.join_world(rank, ranks, port)
     try:
         vocab_parallel_cross_entropy(torch.zeros(90 + 10 * rank, 4), torch.zeros(90 + 10 * rank, dtype=torch.long))
@@ -367,11 +369,6 @@ def in_one_process_of_another_length(rank: int, ranks: int, port: int) -> None:
 
 
 def beside_one_that_dies(rank: int, ranks: int, port: int) -> None:
-    import os
-    import sys
-
-    import processes
-
     processes.join_world(rank, ranks, port)
     arguments = torch.zeros(90, 4), torch.zeros(90, dtype=torch.long)
     vocab_parallel_cross_entropy(*arguments)

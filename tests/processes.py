@@ -1,21 +1,41 @@
 """A few processes that are ranks of one gloo world, and run tasks: functions of `distributed_tasks`, by name.
 
-They are started once and asked many times, since to start one takes seconds. Tensors travel as bytes, with their
-strides.
+They are started once and asked many times, from one process that has imported everything. Tensors travel as bytes, with
+their strides.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pickle
 import socket
+import sys
 import traceback
 from contextlib import closing
 from datetime import timedelta
 
-CONTEXT = multiprocessing.get_context("spawn")
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["distributed_tasks"])
 TIMEOUT = 60  # seconds, for what is done in far less than one
+
+
+def start(target, ranks: int, arguments) -> list:
+    """A process for each rank, of target(rank, ranks, port, *arguments(rank))."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server, which imports, has no other way to know it
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+    port = free_port()
+    started = [CONTEXT.Process(target=target, args=(r, ranks, port, *arguments(r)), daemon=True) for r in range(ranks)]
+    for process in started:
+        process.start()
+    return started
 
 
 def free_port() -> int:
@@ -46,7 +66,8 @@ def serve(rank: int, ranks: int, port: int, connection) -> None:
         try:
             answer = getattr(tasks, name)(**arguments)
         except Exception as error:
-            error.add_note(traceback.format_exc()) if hasattr(error, "add_note") else None
+            if hasattr(error, "add_note"):  # of Python 3.11
+                error.add_note(traceback.format_exc())
             answer = error
         connection.send_bytes(pickle.dumps(answer))
 
@@ -55,15 +76,11 @@ class Pool:
     """Ranks that wait for tasks. What a task raises on a rank is its result there."""
 
     def __init__(self, ranks: int) -> None:
-        port = free_port()
-        self.connections, self.processes = [], []
-        for rank in range(ranks):
-            ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=serve, args=(rank, ranks, port, theirs), daemon=True)
-            process.start()
+        pipes = [CONTEXT.Pipe() for _ in range(ranks)]
+        self.processes = start(serve, ranks, lambda rank: [pipes[rank][1]])
+        self.connections = [ours for ours, _ in pipes]
+        for _, theirs in pipes:
             theirs.close()
-            self.connections.append(ours)
-            self.processes.append(process)
 
     def results(self, task: str, **arguments: object) -> list:
         """Of every rank."""

@@ -501,13 +501,7 @@ def test_where_the_host_does_not_read(pool: processes.Pool) -> None:
 @pytest.mark.parametrize("task", ["in_one_process_of_another_length", "beside_one_that_dies"])
 def test_no_rank_is_left_waiting(task: str) -> None:
     """Another number of positions, of which gloo ends a process; or a process that ended."""
-    ranks, port = 3, processes.free_port()
-    started = [
-        processes.CONTEXT.Process(target=getattr(distributed_tasks, task), args=(rank, ranks, port))
-        for rank in range(ranks)
-    ]
-    for process in started:
-        process.start()
+    started = processes.start(getattr(distributed_tasks, task), 3, lambda rank: [])
     for process in started:
         process.join(processes.TIMEOUT / 2)
     codes = [process.exitcode for process in started]

@@ -206,7 +206,7 @@ XENT_INLINE Found<V> find(const Problem& problem, const Totals<V>& sums, const O
       found.loss = keep * select(own.weight == zero, own.weighted_gap, own.weighted_gap + own.weight * log_sum);
       if (share != 0) found.loss += constant<V>(share) * dense;
       found.target_log_prob = -(own.gap + own.mass * log_sum);
-      found.saved = keep * own.weight + constant<V>(share) * sums.mass;
+      if (problem.is_shard()) found.saved = keep * own.weight + constant<V>(share) * sums.mass;
       break;
     }
     case Form::kProbabilities:
@@ -254,8 +254,9 @@ XENT_INLINE void for_pairs(const Problem& problem, const Cursor& cursor, const U
     T probabilities[kAtATime];
     read_into(y, problem.target, target + first * step, step, n);
     read_into(probabilities, problem.probs, probs + first * step_of_probs, step_of_probs, n);
+    const int64_t ignored = count_from_here(y, problem, n);
     for (int64_t i = 0; i < n; ++i) {
-      if (y[i] != problem.ignore_index) use(problem.counted_from_here(y[i]), probabilities[i], first + i);
+      if (y[i] != ignored) use(y[i], probabilities[i], first + i);
     }
   }
 }
@@ -620,16 +621,21 @@ struct PairOfTile {
   PairOfTile(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t count, int64_t j,
              bool only_here) {
     const bool pairs = problem.form == Form::kPairs;
+    int64_t ignored = -1;
     if (pairs) {
       read_positions(y, cursor, count, problem.target, j);
       read_positions(probability, cursor, count, problem.probs, j);
+      ignored = count_from_here(y, problem, count);
     }
     for (int64_t i = 0; i < tile.lanes; ++i) {
-      bool counts = tile.y[i] >= 0 && !(pairs && y[i] == problem.ignore_index);
-      if (counts) y[i] = pairs ? problem.counted_from_here(y[i]) : tile.y[i];
-      if (only_here) counts &= problem.is_here(y[i]);
-      y[i] = !counts ? -1 : y[i];
+      const bool counts = tile.y[i] >= 0 && !(pairs && y[i] == ignored);
+      y[i] = !counts ? -1 : pairs ? y[i] : tile.y[i];
       probability[i] = !counts ? T(0) : pairs ? probability[i] : T(1);
+    }
+    for (int64_t i = 0; i < tile.lanes && only_here && problem.is_shard(); ++i) {
+      if (problem.is_here(y[i])) continue;
+      y[i] = -1;
+      probability[i] = 0;
     }
   }
 };

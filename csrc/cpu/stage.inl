@@ -284,18 +284,25 @@ XENT_INLINE void check_targets(int64_t* y, const Problem& problem, int64_t first
   if (is_bad) report_bad_targets(y, problem, first, count);
 }
 
+// Of n classes of pairs: counted from here, where they are not ignored. Returns what those that are have become.
+XENT_INLINE int64_t count_from_here(int64_t* y, const Problem& problem, int64_t n) {
+  if (!problem.is_shard()) return problem.ignore_index;
+  for (int64_t i = 0; i < n; ++i) y[i] = y[i] == problem.ignore_index ? -1 : problem.counted_from_here(y[i]);
+  return -1;
+}
+
 // What the targets of `count` positions say: a class, counted from here; -1 where they are to be ignored, as a position
 // of only ignored pairs is; 0 where they have no class of their own. At most kTile positions.
 static void read_labels(int64_t* y, const Problem& problem, const Cursor& cursor, int64_t first, int64_t count) {
   if (problem.form == Form::kPairs) {
+    const uint64_t classes = uint64_t(problem.all_classes());
     int64_t of_pair[kTile];
     bool any_bad = false;
     std::fill_n(y, count, int64_t{-1});
     for (int64_t j = 0; j < problem.pairs; ++j) {
       read_positions(of_pair, cursor, count, problem.target, j);
       for (int64_t i = 0; i < count; ++i) {
-        const bool ignored = of_pair[i] == problem.ignore_index,
-                   is_class = uint64_t(of_pair[i]) < uint64_t(problem.all_classes());
+        const bool ignored = of_pair[i] == problem.ignore_index, is_class = uint64_t(of_pair[i]) < classes;
         y[i] = ignored | (y[i] == -2) ? y[i] : is_class ? 0 : -2;
         any_bad |= y[i] == -2;
       }
