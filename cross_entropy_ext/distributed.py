@@ -22,12 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .functional import _EMPTY, _LOSS_DTYPES, _REDUCTIONS, CrossEntropyStats, _divisor, _number
+from .linear import LinearCrossEntropyOptions, size_of_chunk
 from .modules import CrossEntropyLoss
 
 __all__ = [
     "VocabParallelCrossEntropyLoss",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_cross_entropy_with_stats",
+    "vocab_parallel_linear_cross_entropy",
 ]
 
 _ops = torch.ops.cross_entropy_ext
@@ -154,6 +156,84 @@ def vocab_parallel_cross_entropy_with_stats(
             ),
         )
     )
+
+
+def vocab_parallel_linear_cross_entropy(
+    input: Tensor,
+    local_weight: Tensor,
+    target: Tensor,
+    *,
+    local_bias: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    shard_sizes: Sequence[int] | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    options: LinearCrossEntropyOptions | None = None,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    loss_dtype: torch.dtype | None = None,
+    empty: str = "nan",
+    denominator: float | Tensor | None = None,
+) -> Tensor:
+    r"""Cross entropy of an output layer whose weight is sharded over a group by classes; no rank ever has all of its
+    own logits: :func:`cross_entropy_ext.functional.linear_cross_entropy` of all shards together.
+
+    The logits are made twice, a chunk of positions at a time: in the forward for what the ranks exchange, which is that
+    of :func:`vocab_parallel_cross_entropy`, and in the backward for the gradients. There the gradient of the input,
+    which each rank needs whole, is summed over the group: the one collective of a backward.
+
+    Args:
+        input: (N, F), (B, ..., F) or (F), the same on every rank.
+        local_weight: (C_r, F), the rows of this rank's classes.
+        target: class indices of shape (N), (B, ...) or () among all C classes, the same on every rank; or probabilities
+            of the local classes, (N, C_r), (B, ..., C_r) or (C_r).
+        local_bias: (C_r).
+        options: as for :func:`cross_entropy_ext.functional.linear_cross_entropy`.
+        group, shard_sizes, weight, ...: as for :func:`vocab_parallel_cross_entropy`.
+
+    Returns, Raises:
+        As :func:`vocab_parallel_cross_entropy`.
+    """
+    if local_weight.dim() != 2 or input.dim() == 0:
+        raise ValueError(
+            "expected local_weight of shape (classes, features) and input of shape (..., features), "
+            f"but got {tuple(local_weight.shape)} and {tuple(input.shape)}"
+        )
+    if torch.is_autocast_enabled(input.device.type):  # as linear is
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, local_weight = input.to(dtype), local_weight.to(dtype)
+        local_bias = None if local_bias is None else local_bias.to(dtype)
+    batch, features = input.shape[:-1], input.shape[-1]
+    dense = target.is_floating_point()
+    if tuple(target.shape) == ((*batch, len(local_weight)) if dense else tuple(batch)):  # else it is an error below
+        target = target.reshape(-1, len(local_weight)) if dense else target.reshape(-1)
+    if sample_weight is not None and sample_weight.shape == batch:
+        sample_weight = sample_weight.reshape(-1)
+    flat = input.reshape(-1, features)
+    (loss,) = _results(
+        flat.detach().new_empty(()).expand(len(flat), len(local_weight)),  # the shape of the logits, and no memory
+        target,
+        (weight, sample_weight, denominator),
+        group,
+        shard_sizes,
+        _Options(
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            loss_dtype=loss_dtype,
+            empty=empty,
+            statistics=False,
+        ),
+        (flat, local_weight, local_bias, size_of_chunk(options, len(flat), len(local_weight), features)),
+    )
+    return loss.reshape(batch) if reduction == "none" else loss
 
 
 class VocabParallelCrossEntropyLoss(CrossEntropyLoss):
@@ -536,19 +616,21 @@ class _Problem:
         return self.options.numbered(self.shard, reduction, torch.float64, **more)
 
 
-def _results(local_logits, target, others, group, shard_sizes, options) -> tuple[Tensor, ...]:
+def _results(local_logits, target, others, group, shard_sizes, options, layer=None) -> tuple[Tensor, ...]:
     if not dist.is_available():
         raise RuntimeError("this PyTorch was built without torch.distributed")
     if torch.compiler.is_dynamo_compiling():  # whose collectives are not these: a break in the graph
-        return torch.compiler.disable(_eager_results)(local_logits, target, others, group, shard_sizes, options)
-    return _eager_results(local_logits, target, others, group, shard_sizes, options)
+        return torch.compiler.disable(_eager_results)(local_logits, target, others, group, shard_sizes, options, layer)
+    return _eager_results(local_logits, target, others, group, shard_sizes, options, layer)
 
 
-def _eager_results(local_logits, target, others, group, shard_sizes, options) -> tuple[Tensor, ...]:
+def _eager_results(local_logits, target, others, group, shard_sizes, options, layer) -> tuple[Tensor, ...]:
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("this process is not in the group")
     try:
+        if layer is not None:
+            _check_layer(*layer[:3])
         problem, tensors = _checked(local_logits, target, *others, group, shard_sizes, options, rank, ranks)
     except Exception as error:
         if not isinstance(local_logits, Tensor):
@@ -559,7 +641,24 @@ def _eager_results(local_logits, target, others, group, shard_sizes, options) ->
         report = _Report(sizes.numel(), classes, error=error)
         exchange(report, rows * sizes.numel(), None, group, local_logits.device)
         raise
+    if layer is not None:
+        return (_VocabParallelLinear.apply(*tensors, problem, *layer),)
     return _VocabParallel.apply(*tensors, problem)
+
+
+def _check_layer(input: Tensor, local_weight: Tensor, local_bias: Tensor | None) -> None:
+    if local_weight.shape[1] != input.shape[1]:
+        raise ValueError(
+            f"local_weight must have the input's {input.shape[1]} features, but got {tuple(local_weight.shape)}"
+        )
+    if local_bias is not None and local_bias.shape != local_weight.shape[:1]:
+        raise ValueError(
+            f"local_bias must have one element for each of the {len(local_weight)} classes of local_weight, "
+            f"but got the shape {tuple(local_bias.shape)}"
+        )
+    for name, tensor in (("local_weight", local_weight), ("local_bias", local_bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise ValueError(f"{name} must be of the input's type, {input.dtype}, but is of {tensor.dtype}")
 
 
 def _checked(local_logits, target, weight, sample_weight, denominator, group, shard_sizes, options, rank, ranks):
@@ -708,36 +807,29 @@ class _Combined:
         return self.rows[:, 8].gather(0, first)[0].long()
 
 
-class _VocabParallel(torch.autograd.Function):
-    """(loss, lse, target_log_prob, entropy, z_loss, argmax), or the loss alone."""
+class _Loss:
+    """The loss of all classes, after an exchange of what `fill` writes of this rank's. Positions are flat, in float64.
 
-    @staticmethod
-    def forward(ctx, logits, target, weight, sample_weight, denominator, problem):
+    `divide_by` is what the backward divides by.
+    """
+
+    def __init__(self, problem, logits, target, weight, sample_weight, denominator, fill) -> None:
         options, positions = problem.options, positions_of(logits)
         rows = _ROWS_WITH_STATISTICS if options.statistics else _ROWS
         received = exchange(
             problem.report,
             rows * positions.numel(),
-            lambda send: _fill_rows(send.view(rows, -1), problem, logits, target, weight),
+            lambda send: fill(send.view(rows, -1)),
             problem.group,
             logits.device,
         )
-        found = _Combined(received.view(len(received), rows, positions.numel()))
-        valid = positions_that_count(target, options.ignore_index)
-
-        def weighted(values: Tensor) -> Tensor:  # by positions; nothing of one that is ignored, or weighs nothing
-            if sample_weight is None:
-                return values if valid is None else torch.where(valid, values, 0.0)
-            s = sample_weight.reshape(-1).double()
-            counts = s != 0 if valid is None else valid & (s != 0)
-            return torch.where(counts, values * s, 0.0)
-
+        self.found = found = _Combined(received.view(len(received), rows, positions.numel()))
+        self.valid, self.sample_weight = positions_that_count(target, options.ignore_index), sample_weight
         losses = found.losses
         if options.z_loss != 0:
-            of_z = options.z_loss * found.lse.square()
-            losses = losses + of_z
-        if options.z_loss != 0 or sample_weight is not None:  # else those of ignored positions are zero already
-            losses = weighted(losses)
+            self.of_z = options.z_loss * found.lse.square()
+            losses = losses + self.of_z
+        self.losses = losses = self.weighted(losses)
         if options.reduction == "none":
             total, divide_by = losses.view(positions), torch.ones((), dtype=torch.float64, device=logits.device)
         else:
@@ -745,11 +837,37 @@ class _VocabParallel(torch.autograd.Function):
             if options.reduction == "sum":
                 divide_by = total.new_ones(())
             elif denominator is None:
-                divide_by = denominator_of_mean(target, positions.numel(), valid, weight, sample_weight)
+                divide_by = denominator_of_mean(target, positions.numel(), self.valid, weight, sample_weight)
             if options.reduction == "mean":
                 divide_by = zero_is_one(divide_by, total, options.empty)
                 total = total / divide_by
-        loss = total.to(problem.loss_dtype)
+        self.divide_by, self.loss = divide_by, total.to(problem.loss_dtype)
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """By positions; nothing of one that is ignored, or weighs nothing."""
+        if self.sample_weight is None:
+            return values if self.valid is None else torch.where(self.valid, values, 0.0)
+        s = self.sample_weight.reshape(-1).double()
+        counts = s != 0 if self.valid is None else self.valid & (s != 0)
+        return torch.where(counts, values * s, 0.0)
+
+
+class _VocabParallel(torch.autograd.Function):
+    """(loss, lse, target_log_prob, entropy, z_loss, argmax), or the loss alone."""
+
+    @staticmethod
+    def forward(ctx, logits, target, weight, sample_weight, denominator, problem):
+        options, positions = problem.options, positions_of(logits)
+        made = _Loss(
+            problem,
+            logits,
+            target,
+            weight,
+            sample_weight,
+            denominator,
+            lambda rows: _fill_rows(rows, problem, logits, target, weight),
+        )
+        loss, found, valid, divide_by = made.loss, made.found, made.valid, made.divide_by
 
         saved = found.saved(problem.arithmetic, 6 if options.statistics else 3)
         ctx.problem, tensors = problem, [logits, target, weight, sample_weight, divide_by, saved]
@@ -768,7 +886,7 @@ class _VocabParallel(torch.autograd.Function):
             alone = saved[:3].clone()
             alone[2].copy_(found.rows[:, 6].sum(0))
         ctx.save_for_backward(*tensors, alone if problem.asks_twice else None)
-        z_loss = torch.zeros_like(losses) if options.z_loss == 0 else weighted(of_z)
+        z_loss = torch.zeros_like(made.losses) if options.z_loss == 0 else made.weighted(made.of_z)
         z_loss = z_loss.view(positions) if options.reduction == "none" else sum_in_order(z_loss) / divide_by
         argmax = statistic(found.argmax(), -1)
         z_loss = z_loss.to(problem.loss_dtype)
@@ -847,3 +965,59 @@ class _Final(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads: Tensor):
         raise RuntimeError("cross entropy over shards of the classes has no second derivative")
+
+
+class _VocabParallelLinear(torch.autograd.Function):
+    """The loss of logits that are made a chunk at a time, for what is exchanged, and once more for their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx, logits, target, weight, sample_weight, denominator, problem, input, linear_weight, linear_bias, chunk
+    ):
+        layer = input, linear_weight, linear_bias
+
+        def fill(rows: Tensor) -> None:
+            if problem.shard.size == 0:
+                return _fill_rows(rows, problem, logits, target, weight)
+            others = target, weight, None, None, None
+            losses, saved, _ = _ops._linear_forward.default(*layer, *others, *problem.numbered("none"), chunk)
+            rows[:3].copy_(saved)
+            rows[3].copy_(losses.view(-1))
+
+        made = _Loss(problem, logits, target, weight, sample_weight, denominator, fill)
+        ctx.problem, ctx.chunk = problem, chunk
+        ctx.save_for_backward(
+            *layer, target, weight, sample_weight, made.divide_by, made.found.saved(problem.arithmetic, 3)
+        )
+        return made.loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.no_grad():
+            of_input, of_weight, of_bias, of_target = _VocabParallelLinear.gradients(ctx, grad)
+        gradients = [None, of_target, None, None, None, None, of_input, of_weight, of_bias, None]
+        if torch.is_grad_enabled():
+            of = ctx.saved_tensors[:4]
+            gradients = [g if g is None else _Final.apply(g, *of, grad) for g in gradients]
+        return tuple(gradients)
+
+    @staticmethod
+    def gradients(ctx, grad) -> list[Tensor | None]:
+        """Of input, weight, bias, and probabilities."""
+        problem = ctx.problem
+        input, linear_weight, linear_bias, target, weight, sample_weight, denominator, saved = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[place] for place in (6, 7, 8, 1)]
+        layer = input, linear_weight, linear_bias
+        if problem.shard.size == 0:
+            gradients = [
+                torch.zeros_like(of) if want else None for of, want in zip((*layer, target), wanted, strict=True)
+            ]
+        else:
+            others = target, weight, None, sample_weight, None, saved, denominator
+            numbered = problem.numbered(problem.options.reduction, z_loss=True)
+            gradients = list(_ops._linear_backward.default(grad, None, *layer, *others, *numbered, ctx.chunk, wanted))
+        if wanted[0]:  # of which each rank has what its classes contribute
+            total = gradients[0].to(torch.promote_types(input.dtype, torch.float32))
+            dist.all_reduce(total, group=problem.group)
+            gradients[0] = total.to(input.dtype)
+        return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]

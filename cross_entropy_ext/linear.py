@@ -218,6 +218,26 @@ def linear_sparse_cross_entropy(
     )
 
 
+def size_of_chunk(options: LinearCrossEntropyOptions | None, positions: int, classes: int, features: int) -> int:
+    """What the options say of it, in positions; 0 where it is left to the operator."""
+    if options is None:
+        return 0
+    method, size = options.chunking_method, options.batch_chunk_size
+    if method is None:
+        return size or positions
+    if method == "auto":
+        return size or 0
+    factor, ratio = int(method.partition(":")[2] or 1), -(-classes // max(1, features))
+    power = 1 << max(0, -(-positions // max(1, ratio)) - 1).bit_length()
+    chosen = max(1, min(power // factor, positions))
+    if size is not None and size != chosen:
+        raise ValueError(
+            f"batch_chunk_size (={size}) and chunking_method ('{method}') give different chunk sizes "
+            f"({size} vs {chosen}); pass only one."
+        )
+    return chosen
+
+
 class _Layer:
     """What the logits are made of, checked as PyTorch's function checks it."""
 
@@ -245,25 +265,7 @@ class _Layer:
             )
         shape = (*self.batch, self.classes, *self.inner)
         self.probabilities = target is not None and tuple(target.shape) == shape
-        self.chunk = 0 if options is None else self.size_of_chunk(options)
-
-    def size_of_chunk(self, options) -> int:
-        """Of positions; 0 where it is left to the operator."""
-        method, size = options.chunking_method, options.batch_chunk_size
-        if method is None:
-            return size or math.prod(self.batch)
-        if method == "auto":
-            return size or 0
-        positions, factor = math.prod(self.batch), int(method.partition(":")[2] or 1)
-        ratio = -(-self.classes // max(1, self.weight.shape[-1]))
-        power = 1 << max(0, -(-positions // max(1, ratio)) - 1).bit_length()
-        chosen = max(1, min(power // factor, positions))
-        if size is not None and size != chosen:
-            raise ValueError(
-                f"batch_chunk_size (={size}) and chunking_method ('{method}') give different chunk sizes "
-                f"({size} vs {chosen}); pass only one."
-            )
-        return chosen
+        self.chunk = size_of_chunk(options, math.prod(self.batch), self.classes, input.shape[-1])
 
     def flat(self, tensor: Tensor | None, axes: int) -> Tensor | None:
         """A tensor of positions, with `axes` dimensions after those, as one of (N, ...)."""

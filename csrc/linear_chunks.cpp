@@ -192,12 +192,12 @@ at::Tensor count(const Inputs& in, const Options& options) {
   return counts.sum();
 }
 
-// The options with which each chunk adds its part to a sum in float64. A mean gets its divisor; where that is zero, one
-// that makes no part 0 / 0 before the sum of all is known.
+// The options with which each chunk adds its part to a sum in float64. A mean gets its divisor. Where that is zero, no
+// part may be 0 / 0 before the sum of all is known.
 struct Parts {
   Options options;
   OptionalTensor divisor;
-  at::Tensor total, denominator;  // the latter as a backward takes it
+  at::Tensor total, denominator;
 
   Parts(const Inputs& in, const Options& given) : options(given), loss_dtype_(given.loss_dtype) {
     denominator = at::ones({}, in.logits.options().dtype(at::kDouble));
@@ -205,26 +205,28 @@ struct Parts {
     options.loss_dtype = at::kDouble;
     total = at::zeros_like(denominator);
     if (given.reduction == kSum) return;
-    given_ = denominator = has_value(in.divisor) ? *in.divisor : count(in, given);
-    const double instead = given.empty_is_zero ? 1 : std::numeric_limits<double>::denorm_min();
-    divisor = at::where(given_.eq(0), instead, given_);
-    if (given.empty_is_zero) denominator = *divisor;
+    divisor = denominator = has_value(in.divisor) ? *in.divisor : count(in, given);
+    if (!given.empty_is_zero) {
+      divisor = at::where(denominator.eq(0), std::numeric_limits<double>::denorm_min(), denominator);
+    }
   }
 
-  // The sum of all parts.
-  at::Tensor loss() const {
-    at::Tensor result = total;
-    if (given_.defined()) {
-      at::Tensor by_nothing = given_.eq(0);
-      if (options.empty_is_zero) by_nothing = by_nothing.logical_and(total.ne(0));
-      result = at::where(by_nothing, total / given_, total);
+  // The sum of all parts, and a denominator with which a backward gives their gradients.
+  at::Tensor finish() {
+    at::Tensor loss = total;
+    if (options.reduction == kMean) {
+      const at::Tensor zero = denominator.eq(0);
+      if (options.empty_is_zero) {
+        denominator = at::where(zero.logical_and(total.eq(0)), 1.0, denominator);
+      } else {
+        loss = at::where(zero, total / denominator, total);
+      }
     }
-    return result.to(*loss_dtype_);
+    return loss.to(*loss_dtype_);
   }
 
  private:
   std::optional<at::ScalarType> loss_dtype_;
-  at::Tensor given_;  // what a mean divides by
 };
 
 // ---- the operators --------------------------------------------------------------------------------------------------
@@ -237,8 +239,8 @@ ForwardResult chunked_forward(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64
   const Options options = Options::of(integers, numbers);
   check_forward(all, options);
   Parts parts(all, options);
-  const at::Tensor lse = new_matrix({saved_rows(all.form(options), options.statistics), count_positions(all.logits)},
-                                    input, arithmetic_type(all, options));
+  const at::Tensor lse = new_matrix({saved_rows(all.form(options), options), count_positions(all.logits)}, input,
+                                    arithmetic_type(all, options));
   at::Tensor loss;
   if (options.reduction == kNone) {
     const auto shape = shape_of_positions(all.logits);
@@ -250,7 +252,7 @@ ForwardResult chunked_forward(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64
     lse.narrow(1, part.first * (part.positions / part.size), part.positions).copy_(saved);
     options.reduction == kNone ? loss.narrow(0, part.first, part.size).copy_(of_chunk) : parts.total.add_(of_chunk);
   });
-  if (options.reduction != kNone) loss = parts.loss();
+  if (options.reduction != kNone) loss = parts.finish();
   return {loss, lse, parts.denominator};
 }
 
@@ -284,7 +286,7 @@ ForwardBackwardResult chunked_forward_backward(XENT_LAYER, XENT_OTHER_INPUTS, XE
     gradients.add(gradient, part.first);
   });
   const auto [of_input, of_weight, of_bias] = gradients.results();
-  return {parts.loss(), of_input, of_weight, of_bias};
+  return {parts.finish(), of_input, of_weight, of_bias};
 }
 
 BackwardResult chunked_backward(XENT_GRADIENTS, XENT_LAYER, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS, int64_t chunk,
