@@ -314,7 +314,7 @@ class VocabParallelCrossEntropyLoss(CrossEntropyLoss):
 _TEXT = 224
 _FIELDS = struct.Struct(f"=qqqq{_TEXT}s")
 _HEADER = _FIELDS.size // 8
-_ERRORS = (None, RuntimeError, IndexError, ValueError, TypeError, NotImplementedError)
+_ERRORS = (None, IndexError, ValueError, TypeError, NotImplementedError, RuntimeError)
 _UNKNOWN = -1
 
 
@@ -328,7 +328,7 @@ class _Report:
     error: Exception | None = None
 
     def packed(self) -> bytearray:
-        kind = next((i for i, kind in enumerate(_ERRORS) if kind and isinstance(self.error, kind)), 1)
+        kind = next((i for i, kind in enumerate(_ERRORS) if kind and isinstance(self.error, kind)), len(_ERRORS) - 1)
         text = self.agreement if self.error is None else str(self.error)
         checksum = zlib.crc32(self.agreement.encode())
         fields = (0 if self.error is None else kind, self.positions, self.classes, checksum)
@@ -727,6 +727,11 @@ def _constant(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype |
     return tensor.detach() if dtype is None else tensor.detach().to(dtype)
 
 
+def _ones(weight: Tensor | None) -> Tensor | None:
+    """No weights, of the same type, which arithmetic may follow."""
+    return None if weight is None else torch.ones_like(weight)
+
+
 def _fill_rows(rows: Tensor, problem: _Problem, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
     """What this rank has to tell: (rows, positions). Raises IndexError for a target that is no class."""
     statistics, shard = problem.options.statistics, problem.shard
@@ -743,7 +748,7 @@ def _fill_rows(rows: Tensor, problem: _Problem, logits: Tensor, target: Tensor, 
         return
     rows[4:6].copy_(saved[3:5])
     if problem.asks_twice:
-        losses, saved_alone, _ = _forward(logits, target, None, problem.numbered("none", smoothed=False))
+        losses, saved_alone, _ = _forward(logits, target, _ones(weight), problem.numbered("none", smoothed=False))
         torch.neg(losses.view(-1), out=rows[5])
         rows[6].copy_(saved_alone[2])
     elif problem.soft:
@@ -939,7 +944,7 @@ class _VocabParallel(torch.autograd.Function):
                 None,
                 logits,
                 target,
-                None,
+                _ones(weight),
                 None,
                 alone,
                 torch.ones_like(denominator),

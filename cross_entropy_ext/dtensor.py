@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .distributed import (
@@ -77,7 +78,8 @@ class _Layout:
             tensor = DTensor.from_local(tensor, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
         if tuple(tensor.placements) != tuple(placements):
             tensor = tensor.redistribute(self.mesh, placements)
-        return tensor.to_local(grad_placements=placements)
+        local = tensor.to_local(grad_placements=placements)
+        return _Waited.apply(local) if isinstance(local, AsyncCollectiveTensor) else local
 
     def shard_sizes(self, classes: int) -> list[int]:
         """As DTensor splits them: like torch.chunk, with nothing for ranks that are left over."""
@@ -92,7 +94,7 @@ def results(input: DTensor, target: Tensor, **arguments) -> Tensor | CrossEntrop
     Takes their arguments, tensors as DTensors or as the whole of them on every rank. Logits may be sharded along their
     classes on one dimension of the mesh, and along positions on others, evenly or not; what is placed otherwise is
     redistributed. The results are DTensors: scalars Replicate, and what has an element for each position sharded as the
-    positions are. The logits' gradient is placed as they are.
+    positions are. The logits' gradient is placed as they are. ``inplace`` is without effect.
 
     Errors are raised on every rank, as `distributed.vocab_parallel_cross_entropy` says; but where there is nothing to
     exchange (whole classes, and ``reduction='none'``), a target out of range is its own rank's error alone.
@@ -217,6 +219,18 @@ def _of_shards(
 def _check_shape(name: str, tensor: Tensor | None, shape: torch.Size) -> None:
     if tensor is not None and tensor.shape != shape:
         raise ValueError(f"{name} must have the shape {tuple(shape)}, but got {tuple(tensor.shape)}")
+
+
+class _Waited(torch.autograd.Function):
+    """What a collective has left, where it may be under way yet."""
+
+    @staticmethod
+    def forward(ctx, tensor: AsyncCollectiveTensor) -> Tensor:
+        return tensor.wait()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
 
 
 class _SumOfRanks(torch.autograd.Function):

@@ -84,7 +84,8 @@ def cross_entropy(
 
     Args:
         input: logits of shape (C), (N, C) or (N, C, d1, ..., dK), in float16, bfloat16, float32 or float64 and with any
-            strides, which are read as they are. The gradient has the input's memory format.
+            strides, which are read as they are. The gradient has the input's memory format. Or a DTensor of such, with
+            any placements: the loss is a DTensor, too, and classes that are sharded stay where they are.
         target: class indices of shape (), (N) or (N, d1, ..., dK) in int64, int32, int16, int8 or uint8; or
             probabilities of the input's shape in any floating dtype, which may require a gradient.
         weight: one factor per class, of shape (C).

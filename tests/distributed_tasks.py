@@ -170,6 +170,18 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Operators(TorchDispatchMode):
+    """What is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 def collectives(ranks: int, positions: int, statistics: bool, options: dict) -> tuple | None:
     if is_idle(ranks):
         return None
@@ -256,24 +268,30 @@ def backward_dtensor(mesh: tuple[int, ...], upstream: dict[str, Tensor]) -> list
 
 
 def colwise(ranks: int) -> None:
-    """The last layer of a model that was parallelized, and the loss's module, as if there were one process."""
+    """The last layer of a model that was parallelized, and the loss's module, as if there were one process; also where
+    the layer's output is on its way to other places."""
     if is_idle(ranks):
         return
     torch.manual_seed(0)
     head, x, target = nn.Linear(6, 13), torch.randn(5, 6), torch.tensor([0, 12, -100, 7, 3])
     criterion = cross_entropy_ext.CrossEntropyLoss(torch.rand(13), label_smoothing=0.1, z_loss=1e-3)
-    head_of_one = copy.deepcopy(head)
-    expected = criterion(head_of_one(x), target)
+    native = nn.CrossEntropyLoss(criterion.weight)
+    expected, expected_native = criterion(head(x), target), native(head(x), target)
     expected.backward()
-    sharded = parallelize_module(head, MESHES[(ranks,)], ColwiseParallel(use_local_output=False))
-    loss = criterion(sharded(x), target)
-    assert abs(loss.item() - expected.item()) < 1e-6
-    with cross_entropy_ext.patch_torch():
-        patched = nn.functional.cross_entropy(sharded(x), target, criterion.weight)
-    assert abs(patched.item() - nn.functional.cross_entropy(head_of_one(x), target, criterion.weight).item()) < 1e-6
-    loss.backward()
-    for parameter, other in zip(sharded.parameters(), head_of_one.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad.full_tensor(), other.grad)
+    for output in (None, Replicate(), Shard(0)):
+        plan = ColwiseParallel(output_layouts=output, use_local_output=False)
+        sharded = parallelize_module(copy.deepcopy(head), MESHES[(ranks,)], plan)
+        sharded.zero_grad()
+        with Operators() as ours:
+            loss = criterion(sharded(x), target)
+        assert abs(loss.item() - expected.item()) < 1e-6
+        assert any("cross_entropy_ext" in name for name in ours.names)
+        assert not any("log_softmax" in name for name in ours.names)
+        loss.backward()
+        for parameter, other in zip(sharded.parameters(), head.parameters(), strict=True):
+            torch.testing.assert_close(parameter.grad.full_tensor(), other.grad)
+        with cross_entropy_ext.patch_torch():
+            assert abs(native(sharded(x), target).item() - expected_native.item()) < 1e-6
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -279,6 +279,9 @@ def test_dtypes_around_the_logits(pool: processes.Pool, ranks: int) -> None:
     torch.testing.assert_close(function(x, target, weight, loss_dtype=torch.float32), exact.float())
     q = logits_of((7, 3 * ranks), torch.float32, 1.0, "q").softmax(1)
     assert function(x, q).dtype == torch.float32
+    stats, upstream = World(pool, ranks).function("cross_entropy_with_stats"), Upstream(*[torch.ones(7)] * 4)
+    x = x.float()  # weights in float64, which arithmetic follows
+    check_call(stats, x, q, weight.double(), label_smoothing=0.1, reduction="none", upstream=upstream, passes=2)
     counts = torch.arange(7)  # sample weights that are integers
     exact = torch.nn.functional.cross_entropy(x.double(), target, reduction="none") @ counts.double() / counts.sum()
     torch.testing.assert_close(function(x, target, sample_weight=counts, loss_dtype=torch.float32), exact.float())
