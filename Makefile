@@ -78,6 +78,7 @@ benchmarks: build
 	$(BIN)/python -m benchmarks.run
 	$(BIN)/python -m benchmarks.idioms
 	$(BIN)/python -m benchmarks.linear
+	$(BIN)/python -m benchmarks.vocab_parallel
 	$(BIN)/python -m benchmarks.clients
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.training

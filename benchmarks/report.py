@@ -21,8 +21,9 @@ PAGE, README, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "README.md", ROO
 BEGIN = "<!-- From here on `python -m benchmarks.report` writes. -->"
 BEGIN_IDIOMS = "<!-- `python -m benchmarks.report` writes this table, too. -->"
 BEGIN_LINEAR = "<!-- `python -m benchmarks.report` writes this table of the output layer, too. -->"
+BEGIN_SHARDS = "<!-- `python -m benchmarks.report` writes what was measured of sharded classes, too. -->"
 END = "<!-- Up to here. -->"
-PARTS = ("run", "idioms", "linear", "scaling", "training", "clients", "accuracy")
+PARTS = ("run", "idioms", "linear", "vocab_parallel", "scaling", "training", "clients", "accuracy")
 TRAINING, EVALUATION = "forward+backward", "forward"
 PEERS = ("liger", "quack", "flash-attn", "apex", "unsloth", "cut-cross-entropy")
 
@@ -294,6 +295,19 @@ def linear_table(result: dict) -> str:
     return markdown_table(header, rows, left=2)
 
 
+def shards_table(result: dict) -> str:
+    rows = [
+        [
+            f"{record['ranks']} x ({' x '.join(map(str, record['shape']))}), {record['dtype']}",
+            record["provider"] + (f": {record['wrong']}" if "wrong" in record else ""),
+            number(record["median_ms"]),
+            number(record["speedup"], ".1f"),
+        ]
+        for record in result["records"]
+    ]
+    return markdown_table(["processes x (positions x classes of each)", "", "ms", "times as fast"], rows, left=2)
+
+
 def training_table(result: dict) -> str:
     rows = []
     for record in result["records"]:
@@ -433,6 +447,17 @@ def linear_section(device: str, result: dict) -> list[str]:
     return [LINEAR, linear_table(result)]
 
 
+SHARDS = (
+    "Forward and backward of logits whose classes are sharded over processes of this machine, which share its cores "
+    "and speak by gloo, until the last of them is done. `loss_parallel` is "
+    "`torch.distributed.tensor.parallel.loss_parallel` with the native loss."
+)
+
+
+def shards_section(device: str, result: dict) -> list[str]:
+    return [SHARDS, shards_table(result)]
+
+
 def wrong_pairs(result: dict) -> str:
     said = [
         f"* {record['name']}, {record.get('which', '')}: {record.get('error') or record.get('wrong')}"
@@ -506,6 +531,7 @@ TITLES = {
     "run": "Every case",
     "idioms": "What is written around the loss",
     "linear": "The output layer and its loss",
+    "vocab_parallel": "Sharded classes",
     "scaling": "Scaling",
     "training": "Training whole models",
     "clients": "Programs that know nothing of this package",
@@ -515,6 +541,7 @@ SECTIONS = {
     "run": run_section,
     "idioms": idioms_section,
     "linear": linear_section,
+    "vocab_parallel": shards_section,
     "scaling": scaling_section,
     "training": training_section,
     "clients": clients_section,
@@ -533,7 +560,8 @@ def page() -> str:
         "# Benchmarks",
         "",
         "Written by `python -m benchmarks.report` from `benchmarks/results/`. `python -m benchmarks.run` measures what "
-        "follows on your machine; `benchmarks.idioms`, `benchmarks.linear`, `benchmarks.scaling`, "
+        "follows on your machine; `benchmarks.idioms`, `benchmarks.linear`, `benchmarks.vocab_parallel`, "
+        "`benchmarks.scaling`, "
         "`benchmarks.training`, `benchmarks.clients` and `benchmarks.accuracy` do the rest.",
         "",
     ]
@@ -583,9 +611,19 @@ def linear_block() -> str:
     )
 
 
+def shards_block() -> str:
+    """The loss of sharded classes."""
+    result = files.read("cpu", "vocab_parallel")
+    return (
+        f"{BEGIN_SHARDS}\n\n{shards_table(result)}\n\n{SHARDS}\n\n"
+        f"Measured by `{result['command']}` ({described(result)}).\n{END}"
+    )
+
+
 def with_blocks(readme: str) -> str:
     """Anew what is between the README's marks."""
-    for begin, block in ((BEGIN, run_block), (BEGIN_IDIOMS, idioms_block), (BEGIN_LINEAR, linear_block)):
+    blocks = {BEGIN: run_block, BEGIN_IDIOMS: idioms_block, BEGIN_LINEAR: linear_block, BEGIN_SHARDS: shards_block}
+    for begin, block in blocks.items():
         pattern = re.escape(begin) + ".*?" + re.escape(END)
         readme = re.sub(pattern, lambda _, block=block: block(), readme, flags=re.DOTALL)
     return readme

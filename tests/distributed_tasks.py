@@ -23,6 +23,7 @@ from cross_entropy_ext.distributed import (
     VocabParallelCrossEntropyLoss,
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_with_stats,
+    vocab_parallel_linear_cross_entropy,
 )
 
 GROUPS: dict[int, dist.ProcessGroup] = {}
@@ -87,6 +88,69 @@ def backward(ranks: int, upstream: dict[str, Tensor]) -> list[Tensor] | None:
         assert same_bits(one, other), "a second backward differs"
         assert same_strides(one, torch.empty_like(leaf))
     return list(grads)
+
+
+# ---- an output layer whose weight is sharded -------------------------------------------------------------------------
+
+
+def in_chunks(size: int) -> cross_entropy_ext.LinearCrossEntropyOptions:
+    return cross_entropy_ext.LinearCrossEntropyOptions(batch_chunk_size=size, chunking_method=None)
+
+
+def linear(ranks: int, sizes: list[int], arguments: dict, options: dict, chunk: int) -> tuple | None:
+    """Loss, gradients of the input and of this rank's weight and bias (and probabilities), twice; and collectives."""
+    if is_idle(ranks):
+        return None
+    arguments = {name: value.detach() for name, value in arguments.items()}
+    rank = dist.get_rank()
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    input, target = arguments.pop("input").requires_grad_(), arguments.pop("target")
+    weight, bias = (arguments.pop(name)[mine].requires_grad_() for name in ("linear_weight", "linear_bias"))
+    leaves = [input, weight, bias]
+    if target.is_floating_point():
+        target = target[..., mine].requires_grad_()
+        leaves.append(target)
+    with Collectives() as forward:
+        loss = vocab_parallel_linear_cross_entropy(
+            input,
+            weight,
+            target,
+            local_bias=bias,
+            group=GROUPS[ranks],
+            shard_sizes=sizes,
+            options=in_chunks(chunk),
+            **arguments,
+            **options,
+        )
+    upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    with Collectives() as backward:
+        grads = torch.autograd.grad(loss, leaves, upstream, retain_graph=True)
+    again = torch.autograd.grad(loss, leaves, upstream)
+    assert all(same_bits(one, other) for one, other in zip(grads, again, strict=True)), "a second backward differs"
+    return loss.detach(), list(grads), forward.calls, backward.calls
+
+
+def linear_without_whole_logits(ranks: int) -> int | None:
+    """The largest tensor that a step makes, in elements."""
+    if is_idle(ranks):
+        return None
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for tensor in torch.utils._pytree.tree_leaves(result):
+                if isinstance(tensor, Tensor):
+                    self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+            return result
+
+    input, weight = torch.randn(512, 8, requires_grad=True), torch.randn(4000, 8, requires_grad=True)
+    with Largest() as largest:
+        vocab_parallel_linear_cross_entropy(
+            input, weight, torch.arange(512), group=GROUPS[ranks], options=in_chunks(64)
+        ).backward()
+    return largest.elements
 
 
 # ---- what is done between the ranks ----------------------------------------------------------------------------------

@@ -541,3 +541,87 @@ def test_autocast(pool: processes.Pool) -> None:
 @every_world
 def test_module(pool: processes.Pool, ranks: int) -> None:
     pool.run("module", ranks)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The output layer, sharded by classes
+
+LINEAR = {
+    "mean": {},
+    "none": {"reduction": "none"},
+    "weights-smoothing-softcap-z": {
+        "weighted": True,
+        "label_smoothing": 0.1,
+        "softcap": 5.0,
+        "z_loss": 1e-2,
+        "logit_scale": 0.7,
+        "reduction": "sum",
+    },
+    "sample-weight": {"sample": True, "weighted": True},
+    "denominator": {"denominator": 37.0},
+    "probabilities": {"soft": True, "label_smoothing": 0.1},
+}
+
+
+@every_world
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=name_of)
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear(pool: processes.Pool, name: str, dtype: torch.dtype, ranks: int) -> None:
+    """The error is at most that of the layer and the native loss in one process, and a rounding for each rank."""
+    options = dict(LINEAR[name])
+    soft, weighted, sample = (options.pop(key, False) for key in ("soft", "weighted", "sample"))
+    g = generator(name, dtype)
+    classes, features, batch = 11, 6, (3, 5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g, dtype=torch.double).to(dtype)
+
+    arguments = {"input": normal(*batch, features), "linear_weight": normal(classes, features)}
+    arguments["linear_bias"] = normal(classes)
+    labels = torch.randint(classes, batch, generator=g)
+    labels[0, 1] = -100
+    arguments["target"] = normal(*batch, classes).softmax(-1) if soft else labels
+    if weighted:
+        arguments["weight"] = normal(classes).abs()
+    if sample:
+        arguments["sample_weight"] = normal(*batch).abs()
+    sizes = [classes // ranks + (r < classes % ranks) for r in range(ranks)]
+    if ranks == 3:
+        sizes = [7, 0, 4]
+
+    def alone(dtype: torch.dtype, composed: bool) -> list[Tensor]:
+        tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in arguments.items()}
+        names = ["input", "linear_weight", "linear_bias"] + ["target"] * soft
+        for key in names:
+            tensors[key] = tensors[key].clone().requires_grad_()
+        leaves = [tensors[key] for key in names]
+        input, weight, bias, target = (tensors.pop(key) for key in ("input", "linear_weight", "linear_bias", "target"))
+        if composed:
+            logits = torch.nn.functional.linear(input, weight, bias).flatten(0, 1)
+            flat = {key: t.flatten() for key, t in tensors.items()}
+            result = ext.cross_entropy(logits, target.flatten(0, 1), **flat, **options)
+            loss = result.view(batch) if options.get("reduction") == "none" else result
+        else:
+            loss = ext.linear_cross_entropy(input, weight, target, linear_bias=bias, **tensors, **options)
+        upstream = torch.linspace(0.5, 1.5, loss.numel(), dtype=torch.double).to(loss.dtype).view(loss.shape)
+        return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream)]
+
+    exact, native = alone(torch.double, False), alone(dtype, True)
+    answers = pool.run("linear", ranks, sizes=sizes, arguments=arguments, options=options, chunk=4)
+    for loss, *_ in answers[1:]:
+        assert same_bits(loss, answers[0][0])
+    for _, grads, *_ in answers[1:]:
+        assert same_bits(grads[0], answers[0][1][0])
+    found = [answers[0][0], answers[0][1][0]]
+    found += [torch.cat([grads[i] for _, grads, *_ in answers], -1 if i == 3 else 0) for i in range(1, 3 + soft)]
+    for ours, theirs, truth in zip(found, native, exact, strict=True):
+        rounding = torch.finfo(dtype).eps * truth.abs().max() * (ranks + 1)
+        assert (ours - truth).abs().max() <= (theirs - truth).abs().max() + rounding
+    exchanged, reduced = answers[0][2:]
+    assert len(exchanged) == 1 and [call for call, _ in reduced] == ["c10d::allreduce_"]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_no_rank_has_all_of_its_logits(pool: processes.Pool, ranks: int) -> None:
+    """Of 512 x 4000, that is; the largest is a chunk of 64, or what is exchanged."""
+    assert all(elements <= 64 * 4000 for elements in pool.run("linear_without_whole_logits", ranks)[:ranks])
