@@ -269,7 +269,7 @@ def backward_dtensor(mesh: tuple[int, ...], upstream: dict[str, Tensor]) -> list
 
 def colwise(ranks: int) -> None:
     """The last layer of a model that was parallelized, and the loss's module, as if there were one process; also where
-    the layer's output is on its way to other places."""
+    the layer's output goes to other places."""
     if is_idle(ranks):
         return
     torch.manual_seed(0)
@@ -292,6 +292,25 @@ def colwise(ranks: int) -> None:
             torch.testing.assert_close(parameter.grad.full_tensor(), other.grad)
         with cross_entropy_ext.patch_torch():
             assert abs(native(sharded(x), target).item() - expected_native.item()) < 1e-6
+
+
+def under_way(ranks: int) -> None:
+    """Logits that a collective has not finished yet are waited for, and are the kernels' nevertheless."""
+    if is_idle(ranks):
+        return
+    logits, target = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)), torch.arange(3)
+    leaf = DTensor.from_local(logits / ranks, MESHES[(ranks,)], [Partial()], run_check=False).requires_grad_()
+    summed = leaf.redistribute(placements=[Replicate()], async_op=True)
+    assert type(summed.to_local()) is not Tensor
+    with Operators() as ours:
+        loss = functional.cross_entropy(summed, target)
+    assert not any("log_softmax" in name for name in ours.names)
+    whole = logits.clone().requires_grad_()
+    expected = functional.cross_entropy(whole, target)
+    expected.backward()
+    loss.backward()
+    torch.testing.assert_close(loss.to_local(), expected)
+    torch.testing.assert_close(leaf.grad.redistribute(placements=[Replicate()]).to_local(), whole.grad)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -348,17 +367,17 @@ def failing_dtensor(mesh: tuple[int, ...], placements: list[str]) -> str | None:
     return None
 
 
-def unread_reports(ranks: int, wrong: bool) -> tuple[str | None, float] | None:
+def unread_reports(ranks: int, wrong: str | None) -> tuple[str | None, float] | None:
     """As on a device that the host does not wait for."""
     if is_idle(ranks):
         return None
     reads = distributed._reads_reports
     distributed._reads_reports = lambda device: False
-    guilty = wrong and dist.get_rank() == 0
+    guilty = wrong if dist.get_rank() == 0 else None
+    logits = torch.zeros(3, 5 if guilty == "classes" else 4)
+    target = torch.tensor([0, 99 if guilty == "target" else 1, 2])
     try:
-        loss = vocab_parallel_cross_entropy(
-            torch.zeros(3, 4), torch.tensor([0, 99 if guilty else 1, 2]), group=GROUPS[ranks]
-        )
+        loss = vocab_parallel_cross_entropy(logits, target, group=GROUPS[ranks])
         return None, loss.item()
     except Exception as error:
         return type(error).__name__, float("nan")

@@ -612,3 +612,14 @@ def test_every_case_can_be_shown():
     text = report.run_table(groups, BOTH[0])
     assert "| GPT-2 | 1024x50257 float32 | - | - | 2.00 | - | 1.00 | - | - | 2.00 | - |" in text
     assert "out of memory" in report.failures(groups)
+
+
+def test_vocab_parallel_records_everything(tmp_path):
+    path = tmp_path / "vocab_parallel.json"
+    shown = run_module("vocab_parallel", "--quick", "--only", "float32", "--seconds", "0.2", "--json", str(path))
+    found = json.loads(path.read_text())["records"]
+    assert [record["provider"] for record in found] == ["ours", "ours, of a DTensor", "loss_parallel"]
+    for record in found:
+        assert record["shape"] == [128, 500] and record["dtype"] == "float32" and "wrong" not in record
+        assert record["min_ms"] <= record["median_ms"] <= record["max_ms"] and record["turns"] >= 5
+        assert record["provider"] in shown

@@ -445,6 +445,10 @@ def test_column_parallel_layer(pool: processes.Pool, ranks: int) -> None:
     pool.run("colwise", ranks)
 
 
+def test_logits_under_way(pool: processes.Pool) -> None:
+    pool.run("under_way", 2)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Errors.
 
@@ -495,10 +499,11 @@ def test_an_error_of_one_rank_s_positions(pool: processes.Pool) -> None:
 
 
 def test_where_the_host_does_not_read(pool: processes.Pool) -> None:
-    """As on CUDA: an error of one rank is a loss of NaN on the others."""
-    assert pool.run("unread_reports", 3, wrong=False) == [(None, pytest.approx(math.log(12)))] * 3
-    kinds, losses = zip(*pool.run("unread_reports", 3, wrong=True), strict=True)
-    assert kinds == ("IndexError", None, None) and all(math.isnan(loss) for loss in losses)
+    """As on CUDA: an error of one rank is a loss of NaN on the others, and so is what ranks disagree about."""
+    assert pool.run("unread_reports", 3, wrong=None) == [(None, pytest.approx(math.log(12)))] * 3
+    for wrong, expected in (("target", ("IndexError", None, None)), ("classes", (None, None, None))):
+        kinds, losses = zip(*pool.run("unread_reports", 3, wrong=wrong), strict=True)
+        assert kinds == expected and all(math.isnan(loss) for loss in losses)
 
 
 @pytest.mark.parametrize("task", ["in_one_process_of_another_length", "beside_one_that_dies"])

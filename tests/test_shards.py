@@ -393,9 +393,9 @@ def test_errors_of_shards() -> None:
             op(logits, labels, None, None, None, None, *options)
     _, saved, one = ops._forward(logits, labels, None, None, None, None, *options)
     with pytest.raises(RuntimeError, match="lse is not what _forward returned"):
-        ops._backward(one, None, logits, labels, None, None, None, saved[:2], one, *options, [True, False])
+        ops._backward(one, None, logits, labels, None, None, None, None, saved[:2], one, *options, [True, False])
     leaf = logits.clone().requires_grad_()
-    gradient, _ = ops._backward(one, None, leaf, labels, None, None, None, saved, one, *options, [True, False])
+    gradient, _ = ops._backward(one, None, leaf, labels, None, None, None, None, saved, one, *options, [True, False])
     with pytest.raises(NotImplementedError, match="it has no derivative"):
         gradient.sum().backward()
 
@@ -418,7 +418,7 @@ def test_one_shard_is_the_whole() -> None:
                 assert torch.equal(saved[row].view(torch.uint8), rows[row].view(torch.uint8))
             g = draw.normal("g", draw.positions)
             gradients = [
-                ops._backward(g, None, logits, labels, weight, None, None, lse, one, *numbers, [True, False])[0]
+                ops._backward(g, None, logits, labels, weight, None, None, None, lse, one, *numbers, [True, False])[0]
                 for lse, numbers in ((saved, as_shard), (rows, plain))
             ]
             assert torch.equal(*gradients)
