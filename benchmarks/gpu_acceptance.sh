@@ -2,7 +2,7 @@
 # What `make gpu` runs: build, tests, compute-sanitizer and benchmark on the GPUs found here, in less than nine minutes.
 #
 #   OUT=folder       where logs and results go (benchmarks/results)
-#   STEPS="..."      some of: build tests memcheck racecheck benchmark
+#   STEPS="..."      some of: build tests memcheck racecheck linear benchmark
 #   CASES="..."      which cases are measured, a regular expression ("." for all takes longer than there is)
 #   PYTHON=python3   one with a CUDA build of torch; it needs no network and no environment of its own
 #
@@ -12,12 +12,12 @@ cd "$(dirname "$0")/.." || exit 1
 
 OUT=${OUT:-benchmarks/results}
 CASES=${CASES:-'bfloat16|ImageNet$|MNIST'}
-STEPS=${STEPS:-build tests memcheck racecheck benchmark}
+STEPS=${STEPS:-build tests memcheck racecheck linear benchmark}
 TOTAL=530 # seconds
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
 export OUT
-rm -f "$OUT"/{build,tests-[123],memcheck,racecheck,benchmark}.log
+rm -f "$OUT"/{build,tests-[123],memcheck,racecheck,linear,benchmark}.log
 SECONDS=0
 
 has_cuda() { "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
@@ -147,6 +147,10 @@ run_benchmark() {
     --seconds $((most > 60 ? most - 40 : most / 2))
 }
 
+run_linear() {
+  run_step linear "$(limit 80)" "$python" -m benchmarks.linear --device cuda --seconds 30
+}
+
 summary() {
   local i
   echo
@@ -175,5 +179,6 @@ wanted build && run_step build "$(limit 200)" "$python" setup.py --quiet build_e
 wanted tests && run_tests
 wanted memcheck && run_sanitizer memcheck
 wanted racecheck && run_sanitizer racecheck
+wanted linear && run_linear
 wanted benchmark && run_benchmark
 summary

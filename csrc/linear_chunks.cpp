@@ -340,7 +340,7 @@ int64_t chunk_size(const Layer& layer, int64_t asked) {
   const int64_t row = layer.weight.numel() / std::max<int64_t>(1, features);
   constexpr int64_t kWorthACall = int64_t{1} << 20;
   // On a GPU, thousands: an addition to the gradient is no cheaper there, and multiplications are.
-  const int64_t share = is_half(layer.input.scalar_type()) ? features * 3 / 8 : features / 2;
+  const int64_t share = is_half(layer.input.scalar_type()) ? features * 5 / 16 : features / 2;
   const int64_t balanced =
       layer.input.is_cuda() ? std::clamp<int64_t>(features, 1024, 8192) : std::clamp<int64_t>(share, 128, 512);
   const int64_t size = std::max(balanced, kWorthACall / std::max<int64_t>(1, row));

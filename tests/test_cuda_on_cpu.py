@@ -21,6 +21,8 @@ from oracle import arithmetic_of, assert_as_exact, check, reference
 from oracle_targets import check_call
 from shards import numbered, ops, sharded
 from test_autograd import *  # noqa: F403
+from test_linear import test_chunks as test_linear_in_chunks  # noqa: F401
+from test_linear import test_second_backward as test_second_backward_of_linear  # noqa: F401
 from test_shards import *  # noqa: F403
 from test_targets import *  # noqa: F403
 from test_values import *  # noqa: F403

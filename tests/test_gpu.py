@@ -1263,6 +1263,10 @@ TARGETS: dict[str, tuple[Callable[[Tensor], Tensors], Callable[..., Tensor]]] = 
         ),
     ),
     "nll": (lambda x: (labels_of(x),), lambda x, y: ext.nll_loss(x, y)),
+    "denominator": (
+        lambda x: (labels_of(x), torch.tensor(29.0)),
+        lambda x, y, d: ext.cross_entropy(x, y, denominator=d, label_smoothing=0.1),
+    ),
 }
 LAYOUTS = {
     "small rows": ((65, 21), None),
@@ -1322,3 +1326,88 @@ def test_sanitizer_targets(name: str) -> None:
         logits = torch.randn(shape)
         leaf = logits.to(DEVICE).requires_grad_()
         loss(leaf, *(t.to(DEVICE) for t in draw(logits))).backward()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The output layer with its loss: the products are cuBLAS's, and sums over chunks are made in float32.
+
+LINEAR = {
+    "mean": {},
+    "sum, smoothed": {"reduction": "sum", "label_smoothing": 0.1},
+    "none": {"reduction": "none"},
+    "softcap and z_loss": {"softcap": 5.0, "z_loss": 1e-2},
+    "soft": {"label_smoothing": 0.1},
+}
+chunks = pytest.mark.parametrize("chunk", [16, None], ids=["chunks", "one chunk"])
+
+
+def layer(name: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    """Input, weight and bias; and the target."""
+    random = torch.Generator().manual_seed(0)
+    input, weight, bias = (torch.randn(shape, generator=random).to(dtype) for shape in ((70, 24), (1031, 24), (1031,)))
+    labels = torch.randint(1031, (70,), generator=random)
+    labels[::7] = -100
+    return [input, weight, bias], torch.rand(70, 1031, generator=random).to(dtype) if name == "soft" else labels
+
+
+def linear_loss(name: str, leaves: list[Tensor], target: Tensor, chunk: int | None) -> Tensor:
+    options = chunk and cross_entropy_ext.LinearCrossEntropyOptions(batch_chunk_size=chunk, chunking_method=None)
+    input, weight, bias = leaves
+    loss = ext.linear_cross_entropy(input, weight, target, linear_bias=bias, options=options, **LINEAR[name])
+    return loss.sum() * 0.7
+
+
+@chunks
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=name_of)
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear(name: str, dtype: torch.dtype, chunk: int | None) -> None:
+    """At most the error of the layer and the native loss in the same type, and a rounding."""
+    tensors, target = layer(name, dtype)
+    exact_leaves = [t.double().requires_grad_() for t in tensors]
+    exact = linear_loss(name, exact_leaves, target.double() if name == "soft" else target, None)
+    truth = [exact, *torch.autograd.grad(exact, exact_leaves)]
+    leaves = [t.to(DEVICE).requires_grad_() for t in tensors]
+    on_device = target.to(DEVICE)
+    found = linear_loss(name, leaves, on_device, chunk)
+    native = ext.cross_entropy(F.linear(*leaves), on_device, **LINEAR[name]).sum() * 0.7
+    pairs = zip(
+        [found, *torch.autograd.grad(found, leaves)], [native, *torch.autograd.grad(native, leaves)], strict=True
+    )
+    for (ours, theirs), right in zip(pairs, truth, strict=True):
+        error, allowed = ((t.detach().cpu().double() - right).abs().max() for t in (ours, theirs))
+        assert error <= 1.5 * allowed + 2 * torch.finfo(dtype).eps * right.abs().max()
+
+
+@chunks
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_in_a_graph(name: str, chunk: int | None) -> None:
+    tensors, target = layer(name, BF16)
+    leaves, target = [t.to(DEVICE).requires_grad_() for t in tensors], target.to(DEVICE)
+
+    def step() -> tuple[Tensor, ...]:
+        loss = linear_loss(name, leaves, target, chunk)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        leaves[0].mul_(-1)
+    graph.replay()
+    for found, expected in zip(captured, step(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_sanitizer_linear() -> None:
+    for name in LINEAR:
+        tensors, target = layer(name, BF16)
+        linear_loss(name, [t.to(DEVICE).requires_grad_() for t in tensors], target.to(DEVICE), 16).backward()
