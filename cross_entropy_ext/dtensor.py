@@ -25,11 +25,12 @@ from .distributed import (
     positions_that_count,
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_with_stats,
+    vocab_parallel_linear_cross_entropy,
     zero_is_one,
 )
 from .functional import _EMPTY, _LOSS_DTYPES, CrossEntropyStats, cross_entropy, cross_entropy_with_stats
 
-__all__ = ["results"]
+__all__ = ["linear_loss", "on_mesh", "results"]
 
 _REDUCTIONS = ("none", "mean", "sum")  # in ATen's order
 
@@ -214,6 +215,41 @@ def _of_shards(
         **options,
     )
     return found if statistics else (found,)
+
+
+def linear_loss(
+    input: Tensor, linear_weight: DTensor, target: Tensor, *, linear_bias: Tensor | None, **arguments
+) -> DTensor | None:
+    """`functional.linear_cross_entropy` of a weight (C, F) whose classes are sharded over a mesh of one dimension, and
+    of an input that every rank has whole: a scalar, or a loss for each position, Replicate. None for what else there
+    is, of which the layer's logits are to be made.
+    """
+    mesh, whole = linear_weight.device_mesh, [Replicate()]
+    if mesh.ndim != 1 or tuple(linear_weight.placements) != (Shard(0),):
+        return None
+    if any(isinstance(t, DTensor) and tuple(t.placements) != (Replicate(),) for t in (input, target)):
+        return None
+    layout = _Layout(mesh, (0,), 0)  # of the weight, whose classes come first
+    for name in ("weight", "sample_weight", "denominator"):
+        if isinstance(arguments[name], DTensor):
+            arguments[name] = layout.local(arguments[name], whole)
+    loss = vocab_parallel_linear_cross_entropy(
+        layout.local(input, whole) if isinstance(input, DTensor) else input,
+        layout.local(linear_weight, layout.placements()),
+        layout.local(target, [Shard(target.dim() - 1)] if target.is_floating_point() else whole),
+        local_bias=None if linear_bias is None else layout.local(linear_bias, layout.placements()),
+        group=mesh.get_group(),
+        shard_sizes=layout.shard_sizes(linear_weight.size(0)),
+        **arguments,
+    )
+    return DTensor.from_local(loss, mesh, whole, run_check=False)
+
+
+def on_mesh(tensor: Tensor | None, like: DTensor) -> Tensor | None:
+    """A plain tensor, which every rank has whole, as the DTensor that it is to others."""
+    if tensor is None or isinstance(tensor, DTensor):
+        return tensor
+    return DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
 
 
 def _check_shape(name: str, tensor: Tensor | None, shape: torch.Size) -> None:

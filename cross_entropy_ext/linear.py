@@ -14,6 +14,7 @@ from .functional import (
     _PLAIN,
     CrossEntropyStats,
     _arguments,
+    _is_dtensor,
     _ops,
     cross_entropy,
     cross_entropy_with_stats,
@@ -265,6 +266,7 @@ class _Layer:
             )
         shape = (*self.batch, self.classes, *self.inner)
         self.probabilities = target is not None and tuple(target.shape) == shape
+        self.options = options
         self.chunk = size_of_chunk(options, math.prod(self.batch), self.classes, input.shape[-1])
 
     def flat(self, tensor: Tensor | None, axes: int) -> Tensor | None:
@@ -297,6 +299,15 @@ class _Layer:
             arguments, integers, values = _arguments(named, **options)
             return self.unflat(op(input, *layer, *arguments[1:], integers, values, self.chunk))
         matrix, bias = self.weight, self.bias
+        if _is_dtensor(matrix):
+            from . import dtensor
+
+            if op is _ops.linear_cross_entropy.default and companion is None and not self.inner:
+                arguments = {"weight": weight, "sample_weight": sample_weight, "denominator": denominator, **options}
+                loss = dtensor.linear_loss(input, matrix, target, linear_bias=bias, options=self.options, **arguments)
+                if loss is not None:
+                    return self.unflat(loss)
+            input, bias = dtensor.on_mesh(input, matrix), dtensor.on_mesh(bias, matrix)
         if self.inner:
             matrix, bias = matrix.flatten(0, -2), None if bias is None else bias.flatten()
         logits = F.linear(input, matrix, bias)

@@ -130,6 +130,24 @@ def linear(ranks: int, sizes: list[int], arguments: dict, options: dict, chunk: 
     return loss.detach(), list(grads), forward.calls, backward.calls
 
 
+def linear_of_dtensors(ranks: int, arguments: dict, options: dict, wrapped: bool) -> tuple | None:
+    """The module with a weight whose classes are sharded, as parallelize_module shards a layer's."""
+    if is_idle(ranks):
+        return None
+    mesh = MESHES[(ranks,)]
+    input, target = arguments["input"].detach().requires_grad_(), arguments["target"]
+    given = DTensor.from_local(input, mesh, [Replicate()], run_check=False) if wrapped else input
+    head = cross_entropy_ext.LinearCrossEntropyLoss(6, 11, bias=True, **options)
+    with torch.no_grad():
+        head.linear.weight.copy_(arguments["linear_weight"])
+        head.linear.bias.copy_(arguments["linear_bias"])
+    parallelize_module(head.linear, mesh, ColwiseParallel())
+    loss = head(given, target)
+    assert isinstance(loss, DTensor) and loss.placements == (Replicate(),)
+    loss.sum().backward()
+    return loss.full_tensor().detach(), input.grad, *(p.grad.full_tensor() for p in head.linear.parameters())
+
+
 def linear_without_whole_logits(ranks: int) -> int | None:
     """The largest tensor that a step makes, in elements."""
     if is_idle(ranks):

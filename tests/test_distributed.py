@@ -621,6 +621,24 @@ def test_linear(pool: processes.Pool, name: str, dtype: torch.dtype, ranks: int)
     assert len(exchanged) == 1 and [call for call, _ in reduced] == ["c10d::allreduce_"]
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "label_smoothing": 0.1}], ids=str)
+def test_linear_of_dtensors(pool: processes.Pool, options: dict, wrapped: bool, ranks: int) -> None:
+    """A module of which parallelize_module has sharded the layer: uneven shards, one of them empty."""
+    g = generator("linear of DTensors")
+    shapes = {"input": (3, 5, 6), "linear_weight": (11, 6), "linear_bias": (11,)}
+    arguments = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    arguments["target"] = torch.randint(11, (3, 5), generator=g)
+    leaves = [arguments[name].double().requires_grad_() for name in shapes]
+    exact = ext.linear_cross_entropy(*leaves[:2], arguments["target"], linear_bias=leaves[2], **options)
+    truth = [exact.detach(), *torch.autograd.grad(exact.sum(), leaves)]
+    request = {"arguments": arguments, "options": options, "wrapped": wrapped}
+    for found in pool.run("linear_of_dtensors", ranks, **request)[:ranks]:
+        for ours, right in zip(found, truth, strict=True):
+            torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_no_rank_has_all_of_its_logits(pool: processes.Pool, ranks: int) -> None:
     """Of 512 x 4000, that is; the largest is a chunk of 64, or what is exchanged."""

@@ -128,3 +128,12 @@ def test_programs_say_what_they_show(name):
     assert re.match(r'"""(.*)\n', source)[1] in done.stdout
     assert "--quick" in done.stdout and f"{name}.png" in done.stdout
     assert len(source.splitlines()) < 160
+
+
+@pytest.mark.slow
+def test_parallel_training(load, tmp_path):
+    """On one process and on two in three ways; under torchrun, as users start it."""
+    result = quick(load("parallel_training"), tmp_path)
+    assert len(result.curves) == 4
+    for curve in result.curves.values():
+        assert curve[-1] < curve[0] - 0.5
