@@ -210,7 +210,7 @@ def vocab_parallel_linear_cross_entropy(
     batch, features = input.shape[:-1], input.shape[-1]
     dense = target.is_floating_point()
     if tuple(target.shape) == ((*batch, len(local_weight)) if dense else tuple(batch)):  # else it is an error below
-        target = target.reshape(-1, len(local_weight)) if dense else target.reshape(-1)
+        target = target.reshape(batch.numel(), len(local_weight)) if dense else target.reshape(-1)
     if sample_weight is not None and sample_weight.shape == batch:
         sample_weight = sample_weight.reshape(-1)
     flat = input.reshape(-1, features)

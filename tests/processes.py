@@ -89,7 +89,9 @@ class Pool:
             connection.send_bytes(message)
         answers = []
         for rank, connection in enumerate(self.connections):
-            assert connection.poll(2 * TIMEOUT), f"rank {rank} has not answered {task}"
+            if not connection.poll(TIMEOUT):
+                self.close()  # so that the next task fails at once
+                raise AssertionError(f"rank {rank} has not answered {task}")
             answers.append(pickle.loads(connection.recv_bytes()))
         return answers
 
