@@ -198,7 +198,7 @@ def compare(quick: bool, output: Path) -> Result:
         ("", "first", "last", "largest difference"),
         rows,
     )
-    with figure(output, "One model, trained on one process and on two", columns=1) as (_, (axes,)):
+    with figure(output, "One model, trained in four ways", columns=1) as (_, (axes,)):
         for (name, curve), (style, width) in zip(
             curves.items(), (("-", 6.0), ("-", 2.5), ("--", 2.0), (":", 2.0)), strict=True
         ):
