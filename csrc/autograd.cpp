@@ -240,6 +240,21 @@ bool can_scale(at::ScalarType type, double scale) {
   return std::abs(scale) <= 1 && type != at::kHalf && (type != at::kBFloat16 || power_of_two);
 }
 
+}  // namespace
+
+OptionalTensor gradients_of_statistics(const variable_list& grads, const at::Tensor& lse) {
+  variable_list rows;
+  bool any = false;
+  for (size_t i = 1; i <= 3 && i < grads.size(); ++i) {
+    any |= grads[i].defined();
+    rows.push_back(grads[i].defined() ? grads[i].reshape({-1}).to(lse.scalar_type())
+                                      : at::zeros_like(lse.select(0, 0)));
+  }
+  return any ? OptionalTensor(at::stack(rows)) : std::nullopt;
+}
+
+namespace {
+
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static constexpr bool is_traceable = true;
 
@@ -272,18 +287,6 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     at::IValue& made = ctx->saved_data["grad_logits"];
     if (!made.isNone()) return std::exchange(made, at::IValue()).toTensor();
     return std::get<3>(forward_backward(inputs, options));
-  }
-
-  // Of lse, target_log_prob and entropy, in the order of GradStatistic.
-  static OptionalTensor gradients_of_statistics(const variable_list& grads, const at::Tensor& lse) {
-    variable_list rows;
-    bool any = false;
-    for (size_t i = 1; i <= 3 && i < grads.size(); ++i) {
-      any |= grads[i].defined();
-      rows.push_back(grads[i].defined() ? grads[i].reshape({-1}).to(lse.scalar_type())
-                                        : at::zeros_like(lse.select(0, 0)));
-    }
-    return any ? OptionalTensor(at::stack(rows)) : std::nullopt;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {

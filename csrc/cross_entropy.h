@@ -8,6 +8,7 @@
 #include <optional>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "problem.h"
 
@@ -97,6 +98,10 @@ struct Gradients {
 using BackwardResult = std::tuple<at::Tensor, at::Tensor>;
 BackwardResult backward(const Gradients& gradients, const Inputs& inputs, const Options& options,
                         std::array<bool, 2> wanted);
+
+// The gradients of lse, target_log_prob and entropy, which follow that of the loss in `grads`, as a backward takes
+// them; nothing where there are none.
+OptionalTensor gradients_of_statistics(const std::vector<at::Tensor>& grads, const at::Tensor& lse);
 
 // cross_entropy_ext::_backward_: the gradient takes the logits' storage. Returns the gradient of the target.
 at::Tensor backward_(const Gradients& gradients, const Inputs& inputs, const Options& options, bool target_wanted);

@@ -4,14 +4,11 @@
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/ones_like.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -19,6 +16,8 @@
 #include <cmath>
 #include <utility>
 #include <vector>
+
+#include "dispatch.h"
 
 namespace xent::linear {
 
@@ -45,11 +44,6 @@ using torch::autograd::variable_list;
 
 // ---- the operators, for callers in C++ ------------------------------------------------------------------------------
 
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 template <class Signature, class... Arguments>
 auto call(const c10::TypedOperatorHandle<Signature>& op, const Layer& layer, const Inputs& in, const Options& options,
           Arguments&&... arguments) {
@@ -60,29 +54,29 @@ auto call(const c10::TypedOperatorHandle<Signature>& op, const Layer& layer, con
 }  // namespace
 
 at::Tensor loss(const Layer& layer, const Inputs& in, const Options& options, int64_t chunk) {
-  static const auto op = find<schema::Loss>("cross_entropy_ext::linear_cross_entropy");
+  static const auto op = find_operator<schema::Loss>("cross_entropy_ext::linear_cross_entropy");
   return call(op, layer, in, options, chunk);
 }
 
 Results loss_with_stats(const Layer& layer, const Inputs& in, const Options& options, int64_t chunk) {
-  static const auto op = find<schema::WithStats>("cross_entropy_ext::linear_cross_entropy_with_stats");
+  static const auto op = find_operator<schema::WithStats>("cross_entropy_ext::linear_cross_entropy_with_stats");
   return call(op, layer, in, options, chunk);
 }
 
 ForwardResult forward(const Layer& layer, const Inputs& in, const Options& options, int64_t chunk) {
-  static const auto op = find<schema::Forward>("cross_entropy_ext::_linear_forward");
+  static const auto op = find_operator<schema::Forward>("cross_entropy_ext::_linear_forward");
   return call(op, layer, in, options, chunk);
 }
 
 ForwardBackwardResult forward_backward(const Layer& layer, const Inputs& in, const Options& options, int64_t chunk,
                                        std::array<bool, 3> wanted) {
-  static const auto op = find<schema::ForwardBackward>("cross_entropy_ext::_linear_forward_backward");
+  static const auto op = find_operator<schema::ForwardBackward>("cross_entropy_ext::_linear_forward_backward");
   return call(op, layer, in, options, chunk, wanted);
 }
 
 BackwardResult backward(const Layer& layer, const Gradients& gradients, const Inputs& in, const Options& options,
                         int64_t chunk, std::array<bool, 4> wanted) {
-  static const auto op = find<schema::Backward>("cross_entropy_ext::_linear_backward");
+  static const auto op = find_operator<schema::Backward>("cross_entropy_ext::_linear_backward");
   return op.call(gradients.grad_output, gradients.grad_statistics, layer.input, layer.weight, layer.bias, in.target,
                  in.weight, in.companion, in.sample_weight, in.divisor, gradients.lse, gradients.denominator,
                  options.integers(), options.numbers(), chunk, wanted);
@@ -323,18 +317,6 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
                                             /*allow_unused=*/true);
     for (size_t i = 0; i < made.size(); ++i) result[places[i]] = made[i];
     return result;
-  }
-
-  // Of lse, target_log_prob and entropy, in the order of GradStatistic.
-  static OptionalTensor gradients_of_statistics(const variable_list& grads, const at::Tensor& lse) {
-    variable_list rows;
-    bool any = false;
-    for (size_t i = 1; i <= 3 && i < grads.size(); ++i) {
-      any |= grads[i].defined();
-      rows.push_back(grads[i].defined() ? grads[i].reshape({-1}).to(lse.scalar_type())
-                                        : at::zeros_like(lse.select(0, 0)));
-    }
-    return any ? OptionalTensor(at::stack(rows)) : std::nullopt;
   }
 };
 

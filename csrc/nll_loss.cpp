@@ -1,7 +1,6 @@
 // The operator cross_entropy_ext::nll_loss: its schema, the kernels that belong to no device, and its derivatives.
 #include "nll_loss.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_make_dual.h>
 #include <ATen/ops/_unpack_dual.h>
@@ -10,6 +9,8 @@
 #include <ATen/ops/nll_loss_nd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
+
+#include "dispatch.h"
 
 namespace xent::nll {
 
@@ -21,18 +22,13 @@ using torch::autograd::variable_list;
 
 // ---- the operators, for callers in C++ ------------------------------------------------------------------------------
 
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 ForwardResult forward(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
-  static const auto op = find<schema::Forward>("cross_entropy_ext::_nll_loss_forward");
+  static const auto op = find_operator<schema::Forward>("cross_entropy_ext::_nll_loss_forward");
   return op.call(input, target, weight, reduction, ignore_index, loss_dtype);
 }
 
 at::Tensor backward(const at::Tensor& grad_output, XENT_NLL_INPUTS, const at::Tensor& denominator, XENT_NLL_OPTIONS) {
-  static const auto op = find<schema::Backward>("cross_entropy_ext::_nll_loss_backward");
+  static const auto op = find_operator<schema::Backward>("cross_entropy_ext::_nll_loss_backward");
   return op.call(grad_output, input, target, weight, denominator, reduction, ignore_index);
 }
 
@@ -199,7 +195,7 @@ static_assert(std::is_same_v<decltype(backward_autograd), schema::Backward>);
 }  // namespace
 
 at::Tensor loss(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
-  static const auto op = find<schema::Loss>("cross_entropy_ext::nll_loss");
+  static const auto op = find_operator<schema::Loss>("cross_entropy_ext::nll_loss");
   return op.call(input, target, weight, reduction, ignore_index, loss_dtype);
 }
 

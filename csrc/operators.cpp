@@ -4,23 +4,18 @@
 // The public ones are cross_entropy, for what PyTorch has, and for everything else general_cross_entropy, whose options
 // come as two lists of numbers (Options::of), and cross_entropy_with_stats, its variant with more results.
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include "cross_entropy.h"
+#include "dispatch.h"
 
 namespace xent {
 namespace {
 
-template <class Signature>
-auto find(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
 const auto& adapt_gradient_operator() {
-  static const auto op = find<schema::AdaptGradient>("cross_entropy_ext::_adapt_gradient_");
+  static const auto op = find_operator<schema::AdaptGradient>("cross_entropy_ext::_adapt_gradient_");
   return op;
 }
 
@@ -38,36 +33,36 @@ bool one_pass_pays(const at::Tensor& logits, int64_t reduction) {
 at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                          int64_t reduction, int64_t ignore_index, double label_smoothing,
                          std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace) {
-  static const auto op = find<schema::CrossEntropy>("cross_entropy_ext::cross_entropy");
+  static const auto op = find_operator<schema::CrossEntropy>("cross_entropy_ext::cross_entropy");
   return op.call(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace);
 }
 
 at::Tensor general_cross_entropy(const Inputs& in, const Options& options) {
-  static const auto op = find<schema::General>("cross_entropy_ext::general_cross_entropy");
+  static const auto op = find_operator<schema::General>("cross_entropy_ext::general_cross_entropy");
   return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
                  options.numbers());
 }
 
 Results cross_entropy_with_stats(const Inputs& in, const Options& options) {
-  static const auto op = find<schema::WithStats>("cross_entropy_ext::cross_entropy_with_stats");
+  static const auto op = find_operator<schema::WithStats>("cross_entropy_ext::cross_entropy_with_stats");
   return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
                  options.numbers());
 }
 
 ForwardResult forward(const Inputs& in, const Options& options) {
-  static const auto op = find<schema::Forward>("cross_entropy_ext::_forward");
+  static const auto op = find_operator<schema::Forward>("cross_entropy_ext::_forward");
   return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
                  options.numbers());
 }
 
 ForwardBackwardResult forward_backward(const Inputs& in, const Options& options) {
-  static const auto op = find<schema::ForwardBackward>("cross_entropy_ext::_forward_backward");
+  static const auto op = find_operator<schema::ForwardBackward>("cross_entropy_ext::_forward_backward");
   return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
                  options.numbers());
 }
 
 ForwardResult forward_backward_(const Inputs& in, const Options& options) {
-  static const auto op = find<schema::ForwardBackwardInplace>("cross_entropy_ext::_forward_backward_");
+  static const auto op = find_operator<schema::ForwardBackwardInplace>("cross_entropy_ext::_forward_backward_");
   at::Tensor logits = in.logits;
   return op.call(logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
                  options.numbers());
@@ -75,14 +70,14 @@ ForwardResult forward_backward_(const Inputs& in, const Options& options) {
 
 BackwardResult backward(const Gradients& gradients, const Inputs& in, const Options& options,
                         std::array<bool, 2> wanted) {
-  static const auto op = find<schema::Backward>("cross_entropy_ext::_backward");
+  static const auto op = find_operator<schema::Backward>("cross_entropy_ext::_backward");
   return op.call(gradients.grad_output, gradients.grad_statistics, in.logits, in.target, in.weight, in.companion,
                  in.sample_weight, in.divisor, gradients.lse, gradients.denominator, options.integers(),
                  options.numbers(), wanted);
 }
 
 at::Tensor backward_(const Gradients& gradients, const Inputs& in, const Options& options, bool target_wanted) {
-  static const auto op = find<schema::BackwardInplace>("cross_entropy_ext::_backward_");
+  static const auto op = find_operator<schema::BackwardInplace>("cross_entropy_ext::_backward_");
   at::Tensor logits = in.logits;
   return op.call(gradients.grad_output, gradients.grad_statistics, logits, in.target, in.weight, in.companion,
                  in.sample_weight, in.divisor, gradients.lse, gradients.denominator, options.integers(),
