@@ -11,6 +11,7 @@ in float64, in which a confident position's loss is as small as it is; and what 
 
 from __future__ import annotations
 
+import copy
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ def vocab_parallel_cross_entropy(
 
     Every rank of the group calls it, with the same options, and gets the same loss, bit for bit. There is one
     all-gather, of 32 bytes for each position and rank, and none in the backward, whose gradient is that of the local
-    logits. It has no second derivative.
+    logits. It has no second derivative, and is not for torch.func.
 
     Args:
         local_logits: (N, C_r, d1, ..., dK) or (C_r): the logits of this rank's classes, in float16, bfloat16, float32
@@ -184,7 +185,8 @@ def vocab_parallel_linear_cross_entropy(
 
     The logits are made twice, a chunk of positions at a time: in the forward for what the ranks exchange, which is that
     of :func:`vocab_parallel_cross_entropy`, and in the backward for the gradients. There the gradient of the input,
-    which each rank needs whole, is summed over the group: the one collective of a backward.
+    which each rank needs whole, is summed over the group: the one collective of a backward, which every rank has to
+    run.
 
     Args:
         input: (N, F), (B, ..., F) or (F), the same on every rank.
@@ -198,24 +200,9 @@ def vocab_parallel_linear_cross_entropy(
     Returns, Raises:
         As :func:`vocab_parallel_cross_entropy`.
     """
-    if local_weight.dim() != 2 or input.dim() == 0:
-        raise ValueError(
-            "expected local_weight of shape (classes, features) and input of shape (..., features), "
-            f"but got {tuple(local_weight.shape)} and {tuple(input.shape)}"
-        )
-    if torch.is_autocast_enabled(input.device.type):  # as linear is
-        dtype = torch.get_autocast_dtype(input.device.type)
-        input, local_weight = input.to(dtype), local_weight.to(dtype)
-        local_bias = None if local_bias is None else local_bias.to(dtype)
-    batch, features = input.shape[:-1], input.shape[-1]
-    dense = target.is_floating_point()
-    if tuple(target.shape) == ((*batch, len(local_weight)) if dense else tuple(batch)):  # else it is an error below
-        target = target.reshape(batch.numel(), len(local_weight)) if dense else target.reshape(-1)
-    if sample_weight is not None and sample_weight.shape == batch:
-        sample_weight = sample_weight.reshape(-1)
-    flat = input.reshape(-1, features)
+    layer = _Layer(input, local_weight, local_bias, options)
     (loss,) = _results(
-        flat.detach().new_empty(()).expand(len(flat), len(local_weight)),  # the shape of the logits, and no memory
+        None,
         target,
         (weight, sample_weight, denominator),
         group,
@@ -231,9 +218,9 @@ def vocab_parallel_linear_cross_entropy(
             empty=empty,
             statistics=False,
         ),
-        (flat, local_weight, local_bias, size_of_chunk(options, len(flat), len(local_weight), features)),
+        layer,
     )
-    return loss.reshape(batch) if reduction == "none" else loss
+    return loss.reshape(layer.batch) if reduction == "none" else loss
 
 
 class VocabParallelCrossEntropyLoss(CrossEntropyLoss):
@@ -278,6 +265,14 @@ class VocabParallelCrossEntropyLoss(CrossEntropyLoss):
         )
         self.group = group
         self.shard_sizes = shard_sizes
+
+    def __deepcopy__(self, memo: dict) -> VocabParallelCrossEntropyLoss:
+        """With the same group, which is the processes' and cannot be copied."""
+        memo[id(self.group)] = self.group
+        result = type(self).__new__(type(self))
+        memo[id(self)] = result
+        result.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return result
 
     def forward(
         self,
@@ -628,44 +623,80 @@ def _eager_results(local_logits, target, others, group, shard_sizes, options, la
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("this process is not in the group")
+    parts = None
     try:
         if layer is not None:
-            _check_layer(*layer[:3])
-        problem, tensors = _checked(local_logits, target, *others, group, shard_sizes, options, rank, ranks)
+            weight, sample_weight, denominator = others
+            local_logits, target, sample_weight, parts = layer.flat(target, sample_weight)
+            others = weight, sample_weight, denominator
+        problem, tensors = _checked(local_logits, target, *others, group, shard_sizes, options, parts, rank, ranks)
     except Exception as error:
-        if not isinstance(local_logits, Tensor):
+        if layer is not None:
+            positions, classes, device = layer.batch, _UNKNOWN, layer.input.device
+        elif isinstance(local_logits, Tensor):
+            positions = positions_of(local_logits) if local_logits.dim() else torch.Size()
+            known = local_logits.dim() > 0 and shard_sizes is None
+            classes = local_logits.size(class_dim(local_logits)) if known else _UNKNOWN
+            device = local_logits.device
+        else:
             raise
         rows = _ROWS_WITH_STATISTICS if options.statistics else _ROWS
-        sizes = positions_of(local_logits) if local_logits.dim() else torch.Size()
-        classes = local_logits.size(class_dim(local_logits)) if local_logits.dim() and shard_sizes is None else _UNKNOWN
-        report = _Report(sizes.numel(), classes, error=error)
-        exchange(report, rows * sizes.numel(), None, group, local_logits.device)
+        exchange(_Report(positions.numel(), classes, error=error), rows * positions.numel(), None, group, device)
         raise
-    if layer is not None:
-        return (_VocabParallelLinear.apply(*tensors, problem, *layer),)
+    if parts is not None:
+        return (_VocabParallelLinear.apply(*tensors, problem, *parts),)
     return _VocabParallel.apply(*tensors, problem)
 
 
-def _check_layer(input: Tensor, local_weight: Tensor, local_bias: Tensor | None) -> None:
-    if local_weight.shape[1] != input.shape[1]:
-        raise ValueError(
-            f"local_weight must have the input's {input.shape[1]} features, but got {tuple(local_weight.shape)}"
-        )
-    if local_bias is not None and local_bias.shape != local_weight.shape[:1]:
-        raise ValueError(
-            f"local_bias must have one element for each of the {len(local_weight)} classes of local_weight, "
-            f"but got the shape {tuple(local_bias.shape)}"
-        )
-    for name, tensor in (("local_weight", local_weight), ("local_bias", local_bias)):
-        if tensor is not None and tensor.dtype != input.dtype:
-            raise ValueError(f"{name} must be of the input's type, {input.dtype}, but is of {tensor.dtype}")
+class _Layer:
+    """An output layer of which this rank has a part, as it was given."""
+
+    def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, options: LinearCrossEntropyOptions | None):
+        if not isinstance(input, Tensor) or input.dim() == 0:
+            raise ValueError(f"input must be a tensor of shape (..., features), but got {input!r}")
+        self.input, self.weight, self.bias, self.options = input, weight, bias, options
+        self.batch = input.shape[:-1]
+
+    def flat(self, target: Tensor, sample_weight: Tensor | None) -> tuple:
+        """A stand-in for the logits, with their shape and no memory; target and sample_weight for it; the layer's
+        tensors and the size of a chunk."""
+        input, weight, bias = self.input, self.weight, self.bias
+        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
+            shape = tuple(weight.shape) if isinstance(weight, Tensor) else weight
+            raise ValueError(f"local_weight must be (classes, {input.shape[-1]}), as the input is, but got {shape}")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"local_bias must have one element for each of the {len(weight)} classes of local_weight, "
+                f"but got the shape {tuple(bias.shape)}"
+            )
+        tensors = [input.reshape(self.batch.numel(), input.shape[-1]), weight, bias]
+        if torch.is_autocast_enabled(input.device.type):  # as linear is
+            dtype = torch.get_autocast_dtype(input.device.type)
+            tensors = [t if t is None else t.to(dtype) for t in tensors]
+        for name, tensor in (("local_weight", tensors[1]), ("local_bias", tensors[2])):
+            if tensor is not None and (tensor.dtype, tensor.device) != (tensors[0].dtype, input.device):
+                raise ValueError(
+                    f"{name} must be of the input's type and on its device, but is {tensor.dtype} on {tensor.device}"
+                )
+        shape = self.batch.numel(), len(weight)
+        if isinstance(target, Tensor):
+            dense = target.is_floating_point()
+            if tuple(target.shape) == ((*self.batch, len(weight)) if dense else tuple(self.batch)):  # else an error
+                target = target.reshape(shape if dense else -1)
+        if isinstance(sample_weight, Tensor) and sample_weight.shape == self.batch:
+            sample_weight = sample_weight.reshape(-1)
+        logits = tensors[0].detach().new_empty(()).expand(shape)
+        return logits, target, sample_weight, (*tensors, size_of_chunk(self.options, *shape, input.shape[-1]))
 
 
-def _checked(local_logits, target, weight, sample_weight, denominator, group, shard_sizes, options, rank, ranks):
+def _checked(local_logits, target, weight, sample_weight, denominator, group, shard_sizes, options, layer, rank, ranks):
     """The problem, and the tensors as the kernels take them. Raises for everything but targets out of range."""
     for name, tensor in (("local_logits", local_logits), ("target", target)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, but got {tensor!r}")
+    for name, tensor in (("target", target), ("weight", weight), ("sample_weight", sample_weight)):
+        if isinstance(tensor, Tensor) and tensor.device != local_logits.device:
+            raise ValueError(f"{name} must be on the device of the logits, {local_logits.device}, not {tensor.device}")
     options.checked()
     if local_logits.dim() == 0 or local_logits.dtype not in _LOSS_DTYPES:
         raise ValueError(
@@ -707,10 +738,13 @@ def _checked(local_logits, target, weight, sample_weight, denominator, group, sh
         if options.reduction != "mean":
             raise ValueError("denominator is what reduction 'mean' divides by, but got another one")
         denominator = _constant("denominator", _divisor(denominator, local_logits), torch.Size(), None)
+    sizes = [shard.size] * ranks if shard_sizes is None else [int(n) for n in shard_sizes]
+    differentiates = layer is not None and layer[0].requires_grad and torch.is_grad_enabled()
     agreement = (
-        f"{shard.total} classes, positions {tuple(positions)}, {local_logits.dtype}, {options}, target of "
-        f"{target.dtype}, {'no ' if weight is None else ''}weight, "
+        f"{sizes if ranks <= 8 else hash(tuple(sizes))} classes, positions {tuple(positions)}, {local_logits.dtype}, "
+        f"{options}, target of {target.dtype}, {'no weight' if weight is None else f'weight of {weight.dtype}'}, "
         f"{'no ' if sample_weight is None else ''}sample_weight, denominator={described}"
+        f"{', an input with a gradient' if differentiates else ''}"
     )
     report = _Report(positions.numel(), _UNKNOWN if shard_sizes is not None else shard.size, agreement)
     problem = _Problem(options, shard, group, report, arithmetic, loss_dtype, soft, weight is not None)

@@ -25,15 +25,14 @@ at::Tensor stand_in(const Layer& layer) {
   c10::SymDimVector shape(layer.weight.sym_sizes());
   shape.pop_back();
   shape.insert(shape.begin(), layer.input.sym_size(0));
-  return at::empty({}, layer.input.options()).expand_symint(shape);
+  return at::empty({}, layer.input.options().layout(at::kStrided)).expand_symint(shape);
 }
 
 at::Tensor logits_of(const Layer& layer) {
   const auto& weight = layer.weight;
   OptionalTensor bias;
   if (has_value(layer.bias)) bias = layer.bias->reshape({-1});
-  const at::Tensor matrix = weight.dim() == 2 ? weight : weight.reshape_symint({-1, weight.sym_size(-1)});
-  return at::linear(layer.input, matrix, bias).view_symint(stand_in(layer).sym_sizes());
+  return at::linear(layer.input, weight.flatten(0, -2), bias).view_symint(stand_in(layer).sym_sizes());
 }
 
 namespace {
@@ -176,6 +175,9 @@ bool wants_one_pass(const Layer& layer, const Inputs& in, const Options& options
          layer.input.scalar_type() != at::kHalf && !at::SavedTensorDefaultHooks::get_hooks();
 }
 
+// Where the context keeps the gradients of input, weight and bias that the forward has made.
+constexpr const char* kMade[] = {"grad_input", "grad_weight", "grad_bias"};
+
 struct LossFunction : torch::autograd::Function<LossFunction> {
   static constexpr bool is_traceable = true;
 
@@ -196,7 +198,10 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     if (one_pass) {
       const auto wanted = wanted_of(layer);
       auto [loss, of_input, of_weight, of_bias] = linear::forward_backward(layer, inputs, options, chunk, wanted);
-      ctx->saved_data["gradients"] = std::vector<at::Tensor>{of_input, of_weight, of_bias};
+      // Each by itself: compilers of backwards look for tensors here, and not for lists of them.
+      for (auto&& [name, gradient] : {std::pair(kMade[0], of_input), {kMade[1], of_weight}, {kMade[2], of_bias}}) {
+        ctx->saved_data[name] = gradient;
+      }
       ctx->save_for_backward(saved);
       return {loss};
     }
@@ -243,17 +248,23 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
   static variable_list scaled_gradients(AutogradContext* ctx, const Saved& saved, const at::Tensor& grad) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Layer layer = saved.layer();
-    std::vector<at::Tensor> made;
-    at::IValue& kept = ctx->saved_data["gradients"];
-    if (!kept.isNone()) {
-      made = std::exchange(kept, at::IValue()).toTensorVector();
+    const double scale = grad.is_cpu() && is_concrete(grad) ? grad.item<double>() : 1;
+    if (!std::isfinite(scale)) {  // of which ignored positions take nothing
+      const auto [loss, lse, denominator] = linear::forward(layer, saved.inputs(), saved.options, saved.chunk);
+      return recomputed_gradients(saved, lse, denominator, {grad});
+    }
+    variable_list made;
+    if (!ctx->saved_data[kMade[0]].isNone()) {
+      for (const char* const name : kMade) {
+        made.push_back(std::exchange(ctx->saved_data[name], at::IValue()).toTensor());
+      }
     } else {
       const auto [loss, of_input, of_weight, of_bias] =
           linear::forward_backward(layer, saved.inputs(), saved.options, saved.chunk, wanted_of(layer));
       made = {of_input, of_weight, of_bias};
     }
     const bool traced = !is_concrete(grad) || !is_concrete(made[0]);
-    if (traced || !grad.is_cpu() || grad.item<double>() != 1) {
+    if (traced || !grad.is_cpu() || scale != 1) {
       for (at::Tensor& gradient : made) {
         if (traced) {
           gradient = gradient * grad;

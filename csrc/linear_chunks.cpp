@@ -33,9 +33,7 @@ at::Tensor new_matrix(at::IntArrayRef shape, const at::Tensor& like, at::ScalarT
 }
 
 // (C * d1 * ... * dK, F)
-at::Tensor as_matrix(const at::Tensor& weight) {
-  return weight.dim() == 2 ? weight : weight.reshape({-1, weight.size(-1)});
-}
+at::Tensor as_matrix(const at::Tensor& weight) { return weight.flatten(0, -2); }
 
 // ---- the gradients of the layer -------------------------------------------------------------------------------------
 
@@ -338,7 +336,7 @@ int64_t chunk_size(const Layer& layer, int64_t asked) {
   const int64_t N = layer.input.size(0), features = layer.weight.size(-1);
   if (asked > 0) return std::min(asked, std::max<int64_t>(1, N));
   const int64_t row = layer.weight.numel() / std::max<int64_t>(1, features);
-  constexpr int64_t kWorthACall = int64_t{1} << 20;
+  constexpr int64_t kWorthACall = int64_t{1} << 22;
   // On a GPU, thousands: an addition to the gradient is no cheaper there, and multiplications are.
   const int64_t share = is_half(layer.input.scalar_type()) ? features * 5 / 16 : features / 2;
   const int64_t balanced =

@@ -148,7 +148,7 @@ def sparse_cross_entropy(
     empty: str = "nan",
     denominator: float | Tensor | None = None,
 ) -> Tensor:
-    """A dense target is scattered together; what issue 5 is there to avoid."""
+    """A dense target is scattered together; what the sparse loss is there to avoid."""
     x = classes_last(transformed(input, softcap, logit_scale))
     indices, probs = classes_last(indices.long()), classes_last(probs).to(x.dtype)
     classes, e = x.size(-1), label_smoothing

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+from types import SimpleNamespace
 
 import processes
 import torch
@@ -360,6 +361,7 @@ def failing(ranks: int, kind: str, culprit: int) -> str | None:
         "ignored probabilities": {"target": torch.zeros(3, 4), "ignore_index": 1},
         "classes": {"local_logits": torch.zeros(3, 5)},
         "shard_sizes": {"shard_sizes": [1] * ranks},
+        "another device": {"target": torch.arange(3, device="meta")},
         "disagreement": {"label_smoothing": 0.1},
     }
     expected = vocab_parallel_cross_entropy(**arguments)
@@ -370,6 +372,43 @@ def failing(ranks: int, kind: str, culprit: int) -> str | None:
         message = f"{type(error).__name__}: {error}"
     assert torch.equal(vocab_parallel_cross_entropy(**arguments), expected)
     return message
+
+
+def failing_linear(ranks: int, kind: str, culprit: int) -> str | None:
+    """The same of the sharded output layer, for what is found before anything is exchanged."""
+    if is_idle(ranks):
+        return None
+    guilty = dist.get_rank() == culprit
+    arguments: dict = {"input": torch.ones(3, 5), "local_weight": torch.ones(4, 5), "target": torch.arange(3)}
+    arguments["group"] = GROUPS[ranks]
+    wrong = {
+        "weight": {"local_weight": torch.ones(4, 6)},
+        "dimensions": {"local_weight": torch.ones(4, 2, 5)},
+        "type": {"local_weight": torch.ones(4, 5, dtype=torch.double)},
+        "bias": {"local_bias": torch.ones(3)},
+        "no target": {"target": None},
+        "chunk": {"options": SimpleNamespace(batch_chunk_size=2, chunking_method="aspect_ratio")},
+        "a gradient": {"input": torch.ones(3, 5, requires_grad=True)},
+    }
+    message = None
+    try:
+        vocab_parallel_linear_cross_entropy(**arguments | (wrong[kind] if guilty else {}))
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    assert vocab_parallel_linear_cross_entropy(**arguments).isfinite()
+    return message
+
+
+def other_sizes(ranks: int) -> str | None:
+    """Of shards, on one rank, with the same number of classes in all."""
+    if is_idle(ranks):
+        return None
+    rank = dist.get_rank()
+    try:
+        sizes = [2, 4] if rank == 0 else [3, 3]
+        vocab_parallel_cross_entropy(torch.ones(4, sizes[rank]), torch.arange(4), group=GROUPS[2], shard_sizes=sizes)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def failing_dtensor(mesh: tuple[int, ...], placements: list[str]) -> str | None:
@@ -469,6 +508,7 @@ def module(ranks: int) -> None:
     criterion = VocabParallelCrossEntropyLoss(weight, group=GROUPS[ranks], shard_sizes=[4] * ranks, **options)
     plain = cross_entropy_ext.CrossEntropyLoss(weight, **options)
     assert criterion.state_dict().keys() == plain.state_dict().keys()
+    assert copy.deepcopy(criterion).group is criterion.group and copy.deepcopy(criterion).weight is not criterion.weight
     s = torch.rand(3)
     local = shard_of(logits, [4] * ranks)
     torch.testing.assert_close(criterion(local, target, s), plain(logits, target, s))

@@ -470,6 +470,7 @@ ERRORS = {
     "probabilities": "ValueError: probabilities must have the shape of local_logits, (3, 4), but got (3, 5)",
     "ignored probabilities": "RuntimeError: ignore_index is not supported for floating point target",
     "shard_sizes": "ValueError: ",
+    "another device": "ValueError: target must be on the device of the logits, cpu, not meta",
 }
 
 
@@ -490,6 +491,31 @@ def test_ranks_that_disagree(pool: processes.Pool, ranks: int) -> None:
         assert "shard_sizes" in message
     for message in pool.run("failing", ranks, kind="disagreement", culprit=1):
         assert message.startswith("ValueError: ranks disagree: rank 0 has") and "label_smoothing=0.1" in message
+
+
+def test_ranks_that_cut_the_classes_otherwise(pool: processes.Pool) -> None:
+    for message in pool.run("other_sizes", 2)[:2]:
+        assert message.startswith("ValueError: ranks disagree: rank 0 has [2, 4] classes") and "[3, 3]" in message
+
+
+LINEAR_ERRORS = {
+    "weight": "ValueError: local_weight must be (classes, 5), as the input is, but got (4, 6)",
+    "dimensions": "ValueError: local_weight must be (classes, 5), as the input is, but got (4, 2, 5)",
+    "type": "ValueError: local_weight must be of the input's type",
+    "bias": "ValueError: local_bias must have one element for each of the 4 classes",
+    "no target": "TypeError: target must be a tensor, but got None",
+    "chunk": "ValueError: batch_chunk_size (=2) and chunking_method",
+    "a gradient": "ValueError: ranks disagree: ",
+}
+
+
+@pytest.mark.parametrize("kind", LINEAR_ERRORS)
+def test_an_error_of_one_rank_s_layer(pool: processes.Pool, kind: str) -> None:
+    """Found before the exchange, in which the others are."""
+    for rank, message in enumerate(pool.run("failing_linear", 2, kind=kind, culprit=1)[:2]):
+        named = kind != "a gradient" and rank == 0
+        expected = LINEAR_ERRORS[kind].replace("Error: ", "Error: rank 1: ") if named else LINEAR_ERRORS[kind]
+        assert message.startswith(expected), message
 
 
 def test_an_error_of_one_rank_s_positions(pool: processes.Pool) -> None:

@@ -1425,3 +1425,42 @@ def test_module_trains() -> None:
             optimizer.step()
         close(losses[0], losses[1])
     close(fused.linear.weight, linear.weight)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What once went wrong
+
+
+@pytest.mark.parametrize("factor", [math.inf, -math.inf, math.nan])
+def test_a_gradient_without_end_leaves_ignored_rows_alone(factor: float) -> None:
+    """As a loss scale that was too large makes it: gradients made in the forward were multiplied by it."""
+    input, weight = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
+    target = torch.tensor([0, -100, 3, 1, -100])
+    ext.linear_cross_entropy(input, weight, target).backward(torch.tensor(factor))
+    assert not input.grad[target == -100].any() and not input.grad[target != -100].isfinite().any()
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+def test_compiled_backward_of_an_eager_forward(fresh_compiler: None, options: dict[str, object]) -> None:
+    import torch._dynamo.compiled_autograd as compiled_autograd
+
+    tensors = [torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)]
+    target = torch.tensor([0, 2, 3, 1, 1])
+    expected = torch.autograd.grad(ext.linear_cross_entropy(*tensors, target, **options).sum() * 2, tensors)
+    loss = ext.linear_cross_entropy(*tensors, target, **options).sum() * 2
+    with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+        loss.backward()
+    for tensor, gradient in zip(tensors, expected, strict=True):
+        torch.testing.assert_close(tensor.grad, gradient)
+
+
+def test_no_features_of_several_dimensions() -> None:
+    loss = ext.linear_cross_entropy(torch.randn(3, 0), torch.randn(2, 2, 0), torch.zeros(3, 2, dtype=torch.long))
+    assert loss.item() == pytest.approx(math.log(2))
+
+
+def test_sparse_input() -> None:
+    input, weight, target = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, 4, 0])
+    torch.testing.assert_close(
+        ext.linear_cross_entropy(input.to_sparse(), weight, target), ext.linear_cross_entropy(input, weight, target)
+    )
