@@ -99,25 +99,19 @@ class LayerGradients {
     }
   }
 
-  // A product of few classes at a time stays in the caches until it is added. It is rounded to bfloat16, once for each
-  // chunk, which would add up to more than the rounding of the result. So the product is made twice: the second time
-  // less what it was rounded to, for which there is room in a matrix multiplication that adds to what is there.
+  // A product of few classes at a time stays in the caches until it is added.
   void add_in_halves(const at::Tensor& grad_logits, const at::Tensor& input, bool first, bool last) {
-    constexpr int64_t kElements = int64_t{1} << 18, kGrain = 1 << 15;
+    constexpr int64_t kElements = int64_t{1} << 19, kGrain = 1 << 15;
     const int64_t features = input.size(1), rows = std::max<int64_t>(1, kElements / std::max<int64_t>(1, features));
-    if (!products_.defined())
-      products_ = new_matrix({2, std::min(rows, weight_.size(0)), features}, input, at::kBFloat16);
+    if (!product_.defined()) product_ = new_matrix({std::min(rows, weight_.size(0)), features}, input, at::kBFloat16);
     const auto bits = [](const at::Tensor& tensor) { return static_cast<uint16_t*>(tensor.mutable_data_ptr()); };
     for (int64_t c = 0; c < weight_.size(0); c += rows) {
-      const int64_t n = std::min(rows, weight_.size(0) - c);
-      at::Tensor product = products_[0].narrow(0, 0, n), residual = products_[1].narrow(0, 0, n);
-      const at::Tensor gradients = grad_logits.narrow(0, c, n);
-      at::mm_out(product, gradients, input);
-      at::addmm_out(residual, product, gradients, input, /*beta=*/-1);
+      at::Tensor product = product_.narrow(0, 0, std::min(rows, weight_.size(0) - c));
+      at::mm_out(product, grad_logits.narrow(0, c, product.size(0)), input);
       uint16_t *const upper = bits(of_weight_) + c * features, *const lower = bits(sum_) + c * features;
-      const uint16_t *const added = bits(product), *const lost = bits(residual);
+      const uint16_t* const added = bits(product);
       for_each_piece_of(kGrain, product.numel(), 1, [&](int64_t, int64_t begin, int64_t end) {
-        kernels().add_to_halves(upper + begin, lower + begin, added + begin, lost + begin, end - begin, first, last);
+        kernels().add_to_halves(upper + begin, lower + begin, added + begin, end - begin, first, last);
       });
     }
   }
@@ -126,8 +120,8 @@ class LayerGradients {
   const at::Tensor& weight_;
   int64_t chunks_, done_ = 0;
   at::Tensor of_input_, of_weight_, of_bias_;
-  at::Tensor sum_;       // of the weight's gradient: its lower halves, or in float32
-  at::Tensor products_;  // of a few classes: rounded, and the rest
+  at::Tensor sum_;  // of the weight's gradient: its lower halves, or in float32
+  at::Tensor product_;
   bool in_halves_ = false;
 };
 

@@ -1,15 +1,10 @@
 // A sum of bfloat16 numbers in float32, whose upper halves are where the sum is to be, as bfloat16, and whose lower
 // halves are apart: for as long as it is added up, it takes no more memory than that of float32, and afterwards none.
-// What is added comes as a product that was rounded to bfloat16, and what the rounding lost, as another.
 
 template <bool first, bool last>
-static void add_products(uint16_t* upper, uint16_t* lower, const uint16_t* products, const uint16_t* residuals,
-                         int64_t count) {
+static void add_products(uint16_t* upper, uint16_t* lower, const uint16_t* products, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    constexpr uint16_t kExponent = 0x7f80;
-    const bool finite = (products[i] & kExponent) != kExponent;  // else nothing is left of it
-    float sum = finite ? std::bit_cast<float>(uint32_t{residuals[i]} << 16) : 0.0f;
-    sum += std::bit_cast<float>(uint32_t{products[i]} << 16);
+    float sum = std::bit_cast<float>(uint32_t{products[i]} << 16);
     if constexpr (!first) sum += std::bit_cast<float>(uint32_t{upper[i]} << 16 | lower[i]);
     uint32_t bits = std::bit_cast<uint32_t>(sum);
     if constexpr (last) {  // rounded to nearest, ties to even; a NaN stays one
@@ -22,11 +17,11 @@ static void add_products(uint16_t* upper, uint16_t* lower, const uint16_t* produ
   }
 }
 
-static void add_to_halves(uint16_t* upper, uint16_t* lower, const uint16_t* products, const uint16_t* residuals,
-                          int64_t count, bool first, bool last) {
+static void add_to_halves(uint16_t* upper, uint16_t* lower, const uint16_t* products, int64_t count, bool first,
+                          bool last) {
   if (first)
-    return last ? add_products<true, true>(upper, lower, products, residuals, count)
-                : add_products<true, false>(upper, lower, products, residuals, count);
-  return last ? add_products<false, true>(upper, lower, products, residuals, count)
-              : add_products<false, false>(upper, lower, products, residuals, count);
+    return last ? add_products<true, true>(upper, lower, products, count)
+                : add_products<true, false>(upper, lower, products, count);
+  return last ? add_products<false, true>(upper, lower, products, count)
+              : add_products<false, false>(upper, lower, products, count);
 }

@@ -32,10 +32,9 @@ struct Kernels {
   void (*nll_forward)(const Forward&, int64_t begin, int64_t end, Sums& sums);
   void (*nll_backward)(const Backward&, int64_t begin, int64_t end);
 
-  // Adds products + residuals, of bfloat16, to sums in float32, of which `upper` and `lower` are the halves; see
-  // halves.inl.
-  void (*add_to_halves)(uint16_t* upper, uint16_t* lower, const uint16_t* products, const uint16_t* residuals,
-                        int64_t count, bool first, bool last);
+  // Adds bfloat16 numbers to sums in float32, of which `upper` and `lower` are the halves; see halves.inl.
+  void (*add_to_halves)(uint16_t* upper, uint16_t* lower, const uint16_t* products, int64_t count, bool first,
+                        bool last);
 };
 
 // "AVX512", "AVX2", or anything else for what every machine of this architecture has.
