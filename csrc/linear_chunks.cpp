@@ -9,6 +9,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/gather.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sum.h>
@@ -59,15 +60,16 @@ class LayerGradients {
     if (chunks == 0 && wanted[1]) of_weight_.zero_();
   }
 
-  // grad_logits: (n, C * d1 * ... * dK), of the positions from `first` on.
-  void add(const at::Tensor& grad_logits, int64_t first) {
+  // grad_logits: (n, C * d1 * ... * dK), of the positions from `first` on; of no use afterwards. `labels`: their
+  // classes, if there is one for each row.
+  void add(const at::Tensor& grad_logits, int64_t first, const OptionalTensor& labels) {
     const int64_t n = grad_logits.size(0);
     if (of_input_.defined()) {
       at::Tensor rows = of_input_.narrow(0, first, n);
       at::mm_out(rows, grad_logits, weight_);
     }
-    if (of_weight_.defined()) add_to_weight(grad_logits.t(), layer_.input.narrow(0, first, n));
     if (of_bias_.defined()) of_bias_.add_(grad_logits.sum(at::IntArrayRef{0}, false, of_bias_.scalar_type()));
+    if (of_weight_.defined()) add_to_weight(grad_logits, layer_.input.narrow(0, first, n), labels);
     ++done_;
   }
 
@@ -84,9 +86,17 @@ class LayerGradients {
   }
 
  private:
-  void add_to_weight(const at::Tensor& grad_logits, const at::Tensor& input) {
+  void add_to_weight(const at::Tensor& rows, const at::Tensor& input, const OptionalTensor& labels) {
     const bool first = done_ == 0, last = done_ == chunks_ - 1;
-    if (in_halves_) return add_in_halves(grad_logits, input, first, last);
+    const at::Tensor grad_logits = rows.t();
+    if (in_halves_) {
+      // Before the last sum is rounded, and after the first has begun.
+      const at::Tensor of_labels = labels ? take_labels(rows, *labels) : at::Tensor();
+      if (labels && !first) add_labels(of_labels, *labels, input);
+      add_in_halves(grad_logits, input, first, last);
+      if (labels && first) add_labels(of_labels, *labels, input);
+      return;
+    }
     at::Tensor& sum = sum_.defined() ? sum_ : of_weight_;
     if (sum.scalar_type() == input.scalar_type()) {
       first ? at::mm_out(sum, grad_logits, input) : at::addmm_out(sum, sum, grad_logits, input);
@@ -96,6 +106,32 @@ class LayerGradients {
     } else {
       const at::Tensor product = at::mm(grad_logits, input);
       first ? sum.copy_(product) : sum.add_(product);
+    }
+  }
+
+  // The gradients of the labels' logits, by far the largest of a row: taken out of the product, which is rounded to
+  // bfloat16 once for each chunk, and added in float32, they leave little for that rounding to lose.
+  static at::Tensor take_labels(const at::Tensor& grad_logits, const at::Tensor& labels) {
+    const int64_t classes = grad_logits.size(1);
+    const at::Tensor index = labels.to(at::kLong).clamp(0, classes - 1).unsqueeze(1);
+    const at::Tensor taken = grad_logits.gather(1, index).to(at::kFloat);
+    at::Tensor(grad_logits).scatter_(1, index, 0);
+    return taken.contiguous();
+  }
+
+  void add_labels(const at::Tensor& taken, const at::Tensor& labels, const at::Tensor& input) {
+    const at::Tensor index = labels.to(at::kLong).contiguous(), rows = input.contiguous();
+    const int64_t features = rows.size(1), classes = weight_.size(0);
+    uint16_t *const upper = static_cast<uint16_t*>(of_weight_.mutable_data_ptr()), *const lower =
+                                                                                       static_cast<uint16_t*>(
+                                                                                           sum_.mutable_data_ptr());
+    const auto* const x = static_cast<const uint16_t*>(rows.const_data_ptr());
+    for (int64_t n = 0; n < rows.size(0); ++n) {
+      // Of a position that is ignored, what was taken of some class is zero.
+      const int64_t row = std::clamp<int64_t>(index.const_data_ptr<int64_t>()[n], 0, classes - 1) * features;
+      const float factor = taken.const_data_ptr<float>()[n];
+      if (factor == 0) continue;
+      kernels().add_scaled_to_halves(upper + row, lower + row, x + n * features, factor, features);
     }
   }
 
@@ -136,6 +172,11 @@ struct Chunk {
   const OptionalTensor &weight, &divisor;
 
   Inputs inputs() const { return {logits, target, weight, companion, sample_weight, divisor}; }
+
+  OptionalTensor labels(const Options& options) const {
+    return inputs().form(options) == Form::kIndices && logits.dim() == 2 && !options.is_shard() ? OptionalTensor(target)
+                                                                                                : std::nullopt;
+  }
 };
 
 // Calls function(chunk) for the positions in order. The logits' memory is the same for all of them.
@@ -281,7 +322,7 @@ ForwardBackwardResult chunked_forward_backward(XENT_LAYER, XENT_OTHER_INPUTS, XE
       of_chunk = std::get<0>(forward_backward_(inputs, parts.options));
     }
     parts.total.add_(of_chunk);
-    gradients.add(gradient, part.first);
+    gradients.add(gradient, part.first, part.labels(options));
   });
   const auto [of_input, of_weight, of_bias] = gradients.results();
   return {parts.finish(), of_input, of_weight, of_bias};
@@ -316,7 +357,7 @@ BackwardResult chunked_backward(XENT_GRADIENTS, XENT_LAYER, XENT_OTHER_INPUTS, X
       for_target = backward_(given, part.inputs(), options, wanted[3]);
     }
     if (wanted[3]) of_target.narrow(0, part.first, part.size).copy_(for_target);
-    gradients.add(gradient, part.first);
+    gradients.add(gradient, part.first, part.labels(options));
   });
   const auto [of_input, of_weight, of_bias] = gradients.results();
   return {of_input, of_weight, of_bias, of_target};

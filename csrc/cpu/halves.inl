@@ -25,3 +25,13 @@ static void add_to_halves(uint16_t* upper, uint16_t* lower, const uint16_t* prod
   return last ? add_products<false, true>(upper, lower, products, count)
               : add_products<false, false>(upper, lower, products, count);
 }
+
+// The same of factor * x, for one row.
+static void add_scaled_to_halves(uint16_t* upper, uint16_t* lower, const uint16_t* x, float factor, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float product = factor * std::bit_cast<float>(uint32_t{x[i]} << 16);
+    const uint32_t bits = std::bit_cast<uint32_t>(std::bit_cast<float>(uint32_t{upper[i]} << 16 | lower[i]) + product);
+    upper[i] = uint16_t(bits >> 16);
+    lower[i] = uint16_t(bits);
+  }
+}

@@ -30,8 +30,9 @@
     problem.arithmetic_in_double ? forward_nll<double>(problem, begin, end, sums)           \
                                  : forward_nll<float>(problem, begin, end, sums);           \
   }                                                                                         \
-  constexpr Kernels kKernels{name,        SIMD_BYTES,  forward,      backward,              \
-                             sum_weights, nll_forward, backward_nll, add_to_halves};
+  constexpr Kernels kKernels{name,         SIMD_BYTES,    forward,                          \
+                             backward,     sum_weights,   nll_forward,                      \
+                             backward_nll, add_to_halves, add_scaled_to_halves};
 
 namespace xent {
 namespace {

@@ -35,6 +35,7 @@ struct Kernels {
   // Adds bfloat16 numbers to sums in float32, of which `upper` and `lower` are the halves; see halves.inl.
   void (*add_to_halves)(uint16_t* upper, uint16_t* lower, const uint16_t* products, int64_t count, bool first,
                         bool last);
+  void (*add_scaled_to_halves)(uint16_t* upper, uint16_t* lower, const uint16_t* x, float factor, int64_t count);
 };
 
 // "AVX512", "AVX2", or anything else for what every machine of this architecture has.
