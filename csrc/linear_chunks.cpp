@@ -9,7 +9,6 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/gather.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sum.h>
@@ -18,6 +17,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <utility>
+#include <vector>
 #include <limits>
 
 #include "cpu/host.h"
@@ -91,10 +92,10 @@ class LayerGradients {
     const at::Tensor grad_logits = rows.t();
     if (in_halves_) {
       // Before the last sum is rounded, and after the first has begun.
-      const at::Tensor of_labels = labels ? take_labels(rows, *labels) : at::Tensor();
-      if (labels && !first) add_labels(of_labels, *labels, input);
+      const Labels of_labels = labels ? take_labels(rows, *labels) : Labels();
+      if (labels && !first) add_labels(of_labels, input);
       add_in_halves(grad_logits, input, first, last);
-      if (labels && first) add_labels(of_labels, *labels, input);
+      if (labels && first) add_labels(of_labels, input);
       return;
     }
     at::Tensor& sum = sum_.defined() ? sum_ : of_weight_;
@@ -111,27 +112,41 @@ class LayerGradients {
 
   // The gradients of the labels' logits, by far the largest of a row: taken out of the product, which is rounded to
   // bfloat16 once for each chunk, and added in float32, they leave little for that rounding to lose.
-  static at::Tensor take_labels(const at::Tensor& grad_logits, const at::Tensor& labels) {
+  struct Labels {
+    std::vector<int64_t> classes;
+    std::vector<float> gradients;
+  };
+
+  static Labels take_labels(const at::Tensor& grad_logits, const at::Tensor& labels) {
     const int64_t classes = grad_logits.size(1);
-    const at::Tensor index = labels.to(at::kLong).clamp(0, classes - 1).unsqueeze(1);
-    const at::Tensor taken = grad_logits.gather(1, index).to(at::kFloat);
-    at::Tensor(grad_logits).scatter_(1, index, 0);
-    return taken.contiguous();
+    const at::Tensor index = labels.to(at::kLong).contiguous();
+    const int64_t* const label = index.const_data_ptr<int64_t>();
+    auto* const rows = grad_logits.mutable_data_ptr<at::BFloat16>();
+    Labels taken;
+    for (int64_t n = 0; n < grad_logits.size(0); ++n) {
+      if (label[n] < 0 || label[n] >= classes) {  // ignored: its row is zero
+        taken.classes.push_back(0);
+        taken.gradients.push_back(0);
+        continue;
+      }
+      at::BFloat16& of_label = rows[n * classes + label[n]];
+      taken.classes.push_back(label[n]);
+      taken.gradients.push_back(std::exchange(of_label, at::BFloat16(0)));
+    }
+    return taken;
   }
 
-  void add_labels(const at::Tensor& taken, const at::Tensor& labels, const at::Tensor& input) {
-    const at::Tensor index = labels.to(at::kLong).contiguous(), rows = input.contiguous();
-    const int64_t features = rows.size(1), classes = weight_.size(0);
+  void add_labels(const Labels& taken, const at::Tensor& input) {
+    const at::Tensor rows = input.contiguous();
+    const int64_t features = rows.size(1);
     uint16_t *const upper = static_cast<uint16_t*>(of_weight_.mutable_data_ptr()), *const lower =
                                                                                        static_cast<uint16_t*>(
                                                                                            sum_.mutable_data_ptr());
     const auto* const x = static_cast<const uint16_t*>(rows.const_data_ptr());
     for (int64_t n = 0; n < rows.size(0); ++n) {
-      // Of a position that is ignored, what was taken of some class is zero.
-      const int64_t row = std::clamp<int64_t>(index.const_data_ptr<int64_t>()[n], 0, classes - 1) * features;
-      const float factor = taken.const_data_ptr<float>()[n];
-      if (factor == 0) continue;
-      kernels().add_scaled_to_halves(upper + row, lower + row, x + n * features, factor, features);
+      const float factor = taken.gradients[size_t(n)];
+      const int64_t row = taken.classes[size_t(n)] * features;
+      if (factor != 0) kernels().add_scaled_to_halves(upper + row, lower + row, x + n * features, factor, features);
     }
   }
 
