@@ -31,8 +31,8 @@ BOTH = ("forward+backward", "forward")
 
 def test_readme_says_what_was_recorded():
     readme = (ROOT / "README.md").read_text()
-    begins = (report.BEGIN, report.BEGIN_IDIOMS, report.BEGIN_LINEAR)
-    assert [readme.count(begin) for begin in begins] == [1, 1, 1] and readme.count(report.END) == 3
+    begins = (report.BEGIN, report.BEGIN_IDIOMS, report.BEGIN_LINEAR, report.BEGIN_SHARDS)
+    assert [readme.count(begin) for begin in begins] == [1, 1, 1, 1] and readme.count(report.END) == 4
     assert report.with_blocks(readme) == readme, "run `python -m benchmarks.report`"
 
 
