@@ -637,6 +637,8 @@ def _divisor(denominator: float | Tensor | None, input: Tensor) -> Tensor | None
     if denominator is None:
         return None
     if not isinstance(denominator, Tensor):
+        if hasattr(type(denominator), "__torch_function__"):  # stands for one, as for torch.fx
+            return denominator
         return torch.ones((), dtype=torch.float64, device=input.device) * _number("denominator", denominator)
     if denominator.is_complex():
         raise ValueError(f"denominator must be a number or a tensor of a real type, but got {denominator.dtype}")

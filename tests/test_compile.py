@@ -567,6 +567,7 @@ def test_operators_are_named():
     """Profiles and graphs show the package's name, and nothing else is registered there."""
     names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("cross_entropy_ext::")}
     public = {"cross_entropy", "general_cross_entropy", "cross_entropy_with_stats", "nll_loss"}
+    public |= {"linear_cross_entropy", "linear_cross_entropy_with_stats"}
     assert names >= public | {"_forward", "_backward"}
     assert all(n in public or n.startswith("_") for n in names)
     with torch.profiler.profile() as profile:

@@ -478,10 +478,10 @@ def test_bad_classes_of_shards(kernels: ModuleType, shape: tuple[int, ...]) -> N
         for bad in (total, -1):
             labels = torch.full(positions, total - 1)
             arguments = numbered(begin, total)
-            ops._forward(logits, labels, None, None, None, *arguments)
+            ops._forward(logits, labels, None, None, None, None, *arguments)
             kernels.check_errors()
             labels[0] = bad
-            loss, saved, one = ops._forward(logits, labels, None, None, None, *arguments)
+            loss, saved, one = ops._forward(logits, labels, None, None, None, None, *arguments)
             with pytest.raises(IndexError, match=rf"Target {bad} is out of bounds\. .* over {total} classes"):
                 kernels.check_errors()
             assert torch.equal(loss.isnan(), first)
