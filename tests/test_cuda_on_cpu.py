@@ -486,7 +486,7 @@ def test_bad_classes_of_shards(kernels: ModuleType, shape: tuple[int, ...]) -> N
                 kernels.check_errors()
             assert torch.equal(loss.isnan(), first)
             g = torch.ones(positions, dtype=double)
-            rest = (logits, labels, None, None, None, saved, one, *arguments, [True, False])
+            rest = (logits, labels, None, None, None, None, saved, one, *arguments, [True, False])
             gradient, _ = ops._backward(g, None, *rest)
             assert gradient.isfinite().all() and not gradient[0].any()
             with pytest.raises(IndexError):
