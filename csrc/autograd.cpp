@@ -289,11 +289,18 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     return std::get<3>(forward_backward(inputs, options));
   }
 
+  // What the forward left out with the gradient that it made.
+  static at::Tensor lse_of(const Inputs& inputs, const Options& options) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return std::get<1>(xent::forward(inputs, options));
+  }
+
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     SavedInputs in(saved);
     const Inputs inputs = in.inputs();
-    const at::Tensor &lse = saved[6], &denominator = saved[7];
+    at::Tensor lse = saved[6];
+    const at::Tensor& denominator = saved[7];
     const Options options = saved_options(ctx);
     const bool pairs = options.form == Form::kPairs;
     // One edge for each tensor that forward was given.
@@ -331,7 +338,10 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
         return result;
       }
     }
-    if (ctx->saved_data.count("grad_logits")) ctx->saved_data["grad_logits"] = at::IValue();  // of no use: free it
+    if (ctx->saved_data.count("grad_logits")) {
+      ctx->saved_data["grad_logits"] = at::IValue();  // of no use: free it
+      if (lse.sym_numel() == 0) lse = lse_of(inputs, options);
+    }
     if (wanted_weight) result[2] = weight_gradient(grad, inputs, denominator, options);
     if (wanted_logits && options.inplace && can_overwrite(inputs, grad, options)) {
       const at::AutoDispatchBelowADInplaceOrView below;

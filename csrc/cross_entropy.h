@@ -72,7 +72,8 @@ using ForwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 ForwardResult forward(const Inputs& inputs, const Options& options);
 
 // cross_entropy_ext::_forward_backward: the same, and the gradient of the logits for a grad_output of one. For
-// reductions only; it may differ from _backward's by rounding, as exponentials are made once for both.
+// reductions only; it may differ from _backward's by rounding, as exponentials are made once for both. Where nobody may
+// ask for lse, it is left out: an empty tensor.
 using ForwardBackwardResult = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 ForwardBackwardResult forward_backward(const Inputs& inputs, const Options& options);
 
@@ -108,8 +109,8 @@ at::Tensor backward_(const Gradients& gradients, const Inputs& inputs, const Opt
 
 // cross_entropy_ext::_adapt_gradient_: grad_logits is the gradient that _forward_backward made, for a grad_output of
 // one, and becomes the one for grad_output. For devices whose host must not wait for the value of grad_output: where it
-// is one, their kernel has nothing to do; else it makes the gradient anew, from the logits. Those that have it
-// (`adapts_gradient`) use it in the place of _backward.
+// is one, their kernel has nothing to do; else it makes the gradient anew, from the logits, of which it also finds lse
+// where _forward_backward left that out. Those that have it (`adapts_gradient`) use it in the place of _backward.
 void adapt_gradient_(const Gradients& gradients, at::Tensor& grad_logits, const Inputs& inputs, const Options& options);
 bool adapts_gradient(const at::Tensor& logits);
 

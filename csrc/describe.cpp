@@ -72,6 +72,11 @@ int64_t count_positions(const at::Tensor& logits) {
   return logits.numel() / std::max<int64_t>(1, logits.size(class_dim(logits)));
 }
 
+bool has_own_kernels(const Options& options) {
+  return options.form == Form::kNone && !options.statistics && options.softcap == 0 && options.logit_scale == 1 &&
+         !options.is_shard();
+}
+
 void describe(Problem& problem, const Inputs& inputs, const Options& options, const OptionalTensor& kernel_weight,
               at::ScalarType arithmetic, const at::Tensor& lse) {
   const at::Tensor &logits = inputs.logits, &target = inputs.target;
@@ -87,8 +92,7 @@ void describe(Problem& problem, const Inputs& inputs, const Options& options, co
   problem.statistics = options.statistics;
   problem.class_begin = options.class_begin;
   problem.total_classes = options.total_classes;
-  const bool plain = options.form == Form::kNone && !options.statistics && options.softcap == 0 && !options.is_shard();
-  problem.kind = !(plain && options.logit_scale == 1)   ? TargetKind::kGeneral
+  problem.kind = !has_own_kernels(options)              ? TargetKind::kGeneral
                  : problem.form == Form::kProbabilities ? TargetKind::kSoft
                  : options.label_smoothing > 0          ? TargetKind::kSmoothedIndex
                                                         : TargetKind::kIndex;
@@ -172,7 +176,8 @@ void check_forward(const Inputs& inputs, const Options& options) {
               "cross_entropy_ext::_forward: arguments that cross_entropy_ext::cross_entropy does not pass on");
 }
 
-void check_backward(const Gradients& gradients, const Inputs& inputs, const Options& options, bool target_wanted) {
+void check_backward(const Gradients& gradients, const Inputs& inputs, const Options& options, bool target_wanted,
+                    bool finds_lse) {
   check_shard(inputs, options);
   Options with_float = options;
   with_float.loss_dtype = at::kFloat;
@@ -183,9 +188,10 @@ void check_backward(const Gradients& gradients, const Inputs& inputs, const Opti
   const at::Tensor &lse = gradients.lse, &grad_output = gradients.grad_output;
   TORCH_CHECK(form != Form::kIndices || !target_wanted, "cross_entropy_ext::_backward: class indices have no gradient");
   const int64_t positions = count_positions(inputs.logits);
-  TORCH_CHECK(
-      lse.is_contiguous() && lse.scalar_type() == arithmetic && lse.numel() == saved_rows(form, options) * positions,
-      "cross_entropy_ext::_backward: lse is not what _forward returned");
+  const bool found_later = finds_lse && lse.numel() == 0;
+  TORCH_CHECK(found_later || (lse.is_contiguous() && lse.scalar_type() == arithmetic &&
+                              lse.numel() == saved_rows(form, options) * positions),
+              "cross_entropy_ext::_backward: lse is not what _forward returned");
   TORCH_CHECK(options.reduction == kNone
                   ? grad_output.numel() == positions && grad_output.dim() == inputs.logits.dim() - 1
                   : grad_output.numel() == 1,

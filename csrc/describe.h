@@ -26,6 +26,9 @@ OptionalTensor weight_for_kernel(const OptionalTensor& weight, at::ScalarType ar
 
 int64_t count_positions(const at::Tensor& logits);
 
+// Whether there are kernels for just this loss, or the general ones take it.
+bool has_own_kernels(const Options& options);
+
 // Everything but `lanes`, results and, where there are weights, `smoothed_total`.
 void describe(Problem& problem, const Inputs& inputs, const Options& options, const OptionalTensor& kernel_weight,
               at::ScalarType arithmetic, const at::Tensor& lse);
@@ -53,6 +56,8 @@ bool count_is_known(const Problem& problem);
 
 // Raise an error unless the private operators were called with what the public one passes on.
 void check_forward(const Inputs& inputs, const Options& options);
-void check_backward(const Gradients& gradients, const Inputs& inputs, const Options& options, bool target_wanted);
+// `finds_lse`: whoever needs lse forms it from the logits, if it is empty.
+void check_backward(const Gradients& gradients, const Inputs& inputs, const Options& options, bool target_wanted,
+                    bool finds_lse = false);
 
 }  // namespace xent

@@ -397,6 +397,11 @@ int64_t chunk_size(const Layer& layer, int64_t asked) {
   const int64_t share = is_half(layer.input.scalar_type()) ? features * 5 / 16 : features / 2;
   const int64_t balanced =
       layer.input.is_cuda() ? std::clamp<int64_t>(features, 1024, 8192) : std::clamp<int64_t>(share, 128, 512);
+  // Where all logits together take no more than those of a chunk and the sum in float32 (2 F rows of half logits), they
+  // are one chunk: without that sum, which is read and written once for each.
+  if (layer.input.is_cuda() && is_half(layer.input.scalar_type()) && N <= balanced + 2 * features) {
+    return std::max<int64_t>(1, N);
+  }
   const int64_t size = std::max(balanced, kWorthACall / std::max<int64_t>(1, row));
   const int64_t chunks = std::max<int64_t>(1, (N + size - 1) / size);
   return std::max<int64_t>(1, (N + chunks - 1) / chunks);

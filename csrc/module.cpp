@@ -74,4 +74,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &xent::build_info);
   m.def("check_errors", &xent::check_errors, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("empty_cache", &xent::release_gradient_memory);
+#if defined(WITH_CUDA)
+  m.def("tune", &xent::gpu::tune);
+#endif
 }

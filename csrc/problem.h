@@ -94,7 +94,7 @@ struct Problem {
   View target;                   // class indices, a probability for each class, k classes, or the teacher's logits
   View sample_weight;            // a factor for each position, or absent for ones
   const void* weight = nullptr;  // T[all_classes()] from class_begin on, or null for ones
-  void* lse = nullptr;           // what is saved: two rows, and more of other targets
+  void* lse = nullptr;           // what is saved: two rows, and more of other targets; or null, for nothing
 
   // ---- kGeneral
   Form form = Form::kNone;

@@ -333,17 +333,18 @@ def test_registers_and_resident_blocks(unit: Unit, compiled) -> None:
     assert not wrong, "\n".join(wrong)
 
 
-# Copied through shared memory: plan.cpp's number of blocks that are to share it.
+# Copied through shared memory: tuning.h's number of blocks that are to share it.
 SHARED_BY = {
-    "rows of a block": "kRowBlocks",
-    "rows of a cluster": "kRowBlocks",
-    "spatial, copied": "kSpatialBlocks",
+    "rows of a block": "row_blocks",
+    "rows of a cluster": "row_blocks",
+    "spatial, copied": "spatial_blocks",
 }
 
 
 def constant(name: str) -> int:
-    """Of plan.cpp."""
-    return eval(re.search(rf"constexpr \w+ {name} = ([\d <]+);", (CUDA / "plan.cpp").read_text())[1])
+    """Of plan.cpp or tuning.h."""
+    text = "".join((CUDA / file).read_text() for file in ("plan.cpp", "tuning.h"))
+    return eval(re.search(rf"\w+ {name} = ([\d <]+);", text)[1])
 
 
 @needs_nvcc

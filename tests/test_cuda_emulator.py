@@ -42,6 +42,7 @@ ERRORS = {
     "copy_to_global": r"cp\.async at \S+: not an address in this block's shared memory",
     "copy_never_awaited": "exits without having waited for its asynchronous copies",
     "map_of_exited_block": r"block \(1,0,0\) thread \d+: map_shared_rank at \S+: block 0 of the cluster has exited",
+    "kernel_never_awaited": "a kernel has ended and not waited for the one that it overlaps",
     "too_much_static": r"big at \S+: more than 48 KiB of shared arrays",
     "launch_from_kernel": "launch: from within a kernel",
     "outside_of_kernels": "called outside of a kernel",
@@ -56,6 +57,7 @@ WRONG_RESULTS = [
     "missing_last_cluster_barrier",
     "late_copy",
     "copy_into_used_memory",
+    "kernel_awaited_late",
 ]
 
 # By ASan and UBSan.
@@ -92,6 +94,7 @@ RIGHT = [
     "right_copies",
     "right_vectors",
     "right_clusters",
+    "right_overlap",
     "right_indices",
     "right_after_errors",
     "right_os_threads",

@@ -28,6 +28,7 @@ from test_targets import *  # noqa: F403
 from test_values import *  # noqa: F403
 from test_values import grad_output_for
 from torch import Tensor
+from torch.testing import assert_close
 
 from cross_entropy_ext import functional as ext
 
@@ -187,6 +188,72 @@ def test_launch_decisions(kernels: ModuleType, device: str, dtype: torch.dtype, 
     assert {name: chosen[name] for name in plan} == plan
     large = logits.numel() > 200_000
     check_all(logits, key=(device, shape), objectives=OBJECTIVES_HERE[1::2] if large else OBJECTIVES_HERE)
+
+
+@pytest.mark.parametrize(("device", "dtype", "shape", "order", "plan"), DECISIONS, ids=str)
+def test_one_pass(kernels: ModuleType, device: str, dtype: torch.dtype, shape, order, plan: dict) -> None:
+    """The gradient that the forward makes: in the logits' place the same bits, and nothing is saved for a backward. Made
+    again, for another grad_output, it is what a backward makes of what a forward saved."""
+    kernels.set_device(*DEVICES[device])
+    logits = logits_of(shape, dtype, order)
+    objectives = OBJECTIVES_HERE[:4] if logits.numel() < 100_000 else OBJECTIVES_HERE[:1]
+    for objective in objectives:
+        target, weight = objective.target(logits, shape), objective.weight(logits, shape)
+        options = numbered(0, 0, reduction=objective.reduction, label_smoothing=objective.label_smoothing, loss_dtype=6)
+        others = (target, weight, None, None, None, *options)
+        loss, lse, denominator, gradient = ops._forward_backward(logits, *others)
+        assert lse.numel() == 0
+        overwritten = logits.clone(memory_format=torch.preserve_format)
+        own_loss, _, own_denominator = ops._forward_backward_(overwritten, *others)
+        assert_close((own_loss, own_denominator), (loss, denominator), equal_nan=True)
+        exact = reference(logits, target, weight, **objective.options())["input"]
+        assert_as_exact(overwritten, exact, None, arithmetic=arithmetic_of(logits), name=objective.id)
+        if kernels.plan(logits, target)["family"] in ("small_rows", "rows") and logits.stride(1) == 1:
+            assert torch.equal(overwritten, gradient)
+
+        grad_output = torch.tensor(0.75)
+        _, saved, _ = ops._forward(logits, *others)
+        assert saved.numel() > 0
+        expected, _ = ops._backward(grad_output, None, logits, *others[:5], saved, denominator, *options, [True, False])
+        ops._adapt_gradient_(grad_output, None, gradient, logits, *others[:5], lse, denominator, *options)
+        assert_close(gradient, expected, rtol=16 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
+
+
+OTHER_NUMBERS = {
+    "small_row_bytes": (64, 4096),
+    "warp_row_bytes": (1, 65536),
+    "small_tile_bytes": (1, 16384),
+    "small_rows_of_thread": (1, 64),
+    "row_blocks": (1, 8),
+    "spatial_blocks": (1, 16),
+    "short_run": (1, 1000),
+    "most_slices": (1, 4),
+    "classes_of_thread": (1, 1000),
+    "warp_classes": (1, 100_000),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NUMBERS)
+def test_other_numbers(kernels: ModuleType, name: str) -> None:
+    """What measurements may choose changes the launch, and not the result."""
+    plans = {}
+    for value in OTHER_NUMBERS[name]:
+        before = kernels.tune(name, value)
+        try:
+            for device, dtype, shape, layout in SCHEDULED:
+                kernels.set_device(*DEVICES[device])
+                logits = logits_of(shape, dtype, layout)
+                plans.setdefault(shape, []).append(kernels.plan(logits, index_target(logits)))
+                check_all(logits, key=(name, shape), objectives=OBJECTIVES_HERE[1:2])
+        finally:
+            assert kernels.tune(name, before) == value
+    assert any(first != second for first, second in plans.values())
+
+
+def test_numbers_that_there_are_not(kernels: ModuleType) -> None:
+    for name, value in [("row_blocks", 0), ("row_block", 2)]:
+        with pytest.raises(ValueError, match="tunable"):
+            kernels.tune(name, value)
 
 
 BOUNDARIES = {

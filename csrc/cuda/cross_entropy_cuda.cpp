@@ -88,7 +88,11 @@ void sum_teacher(const Task& task, const DeviceScope& device) {
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, bool gradient_wanted) {
+// With `grad_logits`, which may be the logits themselves, the gradient is made from the same read, and lse is left out
+// if the loss has kernels of its own: two numbers for each position, written for nobody, are a tenth of what 19 classes
+// take.
+ForwardResult run_forward(const Inputs& inputs, const Options& options, const at::Tensor& grad_logits = {}) {
+  const bool gradient_wanted = grad_logits.defined();
   check_forward(inputs, options);
   TORCH_CHECK_VALUE(!gradient_wanted || !options.is_shard(),
                     "cross_entropy_ext::_forward_backward: a shard's gradient needs the lse of all classes");
@@ -97,10 +101,10 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
   raise_bad_target(logits.device());
   const auto arithmetic = arithmetic_type(inputs, options);
   const auto weights = weight_for_kernel(inputs.weight, arithmetic, options.class_begin);
-  const at::Tensor lse = at::empty({saved_rows(inputs.form(options), options), count_positions(logits)},
-                                   logits.options().dtype(arithmetic));
+  at::DimVector saved{saved_rows(inputs.form(options), options), count_positions(logits)};
+  if (gradient_wanted && has_own_kernels(options)) saved = {0};
+  const at::Tensor lse = at::empty(saved, logits.options().dtype(arithmetic));
   const at::Tensor denominator = at::empty({}, logits.options().dtype(at::kDouble));
-  const at::Tensor grad_logits = gradient_wanted ? at::empty_like(logits) : at::Tensor();
   at::DimVector shape;
   if (options.reduction == kNone) {
     shape = logits.sizes();
@@ -116,17 +120,20 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
   if (options.reduction == kNone) task.loss = view_of_positions(loss);
   if (gradient_wanted) task.grad_logits = view_with_classes(grad_logits);
   merge_dimensions(task);
-  const Plan how = plan(task, device.limits());
+  Plan how = plan(task, device.limits());
 
   const bool given = has_value(inputs.divisor), known = !given && count_is_known(task);
   const bool count_first = gradient_wanted && mean && !known && !given;
+  const bool overlaps = device.limits().overlaps_kernels;
+  how.shape.overlaps = overlaps && count_first;
+  how.shape.is_overlapped = overlaps;
   const int counting_blocks = count_first ? blocks_to_count(task.positions, device.limits()) : 0;
   const Workspace workspace(logits, counting_blocks, how.shape.blocks);
   sum_class_weights(task, workspace.weight_sum, device);
   sum_teacher(task, device);
   if (count_first) {
     task.partial_sums = workspace.counted;
-    check(launch_count(task, counting_blocks, device.stream()), "count of the targets");
+    check(launch_count(task, counting_blocks, device.stream(), overlaps), "count of the targets");
     task.counted = workspace.counted;
     task.counted_blocks = counting_blocks;
   }
@@ -150,20 +157,21 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
   totals.empty_is_zero = options.empty_is_zero;
   if (options.reduction != kNone) totals.loss = View{data_of(loss), element_type(loss.scalar_type())};
   totals.denominator = denominator.mutable_data_ptr<double>();
-  check(launch_finish(totals, device.stream()), "reduction");
-  return {loss, lse, denominator, grad_logits};
+  check(launch_finish(totals, device.stream(), overlaps), "reduction");
+  return {loss, lse, denominator};
 }
 
 ForwardResult forward_cuda(XENT_INPUTS, XENT_OPTIONS) {
-  auto [loss, lse, denominator, grad_logits] =
-      run_forward({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers), false);
-  return {loss, lse, denominator};
+  return run_forward({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers));
 }
 
 ForwardBackwardResult forward_backward_cuda(XENT_INPUTS, XENT_OPTIONS) {
   const Options options = Options::of(integers, numbers);
   TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
-  return run_forward({logits, target, weight, companion, sample_weight, divisor}, options, true);
+  const at::Tensor grad_logits = at::empty_like(logits);
+  const auto [loss, lse, denominator] =
+      run_forward({logits, target, weight, companion, sample_weight, divisor}, options, grad_logits);
+  return {loss, lse, denominator, grad_logits};
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -171,7 +179,7 @@ ForwardBackwardResult forward_backward_cuda(XENT_INPUTS, XENT_OPTIONS) {
 // Writes whichever gradient is defined. `made_for_one`: grad_logits holds the one for a grad_output of one.
 void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target, const Gradients& gradients,
                    const Inputs& inputs, const Options& options, bool made_for_one) {
-  check_backward(gradients, inputs, options, grad_target.defined());
+  check_backward(gradients, inputs, options, grad_target.defined(), /*finds_lse=*/made_for_one);
   const at::Tensor &logits = inputs.logits, &grad_output = gradients.grad_output;
   const DeviceScope device(logits.device());
   raise_bad_target(logits.device());
@@ -180,7 +188,7 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   const auto arithmetic = arithmetic_type(inputs, options);
   const auto weights = weight_for_kernel(inputs.weight, arithmetic, options.class_begin);
   Task task = describe_task(device, inputs, options, weights, arithmetic, gradients.lse);
-  task.pass = Pass::kBackward;
+  task.pass = gradients.lse.numel() == 0 ? Pass::kForwardBackward : Pass::kBackward;
   if (has_value(gradients.grad_statistics)) {
     task.grad_statistics = data_of(*gradients.grad_statistics);
     made_for_one = false;
@@ -225,13 +233,18 @@ at::Tensor backward_cuda_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS,
   return or_empty(grad_target, of_target);
 }
 
-// From a second read of the logits: those of a chunk that was just made are in the L2 cache.
+// Where classes are neighbours, kernels read all of a row before they write to it. Else the gradient comes from a
+// second read.
 ForwardResult forward_backward_cuda_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
   const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
   const Options options = Options::of(integers, numbers);
   TORCH_CHECK(options.reduction != kNone && inputs.form(options) != Form::kPairs,
               "cross_entropy_ext::_forward_backward_: needs a reduction, and no pairs");
-  const auto [loss, lse, denominator, none] = run_forward(inputs, options, false);
+  if (has_own_kernels(options) && logits.stride(class_dim(logits)) == 1) {
+    logits.mutable_data_ptr();  // no lazy copy shares it from here on
+    return run_forward(inputs, options, logits);
+  }
+  const auto [loss, lse, denominator] = run_forward(inputs, options);
   const at::Tensor one = at::ones({}, logits.options().dtype(at::kFloat));
   backward_into(logits, {}, {one, std::nullopt, lse, denominator}, inputs, options, false);
   return {loss, lse, denominator};

@@ -50,6 +50,10 @@ void initialize(State& state, int index) {
   C10_CUDA_CHECK(static_cast<cudaError_t>(compiled_for(capability)));
   const bool clusters = attribute(cudaDevAttrClusterLaunch, index) != 0 && capability >= 90;
   limits.largest_cluster = clusters ? 8 : 1;
+  // And graphs know of kernels that overlap from CUDA 12.3 on.
+  int driver = 0;
+  C10_CUDA_CHECK(cudaDriverGetVersion(&driver));
+  limits.overlaps_kernels = clusters && driver >= 12030;
 
   void* host = nullptr;
   C10_CUDA_CHECK(cudaHostAlloc(&host, sizeof(BadTarget), cudaHostAllocMapped | cudaHostAllocPortable));

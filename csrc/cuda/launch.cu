@@ -16,8 +16,9 @@ int launch_loss(const Task& task, const Plan& plan, void* stream) {
   }
 }
 
-int launch_count(const Task& task, int blocks, void* stream) {
-  const LaunchShape shape{blocks, kReduceThreads};
+int launch_count(const Task& task, int blocks, void* stream, bool is_overlapped) {
+  LaunchShape shape{blocks, kReduceThreads};
+  shape.is_overlapped = is_overlapped;
   return task.arithmetic_in_double ? launch<count_targets<double>>(shape, stream, task)
                                    : launch<count_targets<float>>(shape, stream, task);
 }
@@ -28,8 +29,10 @@ int launch_weight_sum(const WeightSum& request, void* stream) {
                            : launch<sum_weights<float>>(shape, stream, request);
 }
 
-int launch_finish(const Totals& totals, void* stream) {
-  return launch<finish<double>>(LaunchShape{1, kFinishThreads}, stream, totals);
+int launch_finish(const Totals& totals, void* stream, bool overlaps) {
+  LaunchShape shape{1, kFinishThreads};
+  shape.overlaps = overlaps;
+  return launch<finish<double>>(shape, stream, totals);
 }
 
 int compiled_for(int& capability) {

@@ -7,14 +7,14 @@
 namespace xent::gpu {
 
 // Before: a mean's denominator and smoothing's sum of weights, where they are not known on the host.
-int launch_count(const Task& task, int blocks, void* stream);
+int launch_count(const Task& task, int blocks, void* stream, bool is_overlapped = false);
 int launch_weight_sum(const WeightSum& request, void* stream);
 
 // The loss, the gradient or both, as task.pass says.
 int launch_loss(const Task& task, const Plan& plan, void* stream);
 
 // After: the loss of all positions.
-int launch_finish(const Totals& totals, void* stream);
+int launch_finish(const Totals& totals, void* stream, bool overlaps = false);
 
 // What the current device runs was compiled for this compute capability, times ten: 80 even on a later device, where
 // there was nothing better for it.

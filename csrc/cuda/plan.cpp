@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "tuning.h"
+
 namespace xent::gpu {
 namespace {
 
@@ -12,22 +14,6 @@ constexpr int kWarpThreads = 32;
 
 // What a block takes of shared memory beside its copies: arrays of its own, and what the system reserves.
 constexpr int64_t kOverheadBytes = 3 << 10;
-
-// Rows of fewer bytes are staged many at a time; up to the second, a warp each; above, a block or a cluster.
-constexpr int64_t kSmallRowBytes = 1 << 10;
-constexpr int64_t kWarpRowBytes = 8 << 10;
-
-constexpr int64_t kSmallTileBytes = 4 << 10;  // of a warp, about
-constexpr int kMostRowsOfThread = 8;
-
-// Blocks on a multiprocessor, at least, for one to load while another computes and a third stores.
-constexpr int kRowBlocks = 3;
-constexpr int kSpatialBlocks = 5;
-
-constexpr int kMostSlices = 32;
-constexpr int kShortRun = 8;          // fewer neighbouring positions are not worth threads along them
-constexpr int64_t kManyClasses = 64;  // for one thread to read twice
-constexpr int64_t kWarpClasses = 2048;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -86,7 +72,8 @@ Plan plan_small_rows(Task& task, const Device& device) {
   const int64_t row_bytes = task.classes * size_of(task.logits.type);
   share_small_row(task);
   const int64_t at_a_time = kWarpThreads / task.lanes_per_row;
-  const int64_t repeat = std::clamp<int64_t>(kSmallTileBytes / (at_a_time * row_bytes), 1, kMostRowsOfThread);
+  const int64_t repeat =
+      std::clamp<int64_t>(tuning.small_tile_bytes / (at_a_time * row_bytes), 1, tuning.small_rows_of_thread);
   task.rows_per_tile = int32_t(at_a_time * repeat);
   // A tile begins anywhere within 16 bytes.
   task.copy_bytes = int32_t(divide_up(task.rows_per_tile * row_bytes, kVectorBytes) * kVectorBytes + kVectorBytes);
@@ -105,13 +92,14 @@ Plan plan_rows(Task& task, const Device& device) {
   plan.family = Family::kRows;
   const int64_t row_bytes = task.classes * size_of(task.logits.type), vectors = row_bytes / kVectorBytes;
   const auto bytes_of = [&](int64_t blocks) { return divide_up(vectors, blocks) * kVectorBytes; };
-  const int64_t preferred = device.shared_per_multiprocessor / kRowBlocks - kOverheadBytes;
+  const int64_t preferred = device.shared_per_multiprocessor / tuning.row_blocks - kOverheadBytes;
   const int64_t most = device.shared_per_block - kOverheadBytes;
 
   int cluster = 1, rows = 1;
-  if (row_bytes <= kWarpRowBytes) {
+  constexpr int kRowsOfWarps = block_threads(Team::kWarp) / kWarpThreads;
+  if (row_bytes <= tuning.warp_row_bytes && kRowsOfWarps * bytes_of(1) <= most) {
     plan.team = Team::kWarp;
-    rows = block_threads(Team::kWarp) / kWarpThreads;
+    rows = kRowsOfWarps;
   } else {
     while (cluster < device.largest_cluster && bytes_of(cluster) > preferred) cluster *= 2;
     plan.team = cluster > 1 ? Team::kCluster : Team::kBlock;
@@ -151,22 +139,22 @@ Plan plan_spatial(Task& task, const Device& device) {
                      has_vectors(task, task.target);
   const int64_t inner = task.size[task.dims - 1];
   const int64_t of_thread = plan.vectors ? kVectorBytes / size_of(task.logits.type) : 1;
-  const int64_t preferred = device.shared_per_multiprocessor / kSpatialBlocks;
+  const int64_t preferred = device.shared_per_multiprocessor / tuning.spatial_blocks;
   const auto bytes_of = [&](int64_t slices) {
     return divide_up(task.classes, slices) * kSpatialThreads * kVectorBytes;
   };
 
   int slices = 1;
   const auto is_wide = [&] { return kSpatialThreads / slices * of_thread >= 2 * inner && slices * 2 <= task.classes; };
-  while (slices < kMostSlices && is_wide()) slices *= 2;
+  while (slices < tuning.most_slices && is_wide()) slices *= 2;
   if (plan.vectors) {
     int more = slices;
-    while (more < kMostSlices && bytes_of(more) + kOverheadBytes > preferred) more *= 2;
+    while (more < tuning.most_slices && bytes_of(more) + kOverheadBytes > preferred) more *= 2;
     plan.copied = bytes_of(more) + 2 * kOverheadBytes <= device.shared_per_block;
     if (plan.copied) slices = more;
   }
   if (!plan.copied) {
-    while (slices < kMostSlices && task.classes / slices > kManyClasses) slices *= 2;
+    while (slices < tuning.most_slices && task.classes / slices > tuning.classes_of_thread) slices *= 2;
   }
   task.slices = slices;
   plan.shape.threads = kSpatialThreads;
@@ -180,7 +168,7 @@ Plan plan_spatial(Task& task, const Device& device) {
 Plan plan_strided(Task& task, const Device& device) {
   Plan plan;
   plan.family = Family::kStrided;
-  plan.team = task.classes > kWarpClasses ? Team::kBlock : Team::kWarp;
+  plan.team = task.classes > tuning.warp_classes ? Team::kBlock : Team::kWarp;
   plan.shape.threads = block_threads(plan.team);
   const int64_t rows = plan.team == Team::kWarp ? plan.shape.threads / kWarpThreads : 1;
   const int resident = strided_resident(task.arithmetic_in_double ? 8 : 4, plan.team);
@@ -215,10 +203,11 @@ Plan plan(Task& task, const Device& device) {
   if (task.kind == TargetKind::kGeneral) {
     return is_class_contiguous(task) ? plan_rows(task, device) : plan_strided(task, device);
   }
-  const bool small = task.classes * size_of(task.logits.type) <= kSmallRowBytes;
+  const bool small =
+      task.classes * size_of(task.logits.type) <= tuning.small_row_bytes && task.classes <= kWarpThreads * kMostHeld;
   if (is_class_contiguous(task)) return small ? plan_small_rows(task, device) : plan_rows(task, device);
   const int last = task.dims - 1;
-  const bool along_positions = task.size[last] >= kShortRun && task.logits.stride[last] != 0 &&
+  const bool along_positions = task.size[last] >= tuning.short_run && task.logits.stride[last] != 0 &&
                                task.logits.stride[last] < task.logits.class_stride;
   if (along_positions) return plan_spatial(task, device);
   return small ? plan_small_rows(task, device) : plan_strided(task, device);

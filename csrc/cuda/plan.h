@@ -16,6 +16,9 @@ struct LaunchShape {
   int threads = 1;
   int64_t shared_bytes = 0;  // dynamic
   int cluster = 1;           // blocks
+
+  // It may begin before the one before it has ended, and so may the next one (portable.cuh, kernels that overlap).
+  bool overlaps = false, is_overlapped = false;
 };
 
 struct Plan {

@@ -253,6 +253,29 @@ T* in_block(T* shared, uint32_t rank) {
 }
 #endif
 
+// ---- kernels that overlap (sm_90) -----------------------------------------------------------------------------------
+//
+// Between two kernels nothing runs for a microsecond or two, as long as it takes to copy 4 MB. One whose LaunchShape
+// says `overlaps` begins when all blocks of the one before have said that it may, or have ended. It has to wait before
+// it touches what that one writes. Whatever came earlier has ended: a kernel that is overlapped by the next one either
+// overlaps none itself or waits for it.
+
+#if defined(__CUDACC__)
+XENT_DEVICE void let_next_kernel_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+XENT_DEVICE void wait_for_previous_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+#else
+inline void let_next_kernel_begin() {}
+inline void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
+#endif
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
@@ -283,16 +306,23 @@ Status launch(const LaunchShape& shape, void* stream, const Argument& argument) 
     const Status status = allow_shared_memory<kernel>();
     if (status != cudaSuccess) return status;
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {unsigned(shape.cluster), 1, 1};
+  cudaLaunchAttribute attributes[2] = {};
+  unsigned count = 0;
+  if (shape.cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {unsigned(shape.cluster), 1, 1};
+  }
+  if (shape.overlaps) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(unsigned(shape.blocks));
   config.blockDim = dim3(unsigned(shape.threads));
   config.dynamicSmemBytes = size_t(shape.shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = shape.cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   return cudaLaunchKernelEx(&config, kernel, argument);
 }
 
@@ -304,7 +334,7 @@ constexpr Status kSuccess = 0;
 template <auto kernel, class Argument>
 Status launch(const LaunchShape& shape, void*, const Argument& argument) {
   emulator::launch(dim3(unsigned(shape.blocks)), dim3(unsigned(shape.threads)), size_t(shape.shared_bytes),
-                   unsigned(shape.cluster), [&] { kernel(argument); });
+                   unsigned(shape.cluster), shape.overlaps, shape.is_overlapped, [=] { kernel(argument); });
   return kSuccess;
 }
 

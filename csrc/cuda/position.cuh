@@ -237,9 +237,11 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
     }
     loss += z_loss_of(task, max + log_sum);
   }
-  saved_row<A>(task, saved::kLse)[to.position] = lse_high;
-  saved_row<A>(task, saved::kLseLost)[to.position] = lse_low;
-  if constexpr (kind == TargetKind::kSoft) saved_row<A>(task, saved::kMass)[to.position] = mass;
+  if (task.lse) {
+    saved_row<A>(task, saved::kLse)[to.position] = lse_high;
+    saved_row<A>(task, saved::kLseLost)[to.position] = lse_low;
+    if constexpr (kind == TargetKind::kSoft) saved_row<A>(task, saved::kMass)[to.position] = mass;
+  }
   to.add(task, loss, weight, sums);
 }
 

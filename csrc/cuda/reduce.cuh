@@ -36,17 +36,20 @@ XENT_DEVICE bool nothing_to_do(const Task& task) {
   return !task.made_for_mean || (*task.denominator != 0 && *task.denominator != 1);
 }
 
-// 1 / denominator. All threads of a warp call it.
+// 1 / denominator. All threads of a warp call it, once its first reads are under way: it may have to wait for the
+// count.
 template <class A>
 XENT_DEVICE A gradient_scale(const Task& task) {
   if (task.pass == Pass::kForward) return A(0);
   if (task.denominator) return A(1 / *task.denominator);
   double denominator = task.known_denominator;
+  wait_for_previous_kernel();
   if (task.counted) denominator = sum_of_blocks(task.counted, task.counted_blocks).weight;
   return A(denominator == 0 && task.empty_is_zero ? 1 : 1 / denominator);
 }
 
 XENT_DEVICE void leave_sums(const Task& task, Sums sums) {
+  wait_for_previous_kernel();  // also where there was no position to wait for it: the next one waits for this one alone
   if (task.partial_sums == nullptr) return;
   sums = block_sum(sums);
   if (threadIdx.x == 0) task.partial_sums[blockIdx.x] = sums;
@@ -58,6 +61,7 @@ XENT_DEVICE void leave_sums(const Task& task, Sums sums) {
 template <class A>
 __global__ void __launch_bounds__(kReduceThreads) count_targets(const __grid_constant__ Task task) {
   constexpr TargetKind kind = TargetKind::kGeneral;  // any
+  let_next_kernel_begin();
   Sums sums{0, 0};
   const int64_t step = int64_t(gridDim.x) * kReduceThreads;
   for (int64_t p = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x; p < task.positions; p += step) {
@@ -85,6 +89,7 @@ __global__ void __launch_bounds__(kReduceThreads) sum_weights(const __grid_const
 // The loss of all positions, and what a mean divided by. One warp.
 template <class A>
 __global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__ Totals totals) {
+  wait_for_previous_kernel();
   const Sums sums = sum_of_blocks(totals.partial_sums, totals.blocks);
   const Sums counted = totals.counted ? sum_of_blocks(totals.counted, totals.counted_blocks) : sums;
   if (threadIdx.x != 0) return;

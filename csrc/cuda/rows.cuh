@@ -67,12 +67,15 @@ struct Members {
     }
   }
 
-  // The statistics of all members, for each of them. `exchange` has two halves, taken in turn: a warp may be one
-  // barrier ahead of another that still reads.
+  // The statistics of all members, for each of them, when all of them have read what they are made of: the gradient may
+  // take its place. `exchange` has two halves, taken in turn: a warp may be one barrier ahead of another that still
+  // reads.
   template <class S>
   XENT_DEVICE void join(const Task& task, S& statistics, S* exchange, int64_t round) const {
     join_lanes(statistics, kWarp);
-    if constexpr (team != Team::kWarp) {
+    if constexpr (team == Team::kWarp) {
+      barrier();
+    } else {
       S* const mine = exchange + (round % 2) * kWarps;
       const int lane = thread % kWarp;
       if (lane == 0) mine[thread / kWarp] = statistics;
@@ -292,12 +295,13 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
   constexpr int N = kPerVector<T>;
   constexpr bool kGeneral = kind == TargetKind::kGeneral;
   if (nothing_to_do(task)) return;
+  let_next_kernel_begin();
 
   XENT_DYNAMIC_SHARED(shared);
   XENT_SHARED_ARRAY(S, exchange, 2 * Members<team>::kWarps);
   const Members<team> members;
   unsigned char* const copies = shared + int64_t(threadIdx.x / members.kThreads) * task.copy_bytes;
-  const A scale_of_all = gradient_scale<A>(task);
+  A scale_of_all = 0;
   const bool forward = task.pass != Pass::kBackward, backward = task.pass != Pass::kForward;
   Sums sums{0, 0};
   int64_t round = 0;
@@ -368,6 +372,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     }
     if (!backward) continue;
 
+    if (round == 0) scale_of_all = gradient_scale<A>(task);
     T* const out = task.grad_logits
                        ? static_cast<T*>(task.grad_logits.data) + offset_of(task, task.grad_logits, position)
                        : nullptr;

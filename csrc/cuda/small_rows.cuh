@@ -88,13 +88,14 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
   constexpr bool kSoft = kind == TargetKind::kSoft;
   constexpr int kTogether = 4;
   if (nothing_to_do(task)) return;
+  let_next_kernel_begin();
 
   XENT_DYNAMIC_SHARED(shared);
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
   const int lanes = task.lanes_per_row, held_classes = task.classes_per_lane, classes = int(task.classes);
   const int first_class = lane % lanes * held_classes;
   const int own_classes = max(0, min(held_classes, classes - first_class));  // none, where fewer threads would do
-  const A scale_of_all = gradient_scale<A>(task);
+  A scale_of_all = 0;
   const bool forward = task.pass != Pass::kBackward, backward = task.pass != Pass::kForward;
   Sums sums{0, 0};
 
@@ -111,11 +112,13 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
 
   const int64_t tiles = (task.positions + task.rows_per_tile - 1) / task.rows_per_tile;
   const int64_t step = int64_t(gridDim.x) * (kSmallRowsThreads / kWarp);
-  for (int64_t t = int64_t(blockIdx.x) * (kSmallRowsThreads / kWarp) + warp; t < tiles; t += step) {
+  const int64_t first_tile = int64_t(blockIdx.x) * (kSmallRowsThreads / kWarp) + warp;
+  for (int64_t t = first_tile; t < tiles; t += step) {
     Tile<T> tile{shared + int64_t(warp) * task.copy_bytes, t * task.rows_per_tile, task.rows_per_tile, classes};
     tile.rows = int(min(int64_t(tile.rows), task.positions - tile.first));
     T* const elements = tile.load(task, lane);
     __syncwarp();
+    if (t == first_tile) scale_of_all = gradient_scale<A>(task);
 
     for (int r = lane / lanes; r < task.rows_per_tile; r += kWarp / lanes) {  // as often for every thread
       const bool exists = r < tile.rows, leads = exists && first_class == 0;

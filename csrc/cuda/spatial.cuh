@@ -85,6 +85,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
   constexpr int kTogether = N == 8 ? 2 : 4;                  // classes
   constexpr int kNextCopy = kSpatialThreads * kVectorBytes;  // bytes, to a thread's next class
   if (nothing_to_do(task)) return;
+  let_next_kernel_begin();
 
   XENT_DYNAMIC_SHARED(shared);
   XENT_SHARED_ARRAY(A, exchange, kSpatialThreads * N);
@@ -97,7 +98,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
   const int64_t class_stride = task.logits.class_stride;
   const int classes = int(task.classes);
   unsigned char* const copies = shared + int(threadIdx.x) * kVectorBytes;
-  const A scale_of_all = gradient_scale<A>(task);
+  A scale_of_all = 0;
   const bool forward = task.pass != Pass::kBackward, backward = task.pass != Pass::kForward;
   Sums sums{0, 0};
 
@@ -125,6 +126,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
       for_classes([&](int c, unsigned char* copy) { copy_async(copy, logits + c * class_stride); });
       commit_copies();
     }
+    if (tile == blockIdx.x) scale_of_all = gradient_scale<A>(task);
 
     // ---- targets
     int label[N] = {};

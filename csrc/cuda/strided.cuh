@@ -56,6 +56,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
   constexpr int kTogether = 4;
   constexpr bool kGeneral = kind == TargetKind::kGeneral;
   if (nothing_to_do(task)) return;
+  let_next_kernel_begin();
 
   XENT_SHARED_ARRAY(S, exchange, 2 * Members<team>::kWarps);
   const Members<team> members;

@@ -107,6 +107,7 @@ struct Device {
   int most_threads = 1536;  // of a multiprocessor
   int most_blocks = 16;
   int largest_cluster = 1;
+  bool overlaps_kernels = false;
 };
 
 }  // namespace xent::gpu

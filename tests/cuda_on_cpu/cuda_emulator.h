@@ -11,12 +11,13 @@
 //   shuffles that read a lane outside the mask;
 // * cp.async that is misaligned, to anything but this block's shared memory, or never waited for;
 // * map_shared_rank of a block that has exited; writes just past the end of shared memory;
-// * launches beyond CUDA's limits.
+// * launches beyond CUDA's limits; a kernel that overlaps the one before and never waits for it.
 // Seen as wrong results, in some schedule:
 // * a missing barrier. Shared memory starts as NaN (all bits one), and `schedule` says who goes first: the orders in
 //   which one thread, warp or block starves until nothing else can run find most;
 // * a missing wait for a copy. Copies are made as late as allowed, when they are waited for; or, with an odd seed, as
-//   early, when they are issued, which finds those into memory that is still in use.
+//   early, when they are issued, which finds those into memory that is still in use;
+// * a read before the wait for the kernel that wrote it, if no other thread has waited.
 // With -fsanitize=address,undefined: accesses out of bounds (each shared array is an allocation of its own, of exact
 // size), shared memory of a block that has exited, misaligned vectors.
 // With -fsanitize=thread: data races between threads of a grid, whatever the order they ran in. Barriers, __syncwarp
@@ -52,11 +53,13 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -803,6 +806,55 @@ inline constexpr char type_tag = 0;  // its address stands for the type
 
 inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, const std::function<void()>& kernel) {
   internal::Machine::of_this_os_thread().launch(grid, block, shared_bytes, cluster, kernel);
+}
+
+// ---- kernels that overlap ------------------------------------------------------------------------------------------
+//
+// A GPU may begin a kernel before the one before it has ended. Here such a one (`is_overlapped`) runs as late as it
+// may: when the next one waits for it. So whoever reads what it writes, and does not wait, finds nothing.
+
+struct Launched {
+  std::function<void()> run;
+  bool has_run = false;
+};
+
+namespace internal {
+inline thread_local std::shared_ptr<Launched> not_run;  // the last kernel of this OS thread, if it is to be overlapped
+inline thread_local Launched* to_wait_for = nullptr;    // of the kernel that runs
+}  // namespace internal
+
+// The same with what is said of its neighbours: it overlaps the one before, and the next one overlaps it.
+inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool overlaps, bool is_overlapped,
+                   const std::function<void()>& kernel) {
+  using namespace internal;
+  const std::shared_ptr<Launched> before = std::exchange(not_run, nullptr);
+  if (before && !overlaps) before->run();
+  const auto run = [=, before = overlaps ? before : nullptr] {
+    struct Waits {
+      explicit Waits(Launched* before) { to_wait_for = before; }
+      ~Waits() { to_wait_for = nullptr; }
+    } waits(before.get());
+    launch(grid, block, shared_bytes, cluster, kernel);
+    if (before && !before->has_run) throw Error("a kernel has ended and not waited for the one that it overlaps");
+  };
+  if (!is_overlapped) return run();
+  not_run = std::make_shared<Launched>(Launched{run});
+}
+
+// As griddepcontrol.wait. The other kernel runs in an OS thread of its own, as it would on a GPU: this one is busy.
+inline void wait_for_previous_kernel() {
+  Launched* const before = internal::to_wait_for;
+  if (before == nullptr || before->has_run) return;
+  before->has_run = true;
+  std::exception_ptr error;
+  std::thread([&] {
+    try {
+      before->run();
+    } catch (...) {
+      error = std::current_exception();
+    }
+  }).join();
+  if (error) std::rethrow_exception(error);
 }
 
 // As `__shared__ T name[count]`: one array for each block, place, type and count.

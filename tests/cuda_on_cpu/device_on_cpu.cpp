@@ -8,7 +8,11 @@
 namespace xent::gpu {
 
 Device& emulated_device() {
-  static Device device;
+  static Device device = [] {
+    Device with_everything;
+    with_everything.overlaps_kernels = true;
+    return with_everything;
+  }();
   return device;
 }
 

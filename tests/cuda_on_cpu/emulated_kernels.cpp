@@ -8,6 +8,7 @@
 #include "../../csrc/cuda/cross_entropy_cuda.h"
 #include "../../csrc/cuda/device.h"
 #include "../../csrc/cuda/plan.h"
+#include "../../csrc/cuda/tuning.h"
 #include "../../csrc/describe.h"
 #include "cuda_emulator.h"
 #include "device_on_cpu.h"
@@ -70,6 +71,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("uninstall", [] { installed.reset(); });
   m.def("check_errors", &xent::gpu::check_errors);
   m.def("set_schedule", &set_schedule);
+  m.def("tune", &xent::gpu::tune);
   m.def("plan", &plan, pybind11::arg("logits"), pybind11::arg("target"), pybind11::arg("general") = false);
   m.def("set_device",
         [](int multiprocessors, int64_t shared_per_multiprocessor, int64_t shared_per_block, int largest_cluster) {

@@ -263,6 +263,34 @@ __global__ void map_of_exited_block(const float* x, float* y) {
   y[threadIdx.x] = emulator::map_shared_rank(mine, 0)[threadIdx.x];
 }
 
+// ---- kernels that overlap -------------------------------------------------------------------------------------------
+
+enum class Wait { kFirst, kLate, kNever };
+
+// The first doubles x, the second adds one to that, the third two.
+template <Wait how>
+bool overlap_case() {
+  const std::vector<float> x = ramp(64);
+  std::vector<float> doubled(64, -1), more(64, -1), most(64, -1);
+  const auto run = [](bool overlaps, bool is_overlapped, const std::function<void(unsigned)>& kernel) {
+    emulator::launch(dim3(2), dim3(32), 0, 1, overlaps, is_overlapped, [=] { kernel(blockIdx.x * 32 + threadIdx.x); });
+  };
+  run(false, true, [&](unsigned i) { doubled[i] = 2 * x[i]; });
+  run(true, true, [&](unsigned i) {
+    if (how == Wait::kFirst) emulator::wait_for_previous_kernel();
+    more[i] = doubled[i] + 1;
+    if (how == Wait::kLate) emulator::wait_for_previous_kernel();
+  });
+  run(true, false, [&](unsigned i) {
+    emulator::wait_for_previous_kernel();
+    most[i] = more[i] + 2;
+  });
+  for (int i = 0; i < 64; ++i) {
+    if (most[size_t(i)] != float(2 * i + 3)) return false;
+  }
+  return true;
+}
+
 // ---- right ones -----------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -522,6 +550,8 @@ const Case cases[] = {
     {"missing_last_cluster_barrier", [] { return next_block_case<true, false>(2); }},
     {"map_of_exited_block",
      [] { return maps_ramp(map_of_exited_block, dim3(2), dim3(32), 2, [](int i) { return i; }); }},
+    {"kernel_awaited_late", overlap_case<Wait::kLate>},
+    {"kernel_never_awaited", overlap_case<Wait::kNever>},
     {"too_much_static", too_much_static_case},
     {"launch_from_kernel", launch_from_kernel_case},
     {"outside_of_kernels", [] { return threadIdx.x == 0; }},
@@ -538,6 +568,7 @@ const Case cases[] = {
     {"right_vectors", vector_copies_case},
     {"right_clusters",
      [] { return next_block_case<true, true>(1) && next_block_case<true, true>(2) && next_block_case<true, true>(8); }},
+    {"right_overlap", overlap_case<Wait::kFirst>},
     {"right_indices", indices_case},
     {"right_after_errors", after_errors_case},
     {"right_os_threads", os_threads_case},
