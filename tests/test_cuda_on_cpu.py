@@ -30,6 +30,7 @@ from test_values import grad_output_for
 from torch import Tensor
 from torch.testing import assert_close
 
+from benchmarks import tune
 from cross_entropy_ext import functional as ext
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="the emulated kernels need a C++ compiler")
@@ -192,8 +193,8 @@ def test_launch_decisions(kernels: ModuleType, device: str, dtype: torch.dtype, 
 
 @pytest.mark.parametrize(("device", "dtype", "shape", "order", "plan"), DECISIONS, ids=str)
 def test_one_pass(kernels: ModuleType, device: str, dtype: torch.dtype, shape, order, plan: dict) -> None:
-    """The gradient that the forward makes: in the logits' place the same bits, and nothing is saved for a backward. Made
-    again, for another grad_output, it is what a backward makes of what a forward saved."""
+    """The gradient that the forward makes: in the logits' place it has the same bits, and nothing is saved for a
+    backward. Made again, for another grad_output, it is what a backward makes of what a forward saved."""
     kernels.set_device(*DEVICES[device])
     logits = logits_of(shape, dtype, order)
     objectives = OBJECTIVES_HERE[:4] if logits.numel() < 100_000 else OBJECTIVES_HERE[:1]
@@ -248,6 +249,20 @@ def test_other_numbers(kernels: ModuleType, name: str) -> None:
         finally:
             assert kernels.tune(name, before) == value
     assert any(first != second for first, second in plans.values())
+
+
+def test_measuring_other_numbers(kernels: ModuleType) -> None:
+    """benchmarks.tune finds every number, and puts it back."""
+    records = []
+    for name, (values, cases) in tune.NUMBERS.items():
+        in_use = kernels.tune(name, 1)
+        kernels.tune(name, in_use)
+        found = tune.measured(kernels.tune, name, values[:2], cases[0], cases[0].quick, "cpu", 0.0)
+        assert {record["value"] for record in found} == {*values[:2], in_use}
+        assert [record["value"] for record in found if record["in_use"]] == [in_use, in_use]
+        assert all(record["copies"] > 0 for record in found) and kernels.tune(name, in_use) == in_use
+        records += found
+    assert tune.table(records).row_count == len(tune.NUMBERS)
 
 
 def test_numbers_that_there_are_not(kernels: ModuleType) -> None:
