@@ -66,6 +66,16 @@ struct Workspace {
   }
 };
 
+// As many blocks as run at a time: a cluster that has to wait for another one's end would take as long again.
+Plan plan_on(const DeviceScope& device, Task& task) {
+  Plan how = plan(task, device.limits());
+  if (how.shape.cluster == 1) return how;
+  int most = 0;
+  check(most_clusters(task, how, most), "number of clusters");
+  how.shape.blocks = std::min(how.shape.blocks, int64_t(std::max(1, most)) * how.shape.cluster);
+  return how;
+}
+
 // With class weights, what smoothing makes of their sum is known only on the device.
 void sum_class_weights(Task& task, double* result, const DeviceScope& device) {
   if (task.label_smoothing == 0 || is_dense(task.form) || task.weight == nullptr) return;
@@ -82,7 +92,7 @@ void sum_teacher(const Task& task, const DeviceScope& device) {
   describe_teacher(teacher, task);
   teacher.pass = Pass::kForward;
   teacher.loss = teacher.grad_logits = View();
-  const Plan how = plan(teacher, device.limits());
+  const Plan how = plan_on(device, teacher);
   check(launch_loss(teacher, how, device.stream()), "lse of the teacher");
 }
 
@@ -120,7 +130,7 @@ ForwardResult run_forward(const Inputs& inputs, const Options& options, const at
   if (options.reduction == kNone) task.loss = view_of_positions(loss);
   if (gradient_wanted) task.grad_logits = view_with_classes(grad_logits);
   merge_dimensions(task);
-  Plan how = plan(task, device.limits());
+  Plan how = plan_on(device, task);
 
   const bool given = has_value(inputs.divisor), known = !given && count_is_known(task);
   const bool count_first = gradient_wanted && mean && !known && !given;
@@ -201,7 +211,7 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   if (grad_logits.defined()) task.grad_logits = view_with_classes(grad_logits);
   if (grad_target.defined()) task.grad_target = view_with_classes(grad_target);
   merge_dimensions(task);
-  const Plan how = plan(task, device.limits());
+  const Plan how = plan_on(device, task);
   const Workspace workspace(logits, 0, 0);
   sum_class_weights(task, workspace.weight_sum, device);
   check(launch_loss(task, how, device.stream()), "backward");

@@ -12,15 +12,6 @@
 
 namespace xent::gpu {
 
-template <class A>
-XENT_DEVICE const Task::Numbers<A>& numbers(const Task& task) {
-  if constexpr (sizeof(A) == 4) {
-    return task.in_float;
-  } else {
-    return task.in_double;
-  }
-}
-
 // Whether any class may have a coefficient, but for what hits a few.
 template <class A>
 XENT_DEVICE bool has_coefficients(const Task& task) {
@@ -291,7 +282,7 @@ struct Gradient<TargetKind::kGeneral, A> {
     scale = grad_output;
     of_log_prob = of_statistic(kGradTargetLogProb);
     entropy = -of_statistic(kGradEntropy);
-    rest = scale * A(2 * task.z_loss) * (max + log_sum) + of_statistic(kGradLse);
+    rest = scale * (numbers<A>(task).z_loss + numbers<A>(task).z_loss) * (max + log_sum) + of_statistic(kGradLse);
     if (task.grad_statistics) rest += entropy * found.second;
 
     dense = scale;

@@ -42,6 +42,19 @@ Status launch_kind(const Task& task, const Plan& plan, void* stream) {
 #undef XENT_LAUNCH
 }
 
+// How many clusters there may be, of a plan that has them.
+template <class T>
+Status most_clusters_of(const Task& task, const Plan& plan, int& most) {
+#define XENT_ASK(kind) clusters_at_a_time<rows<T, TargetKind::kind, Team::kCluster, true>>(plan.shape, most)
+  switch (task.kind) {
+    case TargetKind::kIndex: return XENT_ASK(kIndex);
+    case TargetKind::kSmoothedIndex: return XENT_ASK(kSmoothedIndex);
+    case TargetKind::kSoft: return XENT_ASK(kSoft);
+    default: return XENT_ASK(kGeneral);
+  }
+#undef XENT_ASK
+}
+
 template <class T>
 Status launch_loss_of(const Task& task, const Plan& plan, void* stream) {
   switch (task.kind) {

@@ -1,3 +1,4 @@
 #include "kernels.cuh"
 
 template xent::gpu::Status xent::gpu::launch_loss_of<xent::BFloat16>(const Task&, const Plan&, void*);
+template xent::gpu::Status xent::gpu::most_clusters_of<xent::BFloat16>(const Task&, const Plan&, int&);

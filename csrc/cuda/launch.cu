@@ -6,6 +6,17 @@ namespace xent::gpu {
 
 template <class T>
 Status launch_loss_of(const Task& task, const Plan& plan, void* stream);  // kernels_*.cu
+template <class T>
+Status most_clusters_of(const Task& task, const Plan& plan, int& most);
+
+int most_clusters(const Task& task, const Plan& plan, int& most) {
+  switch (task.logits.type) {
+    case ElementType::kFloat16: return most_clusters_of<Float16>(task, plan, most);
+    case ElementType::kBFloat16: return most_clusters_of<BFloat16>(task, plan, most);
+    case ElementType::kFloat32: return most_clusters_of<float>(task, plan, most);
+    default: return most_clusters_of<double>(task, plan, most);
+  }
+}
 
 int launch_loss(const Task& task, const Plan& plan, void* stream) {
   switch (task.logits.type) {

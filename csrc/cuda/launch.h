@@ -10,6 +10,9 @@ namespace xent::gpu {
 int launch_count(const Task& task, int blocks, void* stream, bool is_overlapped = false);
 int launch_weight_sum(const WeightSum& request, void* stream);
 
+// How many clusters of the plan's kernel run at a time.
+int most_clusters(const Task& task, const Plan& plan, int& most);
+
 // The loss, the gradient or both, as task.pass says.
 int launch_loss(const Task& task, const Plan& plan, void* stream);
 

@@ -66,34 +66,71 @@ void share_small_row(Task& task) {
   }
 }
 
+// How often a warp's threads, each with its share of a row, go through a tile. Rounds of tiles are worked on while the
+// next one loads, so time goes with the longest sequence of a warp, and with one load that nothing hides. Besides, each
+// tile costs about half as much as a row of all threads.
+int64_t repeats_of_tile(int64_t positions, int64_t at_a_time, int64_t most, int64_t warps) {
+  constexpr double kForEachTile = 0.5;
+  int64_t best = 1;
+  double least = INFINITY;
+  for (int64_t repeat = 1; repeat <= most; ++repeat) {
+    const int64_t rounds = divide_up(divide_up(positions, at_a_time * repeat), warps);
+    const double cost = double(rounds + 1) * (double(repeat) + kForEachTile);
+    if (cost > least) continue;
+    least = cost;
+    best = repeat;
+  }
+  return best;
+}
+
 Plan plan_small_rows(Task& task, const Device& device) {
   Plan plan;
   plan.family = Family::kSmallRows;
   const int64_t row_bytes = task.classes * size_of(task.logits.type);
   share_small_row(task);
   const int64_t at_a_time = kWarpThreads / task.lanes_per_row;
-  const int64_t repeat =
+  const int64_t most =
       std::clamp<int64_t>(tuning.small_tile_bytes / (at_a_time * row_bytes), 1, tuning.small_rows_of_thread);
-  task.rows_per_tile = int32_t(at_a_time * repeat);
-  // A tile begins anywhere within 16 bytes.
-  task.copy_bytes = int32_t(divide_up(task.rows_per_tile * row_bytes, kVectorBytes) * kVectorBytes + kVectorBytes);
   const int warps = kSmallRowsThreads / kWarpThreads;
+  const int resident = small_rows_resident(int(size_of(task.logits.type)), task.kind);
+  const int64_t all_warps = int64_t(device.multiprocessors) * resident * warps;
+  task.rows_per_tile = int32_t(at_a_time * repeats_of_tile(task.positions, at_a_time, most, all_warps));
+  // A tile begins anywhere within 16 bytes, and there are two.
+  task.copy_bytes = int32_t(divide_up(task.rows_per_tile * row_bytes, kVectorBytes) * kVectorBytes + kVectorBytes);
   plan.shape.threads = kSmallRowsThreads;
-  plan.shape.shared_bytes = int64_t(warps) * task.copy_bytes;
+  plan.shape.shared_bytes = int64_t(2 * warps) * task.copy_bytes;
   const int64_t tiles = divide_up(task.positions, task.rows_per_tile);
   plan.shape.blocks =
-      persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes,
-                        small_rows_resident(int(size_of(task.logits.type)), task.kind), divide_up(tiles, warps));
+      persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, resident, divide_up(tiles, warps));
   return plan;
+}
+
+// Whether every row of the target is a row of neighbours that lies within 16 bytes as that of the logits does.
+bool is_twin(const Task& task) {
+  const View &logits = task.logits, &target = task.target;
+  const int64_t size = size_of(logits.type);
+  if (!is_dense(task.form) || target.type != logits.type || target.class_stride != 1) return false;
+  const auto differ = [](int64_t a, int64_t b) { return (a - b) % kVectorBytes != 0; };
+  if (differ(int64_t(reinterpret_cast<uintptr_t>(logits.data)), int64_t(reinterpret_cast<uintptr_t>(target.data)))) {
+    return false;
+  }
+  for (int d = 0; d < task.dims; ++d) {
+    if (differ(logits.stride[d] * size, target.stride[d] * size)) return false;
+  }
+  return true;
 }
 
 Plan plan_rows(Task& task, const Device& device) {
   Plan plan;
   plan.family = Family::kRows;
   const int64_t row_bytes = task.classes * size_of(task.logits.type), vectors = row_bytes / kVectorBytes;
-  const auto bytes_of = [&](int64_t blocks) { return divide_up(vectors, blocks) * kVectorBytes; };
+  task.twin_target = is_twin(task);
+  const auto bytes_of = [&](int64_t blocks) {
+    return divide_up(vectors, blocks) * kVectorBytes * (task.twin_target ? 2 : 1);
+  };
   const int64_t preferred = device.shared_per_multiprocessor / tuning.row_blocks - kOverheadBytes;
   const int64_t most = device.shared_per_block - kOverheadBytes;
+  if (bytes_of(device.largest_cluster) > most) task.twin_target = false;
 
   int cluster = 1, rows = 1;
   constexpr int kRowsOfWarps = block_threads(Team::kWarp) / kWarpThreads;
@@ -157,6 +194,7 @@ Plan plan_spatial(Task& task, const Device& device) {
     while (slices < tuning.most_slices && task.classes / slices > tuning.classes_of_thread) slices *= 2;
   }
   task.slices = slices;
+  while ((1 << task.slice_bits) < slices) ++task.slice_bits;
   plan.shape.threads = kSpatialThreads;
   plan.shape.shared_bytes = plan.copied ? bytes_of(slices) : 0;
   const int64_t tiles = task.positions / inner * divide_up(inner, kSpatialThreads / slices * of_thread);
@@ -183,7 +221,9 @@ void convert_numbers(const Task& task, Task::Numbers<A>& numbers) {
              A(task.logit_scale),
              A(task.softcap),
              A(task.softcap == 0 ? 0 : 1 / task.softcap),
-             A(task.temperature)};
+             A(task.temperature),
+             A(task.z_loss),
+             A(task.smoothed_total)};
 }
 
 }  // namespace
@@ -214,9 +254,9 @@ Plan plan(Task& task, const Device& device) {
 }
 
 int blocks_to_count(int64_t positions, const Device& device) {
-  constexpr int64_t kEach = 8;  // targets of a thread, at least
-  constexpr int kResident = 4;
-  return int(persistent_blocks(device, kReduceThreads, 0, kResident, divide_up(positions, kReduceThreads * kEach)));
+  constexpr int kResident = 2;  // few, for each warp of the loss reads all their sums
+  const int64_t work = divide_up(positions, kReduceThreads * kCountedTogether);
+  return int(persistent_blocks(device, kReduceThreads, 0, kResident, work));
 }
 
 }  // namespace xent::gpu

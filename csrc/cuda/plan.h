@@ -41,6 +41,7 @@ constexpr int kSmallRowsThreads = 128;
 constexpr int kSpatialThreads = 128;
 constexpr int kReduceThreads = 256;
 constexpr int kFinishThreads = 32;
+constexpr int kCountedTogether = 8;  // targets that a thread of the count reads at a time
 constexpr int block_threads(Team team) { return team == Team::kWarp ? 128 : 256; }
 
 // Blocks of a kernel that fit the registers of a multiprocessor: what the compiler is asked for, and the grid counts

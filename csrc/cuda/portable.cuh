@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <vector>
 
 #if defined(__CUDACC__)
 #include <cooperative_groups.h>
@@ -283,6 +285,16 @@ inline void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
 using Status = cudaError_t;
 constexpr Status kSuccess = cudaSuccess;
 
+// What a kernel is asked for the first time may load it, which a graph that is being captured must not notice.
+class Unnoticed {
+ public:
+  Unnoticed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~Unnoticed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 // Lets a kernel have all the shared memory that there is. Once and for all: what a launch set for itself, another
 // thread's launch of the same kernel could take back.
 template <auto kernel>
@@ -292,6 +304,7 @@ Status allow_shared_memory() {
   cudaFuncAttributes its_own{};
   Status status = cudaGetDevice(&device);
   if (status != cudaSuccess || is_allowed[device].load(std::memory_order_relaxed)) return status;
+  const Unnoticed unnoticed;
   status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status == cudaSuccess) status = cudaFuncGetAttributes(&its_own, kernel);
   most -= int(its_own.sharedSizeBytes);
@@ -300,30 +313,64 @@ Status allow_shared_memory() {
   return status;
 }
 
+// A LaunchShape as CUDA has it.
+struct LaunchConfig : cudaLaunchConfig_t {
+  cudaLaunchAttribute attributes[2] = {};
+
+  LaunchConfig(const LaunchShape& shape, void* on_stream) : cudaLaunchConfig_t{} {
+    gridDim = dim3(unsigned(shape.blocks));
+    blockDim = dim3(unsigned(shape.threads));
+    dynamicSmemBytes = size_t(shape.shared_bytes);
+    stream = static_cast<cudaStream_t>(on_stream);
+    attrs = attributes;
+    if (shape.cluster > 1) {
+      attributes[numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[numAttrs++].val.clusterDim = {unsigned(shape.cluster), 1, 1};
+    }
+    if (shape.overlaps) {
+      attributes[numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+  }
+};
+
 template <auto kernel, class Argument>
 Status launch(const LaunchShape& shape, void* stream, const Argument& argument) {
   if (shape.shared_bytes > 0) {
     const Status status = allow_shared_memory<kernel>();
     if (status != cudaSuccess) return status;
   }
-  cudaLaunchAttribute attributes[2] = {};
-  unsigned count = 0;
-  if (shape.cluster > 1) {
-    attributes[count].id = cudaLaunchAttributeClusterDimension;
-    attributes[count++].val.clusterDim = {unsigned(shape.cluster), 1, 1};
-  }
-  if (shape.overlaps) {
-    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-  }
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(shape.blocks));
-  config.blockDim = dim3(unsigned(shape.threads));
-  config.dynamicSmemBytes = size_t(shape.shared_bytes);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = attributes;
-  config.numAttrs = count;
+  const LaunchConfig config(shape, stream);
   return cudaLaunchKernelEx(&config, kernel, argument);
+}
+
+// How many clusters of this shape the device runs at a time: all blocks of one are in one part of it (a GPC), where
+// their number seldom divides what there is. Asked once for each amount of shared memory.
+template <auto kernel>
+Status clusters_at_a_time(const LaunchShape& shape, int& most) {
+  struct Known {
+    int device, cluster, most;
+    int64_t shared_bytes;
+  };
+  static std::mutex mutex;
+  static std::vector<Known> all_known;
+  int device = 0;
+  Status status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const Known& known : all_known) {
+    most = known.most;
+    if (known.device == device && known.cluster == shape.cluster && known.shared_bytes == shape.shared_bytes) {
+      return cudaSuccess;
+    }
+  }
+  status = allow_shared_memory<kernel>();
+  if (status != cudaSuccess) return status;
+  const Unnoticed unnoticed;
+  const LaunchConfig config(shape, nullptr);
+  status = cudaOccupancyMaxActiveClusters(&most, kernel, &config);
+  if (status == cudaSuccess) all_known.push_back({device, shape.cluster, most, shape.shared_bytes});
+  return status;
 }
 
 #else
@@ -335,6 +382,12 @@ template <auto kernel, class Argument>
 Status launch(const LaunchShape& shape, void*, const Argument& argument) {
   emulator::launch(dim3(unsigned(shape.blocks)), dim3(unsigned(shape.threads)), size_t(shape.shared_bytes),
                    unsigned(shape.cluster), shape.overlaps, shape.is_overlapped, [=] { kernel(argument); });
+  return kSuccess;
+}
+
+template <auto kernel>
+Status clusters_at_a_time(const LaunchShape&, int& most) {
+  most = emulator::most_clusters;
   return kSuccess;
 }
 

@@ -7,6 +7,15 @@
 
 namespace xent::gpu {
 
+template <class A>
+XENT_DEVICE const Task::Numbers<A>& numbers(const Task& task) {
+  if constexpr (sizeof(A) == 4) {
+    return task.in_float;
+  } else {
+    return task.in_double;
+  }
+}
+
 // ---- where ----------------------------------------------------------------------------------------------------------
 
 // The offset of a position, in elements.
@@ -55,6 +64,22 @@ XENT_DEVICE int64_t read_class(const View& view, int64_t offset) {
   }
 }
 
+// Several, whose reads are under way at the same time.
+template <int N>
+XENT_DEVICE void read_classes(const View& view, const int64_t (&offsets)[N], int64_t (&classes)[N]) {
+  const auto read = [&](const auto* data) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) classes[j] = data[offsets[j]];
+  };
+  switch (view.type) {
+    case ElementType::kInt8: return read(static_cast<const int8_t*>(view.data));
+    case ElementType::kUInt8: return read(static_cast<const uint8_t*>(view.data));
+    case ElementType::kInt16: return read(static_cast<const int16_t*>(view.data));
+    case ElementType::kInt32: return read(static_cast<const int32_t*>(view.data));
+    default: return read(static_cast<const int64_t*>(view.data));
+  }
+}
+
 template <class From>
 XENT_DEVICE void write_element(const View& view, int64_t offset, From x) {
   switch (view.type) {
@@ -72,13 +97,17 @@ constexpr int kIgnored = -1, kBad = -2, kProbabilities = -3;
 
 // A class as it is read; of a shard counted from here.
 template <TargetKind kind>
-XENT_DEVICE int64_t checked_class(const Task& task, const View& view, int64_t offset) {
-  const int64_t target = read_class(view, offset);
+XENT_DEVICE int64_t checked_class(const Task& task, int64_t target) {
   if (target == task.ignore_index) return kIgnored;
   if constexpr (kind == TargetKind::kGeneral) {
     return target < 0 || target >= task.all_classes() ? kBad : task.counted_from_here(target);
   }
   return target < 0 || target >= task.classes ? kBad : target;
+}
+
+template <TargetKind kind>
+XENT_DEVICE int64_t checked_class(const Task& task, const View& view, int64_t offset) {
+  return checked_class<kind>(task, read_class(view, offset));
 }
 
 // Where it is said which positions count: labels that go with a teacher, or the target itself.
@@ -116,6 +145,18 @@ XENT_DEVICE int64_t read_label(const Task& task, int64_t offset) {
   return checked_class<kind>(task, labels_of<kind>(task), offset);
 }
 
+// Of several positions at once.
+template <TargetKind kind, int N>
+XENT_DEVICE void read_labels(const Task& task, const int64_t (&offsets)[N], int64_t (&labels)[N]) {
+  const bool one_class =
+      kind != TargetKind::kSoft && (kind != TargetKind::kGeneral || task.labels || task.form == Form::kIndices);
+  if (one_class) read_classes(labels_of<kind>(task), offsets, labels);
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    labels[j] = one_class ? checked_class<kind>(task, labels[j]) : read_label<kind>(task, offsets[j]);
+  }
+}
+
 XENT_DEVICE bool is_counted(int64_t label) { return label >= 0 || label == kProbabilities; }
 
 // Tells the host, unless it still has to take an earlier report. `offset`: of the position in labels_of(task).
@@ -145,14 +186,14 @@ XENT_DEVICE A class_weight(const Task& task, int64_t c) {
 template <TargetKind kind, class A>
 XENT_DEVICE A coefficient(const Task& task, int64_t c, A probability) {
   if constexpr (kind == TargetKind::kIndex) return A(0);
-  if constexpr (kind == TargetKind::kSmoothedIndex) return class_weight<A>(task, c) * A(task.share);
-  return class_weight<A>(task, c) * (A(task.keep) * probability + A(task.share));
+  if constexpr (kind == TargetKind::kSmoothedIndex) return class_weight<A>(task, c) * numbers<A>(task).share;
+  return class_weight<A>(task, c) * (numbers<A>(task).keep * probability + numbers<A>(task).share);
 }
 
 // e / C times the sum of the class weights.
 template <class A>
 XENT_DEVICE A smoothed_total(const Task& task) {
-  return A(task.smoothed_total_on_device ? *task.smoothed_total_on_device : task.smoothed_total);
+  return task.smoothed_total_on_device ? A(*task.smoothed_total_on_device) : numbers<A>(task).smoothed_total;
 }
 
 // Whether all classes have the same coefficient, but for what an index target adds to its own.
@@ -186,7 +227,7 @@ struct Found {
 
 template <class A>
 XENT_DEVICE A z_loss_of(const Task& task, A lse) {
-  return A(task.z_loss) * lse * lse;
+  return numbers<A>(task).z_loss * lse * lse;
 }
 
 template <class A>
@@ -232,7 +273,7 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
       loss = index_loss(A(0), A(1), A(0), spread, mass, log_sum);
     } else {
       weight = class_weight<A>(task, label);
-      const A hit = A(task.keep) * weight;
+      const A hit = numbers<A>(task).keep * weight;
       loss = index_loss(hit, A(kind == TargetKind::kIndex ? 0 : 1), max - target_logit, spread, mass, log_sum);
     }
     loss += z_loss_of(task, max + log_sum);
@@ -281,13 +322,13 @@ struct Gradient {
     to_softmax = softmax.factor;
     scale = grad_output;
     hit = smoothed = A(0);
-    rest = A(2 * task.z_loss) * (max + log_sum);
+    rest = (numbers<A>(task).z_loss + numbers<A>(task).z_loss) * (max + log_sum);
     if constexpr (kind == TargetKind::kSoft) rest += found.mass;
     if constexpr (kind == TargetKind::kSmoothedIndex) {
       rest += smoothed_total<A>(task);
       smoothed = coefficient<kind>(task, label, A(0));
     }
-    if constexpr (kind != TargetKind::kSoft) hit = A(task.keep) * class_weight<A>(task, label);
+    if constexpr (kind != TargetKind::kSoft) hit = numbers<A>(task).keep * class_weight<A>(task, label);
     total = hit + rest;
     to_total = total * to_softmax;
     to_scaled = scale * to_total;
@@ -318,7 +359,7 @@ XENT_DEVICE void gradients(const Task& task, const Of& of, const A (&x)[N], cons
   bool careful = false;
   if (is_uniform<kind>(task)) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) dx[j] = of(j).of_power(of(j).power(x[j]), A(task.share), careful);
+    for (int j = 0; j < N; ++j) dx[j] = of(j).of_power(of(j).power(x[j]), numbers<A>(task).share, careful);
     return;
   }
   A a[N];
@@ -355,7 +396,7 @@ XENT_DEVICE A grad_output_of(const Task& task, int64_t position) {
 template <class A>
 XENT_DEVICE void write_probability_gradient(const Task& task, int64_t position_offset, int64_t c, A of_probability) {
   write_element(task.grad_target, position_offset + c * task.grad_target.class_stride,
-                A(task.keep) * class_weight<A>(task, c) * of_probability);
+                numbers<A>(task).keep * class_weight<A>(task, c) * of_probability);
 }
 
 }  // namespace xent::gpu

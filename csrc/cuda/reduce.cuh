@@ -57,18 +57,30 @@ XENT_DEVICE void leave_sums(const Task& task, Sums sums) {
 
 // ---- before the loss: what a mean divides by, for a gradient that is made together with it --------------------------
 
-// The weights of the targets that count. Reads what each position's target says of that, and nothing else.
+// The weights of the targets that count. Reads what each position's target says of that, and nothing else: several at a
+// time, or it would take as long as its reads take one after the other.
 template <class A>
 __global__ void __launch_bounds__(kReduceThreads) count_targets(const __grid_constant__ Task task) {
   constexpr TargetKind kind = TargetKind::kGeneral;  // any
   let_next_kernel_begin();
+  constexpr int N = kCountedTogether;
   Sums sums{0, 0};
   const int64_t step = int64_t(gridDim.x) * kReduceThreads;
-  for (int64_t p = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x; p < task.positions; p += step) {
-    const int64_t label = read_label<kind>(task, offset_of(task, labels_of<kind>(task), p));
-    if (!is_counted(label)) continue;
-    const A weight = task.form == Form::kIndices ? class_weight<A>(task, label) : A(1);
-    sums.weight += double(weight * sample_weight_of<A>(task, p));
+  for (int64_t first = int64_t(blockIdx.x) * kReduceThreads + threadIdx.x; first < task.positions; first += N * step) {
+    int64_t offsets[N], labels[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const int64_t p = min(first + j * step, task.positions - 1);
+      offsets[j] = task.dims == 1 ? p * labels_of<kind>(task).stride[0] : offset_of(task, labels_of<kind>(task), p);
+    }
+    read_labels<kind>(task, offsets, labels);
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      const int64_t p = first + j * step;
+      if (p >= task.positions || !is_counted(labels[j])) continue;
+      const A weight = task.form == Form::kIndices ? class_weight<A>(task, labels[j]) : A(1);
+      sums.weight += double(weight * sample_weight_of<A>(task, p));
+    }
   }
   leave_sums(task, sums);
 }

@@ -3,7 +3,8 @@
 // Fuses the log-sum-exp, the loss and the gradient of a row. A warp, a block or a cluster of blocks has a row to
 // itself, brings it into shared memory once, and makes the gradient from there:
 //
-//   forward with gradient    1 read + 1 write of the row (probabilities are read twice, the second time from L2)
+//   forward with gradient    1 read + 1 write of the row, and 1 read of probabilities that lie as the logits do
+//                            (others are read twice, the second time from L2)
 //   forward alone            1 read
 //   backward alone           1 read + 1 write
 //
@@ -12,7 +13,9 @@
 //   where latency x bandwidth asks for about 25 (H200: 4.8 TB/s x 0.7 us / 132).
 // * Each thread copies, sums and writes the same vectors. It needs no barrier to see its own copies, and may write the
 //   gradient in the logits' place as soon as the row's sums are joined. One barrier for each row, and none for a warp.
-// * Copies are waited for in quarters: the first is summed while the last is on its way.
+// * Copies are waited for in parts: the first is summed while the last is on its way. A thread finds the maximum of its
+//   part before it sums it, without a branch. An online sum would meet a new maximum in nearly every vector: a thread
+//   has few of them, and one lane of 32 is enough.
 // * A row that fits no shared memory is read twice, the second time from the L2 cache where that is large enough.
 // * The grid is as large as fits on the device at a time and walks the rows, so the sums of each block come in an order
 //   that depends on the shapes alone.
@@ -92,7 +95,7 @@ struct Members {
 // One block's part of a row: its vectors in global memory, and each thread's copies of its own.
 template <class T, Team team, bool kCopied, bool kLongUse>
 struct Slice {
-  static constexpr int kStages = 4;                                 // of copies
+  static constexpr int kStages = team == Team::kWarp ? 2 : 4;       // of copies
   static constexpr int kTogether = kCopied ? 1 : kLongUse ? 2 : 4;  // loads under way at a time, without copies
   static constexpr int kThreads = Members<team>::kThreads;
 
@@ -112,23 +115,48 @@ struct Slice {
   XENT_DEVICE int64_t class_of(int i) const { return shape.head + (first + i) * kPerVector<T>; }
   XENT_DEVICE int stage_end(int stage) const { return min((stage + 1) * stage_size, count); }
 
-  XENT_DEVICE void start_copies(int thread) const {
+  // Of the row and, if it is not null, of a twin: a row that lies in memory as this one does. The copy of its class c
+  // is at (returned pointer)[c].
+  XENT_DEVICE const T* start_copies(int thread, const T* twin, unsigned char* copies_of_twin) const {
 #pragma unroll 1
     for (int stage = 0; stage < kStages; ++stage) {
       for (int i = stage * stage_size + thread; i < stage_end(stage); i += kThreads) {
         copy_async(copies + int64_t(i) * 16, row + class_of(i));
+        if (twin) copy_async(copies_of_twin + int64_t(i) * 16, twin + class_of(i));
       }
       commit_copies();
     }
+    return twin ? reinterpret_cast<const T*>(copies_of_twin) - class_of(0) : nullptr;
   }
 
   static XENT_DEVICE void wait_for(int stage) {
-    switch (stage) {
-      case 0: wait_for_copies<3>(); break;
-      case 1: wait_for_copies<2>(); break;
-      case 2: wait_for_copies<1>(); break;
+    switch (kStages - 1 - stage) {  // as many may be under way
+      case 3: wait_for_copies<3>(); break;
+      case 2: wait_for_copies<2>(); break;
+      case 1: wait_for_copies<1>(); break;
       default: wait_for_copies<0>();
     }
+  }
+
+  // Whether a class is in one of this thread's vectors, and its logit.
+  XENT_DEVICE bool has(int64_t c, int thread) const {
+    const int64_t element = c - class_of(0);
+    return uint64_t(element) < uint64_t(int64_t(count) * kPerVector<T>) &&
+           int(element / kPerVector<T>) % kThreads == thread;
+  }
+  XENT_DEVICE Arithmetic<T> logit_of(int64_t c) const {
+    return widen<Arithmetic<T>>(kCopied ? reinterpret_cast<const T*>(copies)[c - class_of(0)] : row[c]);
+  }
+
+  // The largest logit of this thread's vectors in [begin, end).
+  XENT_DEVICE Arithmetic<T> largest(int begin, int end, int thread) const {
+    Arithmetic<T> lowest[kPerVector<T>];
+#pragma unroll
+    for (int j = 0; j < kPerVector<T>; ++j) lowest[j] = -INFINITY;
+    uint4 all = narrow_vector<T>(lowest);
+    for (int i = begin + thread; i < end; i += kThreads)
+      all = max_vector<T>(all, load_vector(copies + int64_t(i) * 16));
+    return largest_of<T>(all);
   }
 
   // Calls use(class, vector) for this thread's vectors in [begin, end).
@@ -164,7 +192,7 @@ struct TargetRow {
   using A = Arithmetic<T>;
   const Task& task;
   int64_t offset;
-  const T* twin = nullptr;  // where they lie as the logits do: read as vectors
+  const T* twin = nullptr;  // where they lie as the logits do: read as vectors, or from their copies
 
   XENT_DEVICE TargetRow(const Task& task, int64_t position, const T* row)
       : task(task), offset(offset_of(task, task.target, position)) {
@@ -214,10 +242,10 @@ struct Coefficients {
     if constexpr (kind == TargetKind::kSoft) {
       target.load(c, a);
 #pragma unroll
-      for (int j = 0; j < kPerVector<T>; ++j) a[j] = A(task.keep) * a[j] + A(task.share);
+      for (int j = 0; j < kPerVector<T>; ++j) a[j] = numbers<A>(task).keep * a[j] + numbers<A>(task).share;
     } else {
 #pragma unroll
-      for (int j = 0; j < kPerVector<T>; ++j) a[j] = A(task.share);
+      for (int j = 0; j < kPerVector<T>; ++j) a[j] = numbers<A>(task).share;
     }
     if (task.weight == nullptr) return;
 #pragma unroll
@@ -318,13 +346,21 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     const int64_t target = offset_of(task, labels_of<kind>(task), position);
     label = next_label;
     const bool counts = is_counted(label);
-    const Coefficients<T, kind> coefficients(task, position, row);
+    Coefficients<T, kind> coefficients(task, position, row);
     const RowSlice slice(row, task.classes, copies, members);
     const bool has_edge = counts && members.rank == 0 && members.thread < slice.shape.edges;
     const int64_t edge = slice.shape.edge(members.thread);
 
     A edge_logit[1] = {A(0)}, edge_coefficient[1] = {A(0)}, target_logit = 0;
-    if (counts && kCopied) slice.start_copies(members.thread);
+    if constexpr (kCopied && (kind == TargetKind::kSoft || kGeneral)) {
+      const T*& twin = coefficients.target.twin;
+      const T* const to_copy = task.twin_target ? twin : nullptr;
+      const T* const copied =
+          counts ? slice.start_copies(members.thread, to_copy, copies + task.copy_bytes / 2) : nullptr;
+      if (copied) twin = copied;
+    } else if (kCopied && counts) {
+      slice.start_copies(members.thread, nullptr, nullptr);
+    }
     next_label = label_at(position + members.step);
     if (has_edge) {
       edge_logit[0] = widen<A>(row[edge]);
@@ -338,17 +374,26 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       if (task.is_here(label) && members.leads()) target_logit = read_logit<kind>(task, row, label);
       if (counts) {
         for (int stage = 0; stage < RowSlice::kStages; ++stage) {
+          const int begin = stage * slice.stage_size, end = slice.stage_end(stage);
           if constexpr (kCopied) slice.wait_for(stage);
-          slice.for_each(stage * slice.stage_size, slice.stage_end(stage), members.thread, [&](int64_t c, uint4 raw) {
+          if constexpr (kCopied && !kGeneral) statistics.raise(slice.largest(begin, end, members.thread));
+          slice.for_each(begin, end, members.thread, [&](int64_t c, uint4 raw) {
             if constexpr (kGeneral) {
               coefficients.for_parts(c, raw, add_general);
             } else {
               A x[N];
               widen_vector<T>(raw, x);
-              if (is_uniform<kind>(task)) return statistics.add(x, A(task.share));
+              const auto add = [&](const auto& a) {
+                if constexpr (kCopied) {
+                  statistics.add_up_to_max(x, a);
+                } else {
+                  statistics.add(x, a);
+                }
+              };
+              if (is_uniform<kind>(task)) return add(numbers<A>(task).share);
               A a[N];
               coefficients.of_vector(c, a);
-              statistics.add(x, a);
+              add(a);
             }
           });
         }
@@ -386,8 +431,8 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     const auto gradient_of = [&](int) -> const auto& { return gradient; };
     const bool aligned = phase_of(out) == phase_of(row);
     const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
-    slice.for_each(0, slice.count, members.thread, [&](int64_t c, uint4 raw) {
-      if constexpr (kGeneral) {
+    if constexpr (kGeneral) {
+      slice.for_each(0, slice.count, members.thread, [&](int64_t c, uint4 raw) {
         uint4 narrowed{0, 0, 0, 0};
         coefficients.for_parts(c, raw, [&](const auto& x, const auto& terms, int begin) {
           A dx[kPerPart<T>];
@@ -398,32 +443,34 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
           for (int j = 0; j < kPerPart<T>; ++j) out[terms.class_of(j)] = narrow<T>(dx[j]);
         });
         if (out && aligned) stream_vector(out + c, narrowed);
-      } else {
-        A x[N], dx[N];
-        widen_vector<T>(raw, x);
-        if (kind == TargetKind::kSoft && task.grad_target) {
-          for (int j = 0; j < N; ++j) {
-            write_probability_gradient(task, grad_target, c + j, gradient.of_probability(x[j]));
+      });
+    } else {
+      // An index target's own class, once, rather than looked for in each vector. Its thread writes it after the
+      // vector.
+      const bool has_own = kind != TargetKind::kSoft && slice.has(label, members.thread);
+      const A own = has_own ? gradient.own(slice.logit_of(label)) : A(0);
+      const auto write = [&](auto as_vectors) {
+        slice.for_each(0, slice.count, members.thread, [&](int64_t c, uint4 raw) {
+          A x[N], dx[N];
+          widen_vector<T>(raw, x);
+          if (kind == TargetKind::kSoft && task.grad_target) {
+            for (int j = 0; j < N; ++j) {
+              write_probability_gradient(task, grad_target, c + j, gradient.of_probability(x[j]));
+            }
+            if (!out) return;
           }
-          if (!out) return;
-        }
-        gradients<kind>(task, gradient_of, x, [&](A(&a)[N]) { coefficients.of_vector(c, a); }, dx);
-        if (kind != TargetKind::kSoft && uint64_t(label - c) < uint64_t(N)) {
-          A own = x[0];
+          gradients<kind>(task, gradient_of, x, [&](A(&a)[N]) { coefficients.of_vector(c, a); }, dx);
+          if constexpr (decltype(as_vectors)::value) {
+            stream_vector(out + c, narrow_vector<T>(dx));
+          } else {
 #pragma unroll
-          for (int j = 1; j < N; ++j) own = label - c == j ? x[j] : own;
-          own = gradient.own(own);
-#pragma unroll
-          for (int j = 0; j < N; ++j) dx[j] = label - c == j ? own : dx[j];
-        }
-        if (aligned) {
-          stream_vector(out + c, narrow_vector<T>(dx));
-        } else {
-#pragma unroll
-          for (int j = 0; j < N; ++j) out[c + j] = narrow<T>(dx[j]);
-        }
-      }
-    });
+            for (int j = 0; j < N; ++j) out[c + j] = narrow<T>(dx[j]);
+          }
+        });
+      };
+      aligned ? write(std::true_type()) : write(std::false_type());
+      if (has_own) out[label] = narrow<T>(own);
+    }
     if (has_edge) {
       A dx[1];
       if constexpr (kGeneral) {

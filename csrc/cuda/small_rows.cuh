@@ -4,6 +4,8 @@
 // then has a position to itself. In contiguous rows (N, C) or channels_last a tile is one run of memory, moved 16 bytes
 // at a time however few classes there are: 1 read + 1 write of the logits, forward with gradient or backward alone.
 //
+// A warp has two places for tiles: the next one is on its way while this one is worked on.
+//
 // Why so: a row of 10 floats is no multiple of 16 bytes, and a warp that read rows directly would use a third of each
 // transaction. From shared memory threads take single elements, once, into registers: maximum, exponentials and
 // gradient are made there, each exponential once. With so few elements what is done once for a row counts, too; so a
@@ -42,13 +44,14 @@ struct Tile {
     }
   }
 
-  // Returns where the tile's elements begin.
-  XENT_DEVICE T* load(const Task& task, int lane) const {
+  // Returns where the tile's elements are going to be, when one group of copies has ended and the warp has met.
+  XENT_DEVICE T* start_load(const Task& task, int lane) const {
     const int count = rows * classes;
     if (!is_one_run(task, task.logits)) {
       T* const elements = reinterpret_cast<T*>(memory);
       for_elements(task, task.logits, lane,
                    [&](int e, int64_t offset) { elements[e] = static_cast<const T*>(task.logits.data)[offset]; });
+      commit_copies();  // of none
       return elements;
     }
     const T* const from = source(task, task.logits);
@@ -60,7 +63,6 @@ struct Tile {
     }
     commit_copies();
     for (int i = lane; i < shape.edges; i += kWarp) elements[shape.edge(i)] = from[shape.edge(i)];
-    wait_for_copies<0>();
     return elements;
   }
 
@@ -113,10 +115,27 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
   const int64_t tiles = (task.positions + task.rows_per_tile - 1) / task.rows_per_tile;
   const int64_t step = int64_t(gridDim.x) * (kSmallRowsThreads / kWarp);
   const int64_t first_tile = int64_t(blockIdx.x) * (kSmallRowsThreads / kWarp) + warp;
+  const auto tile_at = [&](int64_t t, int place) {
+    Tile<T> tile{shared + int64_t(2 * warp + place) * task.copy_bytes, t * task.rows_per_tile, 0, classes};
+    tile.rows = int(max(int64_t(0), min(int64_t(task.rows_per_tile), task.positions - tile.first)));
+    return tile;
+  };
+  Tile<T> next = tile_at(first_tile, 0);
+  T* next_elements = next.start_load(task, lane);
+  int place = 0;
+
   for (int64_t t = first_tile; t < tiles; t += step) {
-    Tile<T> tile{shared + int64_t(warp) * task.copy_bytes, t * task.rows_per_tile, task.rows_per_tile, classes};
-    tile.rows = int(min(int64_t(tile.rows), task.positions - tile.first));
-    T* const elements = tile.load(task, lane);
+    const Tile<T> tile = next;
+    T* const elements = next_elements;
+    place ^= 1;
+    next = tile_at(t + step, place);
+    next_elements = next.start_load(task, lane);  // of nothing, after the last one
+
+    const auto label_at = [&](int r) {
+      return r < tile.rows ? read_label<kind>(task, offset_of(task, task.target, tile.first + r)) : int64_t(kIgnored);
+    };
+    int64_t label, next_label = label_at(lane / lanes);
+    wait_for_copies<1>();
     __syncwarp();
     if (t == first_tile) scale_of_all = gradient_scale<A>(task);
 
@@ -124,7 +143,9 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
       const bool exists = r < tile.rows, leads = exists && first_class == 0;
       const int64_t position = tile.first + (exists ? r : 0);
       T* const row = elements + int64_t(exists ? r : 0) * classes + first_class;
-      const int64_t target = offset_of(task, task.target, position), label = read_label<kind>(task, target);
+      const int64_t target = offset_of(task, task.target, position);
+      label = next_label;
+      next_label = label_at(r + kWarp / lanes);
       const bool counts = exists && is_counted(label);
       const int own_label = int(label) - first_class;
       const int own = exists ? own_classes : 0;
@@ -184,7 +205,7 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
       __syncwarp();  // the target's logit has been read
       if (is_uniform<kind>(task)) {
         bool careful = false;
-        for_held([&](int k) { held[k] = gradient.of_power(held[k], A(task.share), careful); });
+        for_held([&](int k) { held[k] = gradient.of_power(held[k], numbers<A>(task).share, careful); });
       } else {
         for_held([&](int k) {
           const A a = coefficient_of(k);
@@ -200,8 +221,9 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
     }
     __syncwarp();
     if (backward && task.grad_logits) tile.store(task, elements, lane);
-    __syncwarp();  // before the next tile takes this one's place
+    __syncwarp();  // before another tile takes this one's place
   }
+  wait_for_copies<0>();
   leave_sums(task, sums);
 }
 

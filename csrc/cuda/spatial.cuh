@@ -65,12 +65,15 @@ template <int N, class A, class Mine, class Join>
 XENT_DEVICE void join_slices(A* exchange, int x, int y, int width, int slices, const Mine& mine, const Join& join) {
   __syncthreads();  // what was exchanged before has been read
 #pragma unroll
-  for (int j = 0; j < N; ++j) exchange[(y * width + x) * N + j] = mine(j);
+  for (int j = 0; j < N; ++j)
+    exchange[j * kSpatialThreads + y * width + x] = mine(j);  // neighbours in banks of their own
   __syncthreads();
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    A joined = exchange[x * N + j];
-    for (int other = 1; other < slices; ++other) joined = join(joined, exchange[(other * width + x) * N + j]);
+    A joined = exchange[j * kSpatialThreads + x];
+    for (int other = 1; other < slices; ++other) {
+      joined = join(joined, exchange[j * kSpatialThreads + other * width + x]);
+    }
     mine(j) = joined;
   }
 }
@@ -91,6 +94,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
   XENT_SHARED_ARRAY(A, exchange, kSpatialThreads * N);
   const int slices = task.slices, width = kSpatialThreads / slices;
   const int x_index = int(threadIdx.x) % width, y_index = int(threadIdx.x) / width;
+  const auto slice_of = [&](int c) { return c & (slices - 1); };
   const int last = task.dims - 1;
   const int64_t inner_size = task.size[last];
   const int64_t pieces = (inner_size + width * N - 1) / (width * N);  // of a run
@@ -258,7 +262,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
       const int64_t loss = exists ? place.offset(task, task.loss) : 0;
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        if (!exists || j % slices != y_index) continue;
+        if (!exists || slice_of(j) != y_index) continue;
         A target_logit = 0;
         if (!kSoft && is_counted(label[j])) {
           target_logit = widen<A>(logits[label[j] * class_stride + j * task.logits.stride[last]]);
@@ -271,7 +275,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
 #pragma unroll
       for (int j = 0; j < N; ++j) {
         found[j] = SavedOf<kind>::template at<A>(task, first + j);
-        if (label[j] == kBad && j % slices == y_index)
+        if (label[j] == kBad && slice_of(j) == y_index)
           report_bad_target<kind>(task, first + j, target + j * target_stride);
       }
     }
@@ -292,8 +296,8 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
       gradient[j].set(
           task, first + j, counts[j] ? label[j] : 0, found[j],
           scale_of_all * read_grad_output<A>(task, grad_output + j * task.grad_output.stride[last]) * sample_weight(j));
-      if (kSoft || !counts[j] || label[j] % slices != y_index) continue;
-      const T* const from = kCopied ? reinterpret_cast<const T*>(copies + label[j] / slices * kNextCopy) + j
+      if (kSoft || !counts[j] || slice_of(label[j]) != y_index) continue;
+      const T* const from = kCopied ? reinterpret_cast<const T*>(copies + (label[j] >> task.slice_bits) * kNextCopy) + j
                                     : logits + label[j] * class_stride + j * task.logits.stride[last];
       own[j] = gradient[j].own(widen<A>(*from));
     }

@@ -51,12 +51,12 @@ struct Task : Problem {
 
   double keep = 1, share = 0;  // 1 - e, e / C
 
-  // Of a kGeneral task, what its loops over classes need, in both types of arithmetic: a conversion takes as long as
-  // sixteen additions.
+  // In both types of arithmetic: a conversion takes as long as sixteen additions.
   template <class A>
   struct Numbers {
     A keep = 1, share = 0, logit_scale = 1, softcap = 0, inverse_softcap = 0;  // the last two are zero without a cap
     A temperature = 1;
+    A z_loss = 0, smoothed_total = 0;
   };
   Numbers<float> in_float;
   Numbers<double> in_double;
@@ -70,7 +70,8 @@ struct Task : Problem {
   int32_t classes_per_lane = 1;
   int32_t rows_per_tile = 1;
   int32_t slices = 1;        // spatial: how many threads share the classes of a position
-  bool twin_target = false;  // probabilities lie and are aligned as the logits are
+  int32_t slice_bits = 0;    // its logarithm
+  bool twin_target = false;  // a target of every class lies and is aligned as the logits are
 
   BadTarget* bad_target = nullptr;
   int32_t* bad_targets = nullptr;  // how many reports were begun, in device memory: whoever adds one makes it

@@ -80,6 +80,21 @@ XENT_DEVICE uint4 max_vector(uint4 a, uint4 b) {
   }
 }
 
+// The largest element of a vector; a NaN is not seen.
+template <class T>
+XENT_DEVICE Arithmetic<T> largest_of(uint4 raw) {
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t pair = max_pair<T>(max_pair<T>(raw.x, raw.y), max_pair<T>(raw.z, raw.w));
+    return maximum(widen<float>(T{uint16_t(pair)}), widen<float>(T{uint16_t(pair >> 16)}));
+  } else {
+    Arithmetic<T> x[kPerVector<T>];
+    widen_vector<T>(raw, x);
+#pragma unroll
+    for (int j = 1; j < kPerVector<T>; ++j) x[0] = maximum(x[0], x[j]);
+    return x[0];
+  }
+}
+
 // All bits of the elements that `keep` names, none of the others.
 template <class T>
 XENT_DEVICE uint4 mask_of(const bool (&keep)[kPerVector<T>]) {

@@ -17,7 +17,7 @@
 //   which one thread, warp or block starves until nothing else can run find most;
 // * a missing wait for a copy. Copies are made as late as allowed, when they are waited for; or, with an odd seed, as
 //   early, when they are issued, which finds those into memory that is still in use;
-// * a read before the wait for the kernel that wrote it, if no other thread has waited.
+// * a read before the wait for the kernel that wrote it, if no other thread has waited. (TSan sees it if one has.)
 // With -fsanitize=address,undefined: accesses out of bounds (each shared array is an allocation of its own, of exact
 // size), shared memory of a block that has exited, misaligned vectors.
 // With -fsanitize=thread: data races between threads of a grid, whatever the order they ran in. Barriers, __syncwarp
@@ -48,6 +48,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -156,6 +157,7 @@ struct Schedule {
 // For all launches of the process. To be set while there are none.
 inline Schedule schedule;
 inline size_t most_shared_bytes = 227 << 10;  // of a block
+inline int most_clusters = 1 << 16;           // at a time, as the device would answer
 
 // As kernel<<<grid, block, shared_bytes>>>, in clusters of so many blocks along x. Returns when all threads have
 // exited, and throws Error if one of them did something wrong.
@@ -815,7 +817,7 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster,
 
 struct Launched {
   std::function<void()> run;
-  bool has_run = false;
+  std::atomic<bool> has_run = false;  // acquired by each thread that waits, as sanitizers see
 };
 
 namespace internal {
@@ -838,14 +840,14 @@ inline void launch(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster,
     if (before && !before->has_run) throw Error("a kernel has ended and not waited for the one that it overlaps");
   };
   if (!is_overlapped) return run();
-  not_run = std::make_shared<Launched>(Launched{run});
+  not_run = std::make_shared<Launched>();
+  not_run->run = run;
 }
 
 // As griddepcontrol.wait. The other kernel runs in an OS thread of its own, as it would on a GPU: this one is busy.
 inline void wait_for_previous_kernel() {
   Launched* const before = internal::to_wait_for;
-  if (before == nullptr || before->has_run) return;
-  before->has_run = true;
+  if (before == nullptr || before->has_run.load(std::memory_order_acquire)) return;
   std::exception_ptr error;
   std::thread([&] {
     try {
@@ -854,6 +856,7 @@ inline void wait_for_previous_kernel() {
       error = std::current_exception();
     }
   }).join();
+  before->has_run.store(true, std::memory_order_release);
   if (error) std::rethrow_exception(error);
 }
 
