@@ -1,6 +1,6 @@
 // The mathematics of the loss, once for every kernel. `T` is float or double in a CUDA thread, a vector of either on
 // the CPU. No branches: `select(mask, a, b)` chooses lane by lane. The including file provides
-//   XENT_INLINE, select(mask, a, b), log(x), exp_and_expm1(x, &exp, &expm1)
+//   XENT_INLINE, select(mask, a, b), log(x), exp_and_expm1(x, &exp, &expm1), rough_quotient(a, b)
 // for T, and includes this file inside the namespace of each instruction set (hence no include guard).
 //
 // With m = max x, L = log sum exp(x - m), lse = m + L and coefficients a_c >= 0, A = sum_c a_c:
@@ -33,7 +33,7 @@ template <class T>
 XENT_INLINE T log_of_sum(T ties, T rest) {
   T sum, lost;
   two_sum(ties, rest, sum, lost);
-  return log(sum) + lost / sum;
+  return log(sum) + rough_quotient(lost, sum);  // a rounding's rounding
 }
 
 // The coefficients of an index target: `hit` for the target's class, and `share` of each class's weight.

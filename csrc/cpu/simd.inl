@@ -61,6 +61,11 @@ XENT_INLINE void stream_x86(V* p, V v) {
 }
 #endif
 
+template <class V>
+XENT_INLINE V rough_quotient(V a, V b) {
+  return a / b;
+}
+
 // How many elements to store singly before `p` is aligned for vectors of V.
 template <class V, class S>
 XENT_INLINE int64_t elements_to_alignment(const S* p) {

@@ -14,6 +14,7 @@ constexpr int kWarpThreads = 32;
 
 // What a block takes of shared memory beside its copies: arrays of its own, and what the system reserves.
 constexpr int64_t kOverheadBytes = 3 << 10;
+constexpr int64_t kSpatialOverheadBytes = 6 << 10;  // whose threads exchange more
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -27,8 +28,9 @@ int64_t size_of(ElementType type) {
 }
 
 // As many blocks as fit on the device at a time, or as there is work for.
-int64_t persistent_blocks(const Device& device, int threads, int64_t shared_bytes, int resident, int64_t work) {
-  const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + kOverheadBytes);
+int64_t persistent_blocks(const Device& device, int threads, int64_t shared_bytes, int resident, int64_t work,
+                          int64_t overhead_bytes = kOverheadBytes) {
+  const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + overhead_bytes);
   const int64_t by_threads = device.most_threads / threads;
   const int64_t each = std::min({by_shared, by_threads, int64_t(device.most_blocks), int64_t(resident)});
   return std::max<int64_t>(1, std::min(std::max<int64_t>(1, each) * device.multiprocessors, work));
@@ -186,8 +188,8 @@ Plan plan_spatial(Task& task, const Device& device) {
   while (slices < tuning.most_slices && is_wide()) slices *= 2;
   if (plan.vectors) {
     int more = slices;
-    while (more < tuning.most_slices && bytes_of(more) + kOverheadBytes > preferred) more *= 2;
-    plan.copied = bytes_of(more) + 2 * kOverheadBytes <= device.shared_per_block;
+    while (more < tuning.most_slices && bytes_of(more) + kSpatialOverheadBytes > preferred) more *= 2;
+    plan.copied = bytes_of(more) + kSpatialOverheadBytes <= device.shared_per_block;
     if (plan.copied) slices = more;
   }
   if (!plan.copied) {
@@ -199,7 +201,8 @@ Plan plan_spatial(Task& task, const Device& device) {
   plan.shape.shared_bytes = plan.copied ? bytes_of(slices) : 0;
   const int64_t tiles = task.positions / inner * divide_up(inner, kSpatialThreads / slices * of_thread);
   const int resident = spatial_resident(int(size_of(task.logits.type)), task.kind, plan.vectors, plan.copied);
-  plan.shape.blocks = persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, resident, tiles);
+  plan.shape.blocks =
+      persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, resident, tiles, kSpatialOverheadBytes);
   return plan;
 }
 

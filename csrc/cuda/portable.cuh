@@ -212,6 +212,14 @@ inline float rounded_product(float a, float b) { return a * b; }
 inline double rounded_product(double a, double b) { return a * b; }
 #endif
 
+// To a few units in the last place, where that is more than enough.
+#if defined(__CUDACC__)
+XENT_DEVICE float rough_quotient(float a, float b) { return __fdividef(a, b); }
+#else
+inline float rough_quotient(float a, float b) { return a / b; }
+#endif
+XENT_DEVICE double rough_quotient(double a, double b) { return a / b; }
+
 XENT_DEVICE float log(float x) { return ::logf(x); }
 XENT_DEVICE double log(double x) { return ::log(x); }
 XENT_DEVICE float expm1(float x) { return ::expm1f(x); }

@@ -251,7 +251,7 @@ struct Destination {
       write_element(task.loss, loss_offset, loss * sample_weight);
     } else {
       sums.loss += double(loss * sample_weight);
-      sums.weight += double(weight * sample_weight);
+      if (task.counted == nullptr) sums.weight += double(weight * sample_weight);
     }
   }
 };

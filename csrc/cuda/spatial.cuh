@@ -49,6 +49,13 @@ struct Pack {
       return mask_of<T>(keep);
     }
   }
+  static XENT_DEVICE void store(T* p, const A (&x)[N]) {
+    if constexpr (N == 1) {
+      *p = narrow<T>(x[0]);
+    } else {
+      stream_vector(p, narrow_vector<T>(x));
+    }
+  }
   // Zero where the mask is.
   static XENT_DEVICE void store(T* p, const A (&x)[N], const Mask& mask) {
     if constexpr (N == 1) {
@@ -301,23 +308,37 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
                                     : logits + label[j] * class_stride + j * task.logits.stride[last];
       own[j] = gradient[j].own(widen<A>(*from));
     }
-    const auto mask = Pack<T, N>::mask(counts);
-    for_classes([&](int c, const unsigned char* copy) {
-      A x[N], dx[N];
-      load_class(c, copy, x);
-      gradients<kind>(
-          task, [&](int j) -> const auto& { return gradient[j]; }, x, [&](A(&a)[N]) { load_coefficients(c, a); }, dx);
-      if constexpr (kSoft) {
-        for (int j = 0; task.grad_target && j < N; ++j) {
-          write_probability_gradient(task, grad_target + j * task.grad_target.stride[last], c,
-                                     gradient[j].of_probability(x[j]));
-        }
-      } else {
+    const auto write = [&](auto masked) {
+      const auto mask = Pack<T, N>::mask(counts);
+      const int64_t step = slices * task.grad_logits.class_stride;
+      T* to = out ? out + y_index * task.grad_logits.class_stride : nullptr;
+      for_classes([&](int c, const unsigned char* copy) {
+        A x[N], dx[N];
+        load_class(c, copy, x);
+        gradients<kind>(
+            task, [&](int j) -> const auto& { return gradient[j]; }, x, [&](A(&a)[N]) { load_coefficients(c, a); }, dx);
+        if constexpr (kSoft) {
+          for (int j = 0; task.grad_target && j < N; ++j) {
+            write_probability_gradient(task, grad_target + j * task.grad_target.stride[last], c,
+                                       gradient[j].of_probability(x[j]));
+          }
+        } else {
 #pragma unroll
-        for (int j = 0; j < N; ++j) dx[j] = label[j] == c ? own[j] : dx[j];
-      }
-      if (out) Pack<T, N>::store(out + c * task.grad_logits.class_stride, dx, mask);
-    });
+          for (int j = 0; j < N; ++j) dx[j] = label[j] == c ? own[j] : dx[j];
+        }
+        if (kSoft && to == nullptr) return;
+        if constexpr (decltype(masked)::value) {
+          Pack<T, N>::store(to, dx, mask);
+        } else {
+          Pack<T, N>::store(to, dx);
+        }
+        to += step;
+      });
+    };
+    bool all_count = true;
+#pragma unroll
+    for (int j = 0; j < N; ++j) all_count &= counts[j];
+    all_count ? write(std::false_type()) : write(std::true_type());
   }
   leave_sums(task, sums);
 }
