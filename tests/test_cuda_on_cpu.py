@@ -251,6 +251,19 @@ def test_other_numbers(kernels: ModuleType, name: str) -> None:
     assert any(first != second for first, second in plans.values())
 
 
+def test_fewer_clusters_than_there_is_room_for(kernels: ModuleType) -> None:
+    kernels.set_device(*DEVICES["small-clusters"])
+    for shape, dtype in [((20, 8191), single), ((30, 9001), half)]:
+        logits = logits_of(shape, dtype)
+        assert kernels.plan(logits, index_target(logits))["team"] == "cluster"
+        for most in (1, 2):
+            before = kernels.set_most_clusters(most)
+            try:
+                check_all(logits, key=("clusters", shape))
+            finally:
+                kernels.set_most_clusters(before)
+
+
 def test_measuring_other_numbers(kernels: ModuleType) -> None:
     """benchmarks.tune finds every number, and puts it back."""
     records = []

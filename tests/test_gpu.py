@@ -543,6 +543,31 @@ def test_the_same_bits_of_large_sums(shape: tuple[int, ...]) -> None:
     assert all(torch.equal(loss, results[0][0]) and same is True for loss, same in results[1:])
 
 
+@pytest.mark.parametrize(
+    "shape", [(64, 10), (3000, 33), (2048, 1000), (512, 32_000), (96, 128_256), (2, 19, 64, 64)], ids=str
+)
+def test_kernels_that_overlap(shape: tuple[int, ...]) -> None:
+    """The count of the targets, the loss and the reduction, again and again without a wait between them, each time with
+    another count: in memory that the last call has used, a number that was read too early is another one."""
+    x = normal(shape, FP32).requires_grad_()
+    positions = (shape[0], *shape[2:])
+    target = torch.randint(shape[1], positions, generator=random(shape), device=DEVICE)
+    kept = torch.rand(100, *positions, generator=random("kept"), device=DEVICE) < torch.linspace(
+        0.05, 1, 100, device=DEVICE
+    ).view(-1, *[1] * len(positions))
+    kept.view(100, -1)[:, 0] = True  # a mean over nothing is NaN
+    found = []
+    for keep in kept:
+        loss = ext.cross_entropy(x, target.where(keep, -100))
+        (grad,) = torch.autograd.grad(loss, x)
+        found.append(torch.stack([loss.detach(), grad.abs().sum()]))
+    losses = F.cross_entropy(x.detach().double(), target, reduction="none")
+    p = x.detach().double().softmax(1).gather(1, target.unsqueeze(1)).squeeze(1)
+    for keep, values in zip(kept, found, strict=True):
+        expected = torch.stack([losses[keep].mean(), (2 - 2 * p[keep]).mean()])
+        torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=0)
+
+
 @layouts
 @kinds
 @reductions

@@ -50,18 +50,16 @@ void merge_dimensions(Task& task) {
                                 &task.grad_output, &task.grad_logits, &task.grad_target});
 }
 
-// What kernels leave for each other, in one tensor of float64: the sums of the blocks that count the targets, those of
-// the blocks of the loss, and smoothing's sum of the class weights.
+// What kernels leave for each other, in one tensor of float64: the sums of the blocks that count the targets, and those
+// of the blocks of the loss.
 struct Workspace {
   at::Tensor memory;
-  double* weight_sum;
   Sums *counted, *partial;
 
   Workspace(const at::Tensor& logits, int64_t counting_blocks, int64_t blocks) {
     static_assert(sizeof(Sums) == 2 * sizeof(double));
-    memory = at::empty({2 * (1 + counting_blocks + blocks)}, logits.options().dtype(at::kDouble));
-    weight_sum = memory.mutable_data_ptr<double>();
-    counted = reinterpret_cast<Sums*>(weight_sum + 2);
+    memory = at::empty({2 * (counting_blocks + blocks)}, logits.options().dtype(at::kDouble));
+    counted = reinterpret_cast<Sums*>(memory.mutable_data_ptr<double>());
     partial = counted + counting_blocks;
   }
 };
@@ -76,13 +74,16 @@ Plan plan_on(const DeviceScope& device, Task& task) {
   return how;
 }
 
-// With class weights, what smoothing makes of their sum is known only on the device.
-void sum_class_weights(Task& task, double* result, const DeviceScope& device) {
-  if (task.label_smoothing == 0 || is_dense(task.form) || task.weight == nullptr) return;
+// With class weights, what smoothing makes of their sum is known only on the device. Returns what has to outlive the
+// launches.
+at::Tensor sum_class_weights(Task& task, const at::Tensor& logits, const DeviceScope& device) {
+  if (task.label_smoothing == 0 || is_dense(task.form) || task.weight == nullptr) return {};
+  const at::Tensor result = at::empty({}, logits.options().dtype(at::kDouble));
+  task.smoothed_total_on_device = result.const_data_ptr<double>();
   const WeightSum request{task.weight, task.all_classes(), task.arithmetic_in_double,
-                          task.label_smoothing / double(task.all_classes()), result};
+                          task.label_smoothing / double(task.all_classes()), result.mutable_data_ptr<double>()};
   check(launch_weight_sum(request, device.stream()), "sum of the class weights");
-  task.smoothed_total_on_device = result;
+  return result;
 }
 
 // Leaves the lse of a teacher's logits where the kernels of the loss read it.
@@ -139,7 +140,7 @@ ForwardResult run_forward(const Inputs& inputs, const Options& options, const at
   how.shape.is_overlapped = overlaps;
   const int counting_blocks = count_first ? blocks_to_count(task.positions, device.limits()) : 0;
   const Workspace workspace(logits, counting_blocks, how.shape.blocks);
-  sum_class_weights(task, workspace.weight_sum, device);
+  const at::Tensor weight_sum = sum_class_weights(task, logits, device);
   sum_teacher(task, device);
   if (count_first) {
     task.partial_sums = workspace.counted;
@@ -212,8 +213,7 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   if (grad_target.defined()) task.grad_target = view_with_classes(grad_target);
   merge_dimensions(task);
   const Plan how = plan_on(device, task);
-  const Workspace workspace(logits, 0, 0);
-  sum_class_weights(task, workspace.weight_sum, device);
+  const at::Tensor weight_sum = sum_class_weights(task, logits, device);
   check(launch_loss(task, how, device.stream()), "backward");
 }
 

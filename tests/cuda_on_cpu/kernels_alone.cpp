@@ -190,6 +190,8 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
   Totals totals;
   totals.partial_sums = partial.data();
   totals.blocks = int32_t(how.shape.blocks);
+  totals.counted = task.counted;
+  totals.counted_blocks = task.counted_blocks;
   totals.mean = true;
   totals.count_is_known = kind == TargetKind::kSoft;
   totals.known_count = double(positions);
