@@ -15,6 +15,7 @@ from pathlib import Path
 
 from . import figures
 from . import records as files
+from .providers import PEERS
 
 ROOT = Path(__file__).parents[1]
 PAGE, README, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "README.md", ROOT / "docs" / "benchmarks"
@@ -25,7 +26,6 @@ BEGIN_SHARDS = "<!-- `python -m benchmarks.report` writes what was measured of s
 END = "<!-- Up to here. -->"
 PARTS = ("run", "idioms", "linear", "vocab_parallel", "scaling", "training", "clients", "accuracy")
 TRAINING, EVALUATION = "forward+backward", "forward"
-PEERS = ("liger", "quack", "flash-attn", "apex", "unsloth", "cut-cross-entropy")
 
 Groups = dict[tuple[str, str], dict[str, dict]]  # (case, direction): provider: record
 
