@@ -38,7 +38,7 @@ from .providers import PEERS, Loss, Provider, Refused, forget_compiled, importab
 from .shapes import Case, make_inputs
 from .timing import Timed, measure, step
 
-console = Console()
+console = Console(width=max(150, Console().width))
 
 CLASSES = (2, 3, 4, 6, 8, 10, 12, 16, 19, 24, 32, 48, 64, 96, 128, 150, 192, 256, 384, 512, 768, 1000, 1536, 2048, 4096)
 CLASSES += (8192, 16_384, 32_000, 50_257, 65_536, 128_256, 262_144, 524_288, 2**20)
