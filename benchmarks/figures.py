@@ -58,7 +58,7 @@ def bars(result: dict) -> list[tuple[str, dict[str, float]]]:
     found: dict[str, dict[str, float]] = {}
     for record in result["records"]:
         drawn = record["direction"] == "forward+backward" and "copies" in record and record["provider"] in COLOURS
-        if drawn and math.prod(record["shape"]) >= 1_000_000:
+        if drawn and "wrong" not in record and math.prod(record["shape"]) >= 1_000_000:
             found.setdefault(record["case"], {})[record["provider"]] = record["copies"]
     return list(found.items())
 
@@ -70,6 +70,8 @@ def label(value: float) -> str:
 def draw_run(device: str, result: dict, folder: Path) -> None:
     plt = pyplot()
     groups = bars(result)[::-1]
+    if not groups:
+        return
     providers = [name for name in COLOURS if any(name in values for _, values in groups)]
     height = 0.8 / len(providers)
     each = max(0.5, 0.11 * len(providers))  # inches of a group
@@ -107,6 +109,8 @@ def draw_curves(plt: object, result: dict, curve: str, along: str, panels: str, 
     """Nanoseconds for each element, one panel for each value of `panels`."""
     points = [r for r in result["records"] if r["curve"] == curve and "ns_per_element" in r]
     names = list(dict.fromkeys(record[panels] for record in points))
+    if not names:
+        return
     figure, axes = plt.subplots(1, len(names), figsize=(8.8, 3.4), sharey=True, layout="constrained", squeeze=False)
     handles: dict[str, object] = {}
     for axis, name in zip(axes[0], names, strict=True):
@@ -132,6 +136,8 @@ def draw_training(device: str, result: dict, folder: Path) -> None:
     plt = pyplot()
     measured = [record for record in result["records"] if "step_ms" in record]
     models = list(dict.fromkeys(record["model"] for record in measured))
+    if not models:
+        return
     figure, axes = plt.subplots(1, len(models), figsize=(8.8, 3.4), layout="constrained", squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         records = [record for record in measured if record["model"] == model]

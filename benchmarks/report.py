@@ -50,7 +50,8 @@ def ratios(groups: Groups, direction: str, over: str, of: str = "ours") -> list[
     """How many times longer `over` takes than `of`, case by case."""
     found = []
     for (_, this), providers in groups.items():
-        times = [providers.get(name, {}).get("median_ms") for name in (over, of)]
+        records = [providers.get(name, {}) for name in (over, of)]
+        times = [None if "wrong" in record else record.get("median_ms") for record in records]
         if this == direction and all(times):
             found.append(times[0] / times[1])
     return found
@@ -90,6 +91,8 @@ def described(result: dict) -> str:
 def summary(result: dict) -> str:
     groups = grouped(result)
     native, compiled = ratios(groups, TRAINING, "native"), ratios(groups, TRAINING, "native compiled")
+    if not native:
+        return "No training step was measured next to the native loss."
     text = (
         f"Forward and backward, {len(native)} cases: {geometric_mean(native):.1f} times as fast as the native loss in "
         f"the geometric mean, {min(native):.1f} to {max(native):.1f} times"
@@ -138,6 +141,11 @@ def number(value: float | None, form: str = "") -> str:
     )
 
 
+def quotient(a: float | None, b: float | None) -> float | None:
+    """Where both were measured."""
+    return a / b if a and b else None
+
+
 def shape_of(record: dict) -> str:
     text = "x".join(map(str, record["shape"])) + f" {record['dtype']}"
     text += f", {record['layout']}" if record["layout"] != "contiguous" else ""
@@ -155,12 +163,9 @@ def run_table(groups: Groups, direction: str) -> str:
             continue
         time: Callable[[str], float | None] = lambda name, p=providers: p.get(name, {}).get("median_ms")  # noqa: E731
         cells = [case, shape_of(providers["ours"]), *(number(time(name)) for name in [*names, "copy"])]
-        cells += [
-            number(time(name) / time("ours"), ".1f") if time(name) else "-" for name in ("native", "native compiled")
-        ]
-        cells += [number(time("ours") / time("copy"), ".2f")]
-        if in_place:
-            cells.append(number(time("ours in place") / time("copy"), ".2f") if time("ours in place") else "-")
+        cells += [number(quotient(time(name), time("ours")), ".1f") for name in ("native", "native compiled")]
+        for name in ("ours", *(["ours in place"] if in_place else [])):
+            cells.append(number(quotient(time(name), time("copy")), ".2f"))
         rows.append(cells)
     header = [
         "case",
@@ -205,7 +210,10 @@ def refusals(groups: Groups) -> str:
             if direction == TRAINING and name in PEERS and ("error" in record or "wrong" in record):
                 reason = record.get("error") or "other values than float64's: " + record["wrong"]
                 said.setdefault((name, reason), []).append(case)
-    lines = [f"* {name}: {reason} ({'; '.join(cases)})" for (name, reason), cases in said.items()]
+    lines = [
+        f"* {name}: {reason} ({'; '.join(cases) if len(cases) < 4 else f'{len(cases)} cases'})"
+        for (name, reason), cases in said.items()
+    ]
     return "\n".join(["Where peers have no time of a training step, or another value:", "", *lines]) if lines else ""
 
 
@@ -442,7 +450,8 @@ def cases_table(result: dict) -> str:
 
 
 def figure(device: str, name: str, title: str) -> str:
-    return f"![{title}](benchmarks/{device}-{name}.svg)"
+    """Where there was something to draw."""
+    return f"![{title}](benchmarks/{device}-{name}.svg)" if (FIGURES / f"{device}-{name}.svg").exists() else ""
 
 
 def device_page(device: str) -> list[str]:

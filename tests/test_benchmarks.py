@@ -59,14 +59,15 @@ def test_page_says_what_was_recorded():
     assert report.PAGE.read_text() == report.page(), "run `python -m benchmarks.report`"
 
 
-def test_readme_figure_shows_what_was_recorded():
+@pytest.mark.parametrize("device", [device for device in report.devices() if records.read(device, "run")])
+def test_readme_figure_shows_what_was_recorded(device):
     """Its labels, in the order in which they are drawn."""
-    shown = re.findall(r">([^<>]+)</text>", (report.FIGURES / "cpu-run.svg").read_text())
-    groups = figures.bars(records.read("cpu", "run"))
+    shown = re.findall(r">([^<>]+)</text>", (report.FIGURES / f"{device}-run.svg").read_text())
+    groups = figures.bars(records.read(device, "run"))
     expected = [
         figures.label(group[name]) for _, group in reversed(groups) for name in figures.COLOURS if name in group
     ]
-    assert len(expected) > 40
+    assert len(expected) > (40 if device == "cpu" else 10)
     rest = iter(shown)
     missing = [text for text in expected if text not in rest]
     assert not missing, "run `python -m benchmarks.report`"
@@ -645,6 +646,44 @@ def test_vocab_parallel_records_everything(tmp_path):
 
 
 # -- a GPU's parts, without one ------------------------------------------------------------------------------
+
+
+def test_pages_of_a_gpu(tmp_path, monkeypatch):
+    """Made of the CPU's records, some of them failures: a GPU comes first in the README, and has tables of its own."""
+    results, gpu = tmp_path / "results", {"gpu": "NVIDIA Test", "capability": "9.0"}
+    for folder, machine in (("cpu", {}), ("nvidia-test", gpu)):
+        (results / folder).mkdir(parents=True)
+        for path in (records.RESULTS / "cpu").glob("*.json"):
+            result = json.loads(path.read_text())
+            result["machine"] |= machine
+            if machine and path.stem in ("training", "clients"):
+                failed = [{key: r[key] for key in ("model", "loss", "mode")} for r in result["records"]]
+                result["records"] = [{**record, "error": "OSError: no such library"} for record in failed]
+            if machine and path.stem == "run":
+                ours = next(r for r in result["records"] if r["provider"] == "ours")
+                result["records"].insert(1, {**ours, "provider": "liger", "copies": 9.875})
+                result["records"].insert(2, {**ours, "provider": "quack", "wrong": "the loss is 2, not 1"})
+                result["records"].insert(3, {**ours, "direction": "backward"})
+            (results / folder / path.name).write_text(json.dumps(result))
+    launch = {**CASES[0].fields((2, 3)), "kernel": "rows", "launch": "forward", "bytes": 2**20, "median_ms": 0.5}
+    kernel_records = [{**launch, "floor_ms": 0.25, "ratio": 2.0}, {**launch, "error": "RuntimeError: launched rows"}]
+    (results / "nvidia-test" / "kernels.json").write_text(
+        json.dumps({**result, "command": "a command", "records": kernel_records})
+    )
+    monkeypatch.setattr(records, "RESULTS", results)
+    for name in ("PAGE", "README", "FIGURES"):
+        monkeypatch.setattr(report, name, tmp_path / name)
+    report.README.write_text((ROOT / "README.md").read_text())
+    report.main()
+    readme, page = report.README.read_text(), report.PAGE.read_text()
+    assert 0 < readme.index("nvidia-test-run.svg") < readme.index("cpu-run.svg")
+    ours = page[page.index("## NVIDIA Test") :]
+    for text in ("What has to hold", "#### The backward alone", "### Each kernel", "| 0.5000 | 0.2500 | 2.00 |"):
+        assert text in ours and text not in page[: page.index("## NVIDIA Test")], text
+    assert "* quack: other values than float64's: the loss is 2, not 1 (GPT-2)" in ours
+    assert "RuntimeError: launched rows" in ours and "OSError: no such library" in ours
+    assert "nvidia-test-run.svg" in ours and "nvidia-test-training.svg" not in ours
+    assert ">9.9</text>" in (report.FIGURES / "nvidia-test-run.svg").read_text()
 
 
 class Event:
