@@ -10,6 +10,10 @@ COLOURS = {
     "native": "#b8bec7",
     "native compiled": "#8a8f98",
     "liger": "#c99a2e",
+    "quack": "#7a9a3a",
+    "flash-attn": "#b06a3b",
+    "apex": "#8d6bb0",
+    "unsloth": "#3f9c8c",
     "ours": "#0072b2",
     "ours in place": "#56b4e9",
     "copy": "#22262b",
@@ -54,7 +58,7 @@ def bars(result: dict) -> list[tuple[str, dict[str, float]]]:
     found: dict[str, dict[str, float]] = {}
     for record in result["records"]:
         drawn = record["direction"] == "forward+backward" and "copies" in record and record["provider"] in COLOURS
-        if drawn and math.prod(record["shape"]) >= 1_000_000:
+        if drawn and "wrong" not in record and math.prod(record["shape"]) >= 1_000_000:
             found.setdefault(record["case"], {})[record["provider"]] = record["copies"]
     return list(found.items())
 
@@ -66,9 +70,12 @@ def label(value: float) -> str:
 def draw_run(device: str, result: dict, folder: Path) -> None:
     plt = pyplot()
     groups = bars(result)[::-1]
+    if not groups:
+        return
     providers = [name for name in COLOURS if any(name in values for _, values in groups)]
     height = 0.8 / len(providers)
-    figure, axis = plt.subplots(figsize=(8.8, 1.2 + 0.5 * len(groups)), layout="constrained")
+    each = max(0.5, 0.11 * len(providers))  # inches of a group
+    figure, axis = plt.subplots(figsize=(8.8, 1.2 + each * len(groups)), layout="constrained")
     for row, (_, values) in enumerate(groups):
         for place, name in enumerate(providers):
             if name not in values:
@@ -102,22 +109,25 @@ def draw_curves(plt: object, result: dict, curve: str, along: str, panels: str, 
     """Nanoseconds for each element, one panel for each value of `panels`."""
     points = [r for r in result["records"] if r["curve"] == curve and "ns_per_element" in r]
     names = list(dict.fromkeys(record[panels] for record in points))
+    if not names:
+        return
     figure, axes = plt.subplots(1, len(names), figsize=(8.8, 3.4), sharey=True, layout="constrained", squeeze=False)
+    handles: dict[str, object] = {}
     for axis, name in zip(axes[0], names, strict=True):
         for provider in dict.fromkeys(record["provider"] for record in points):
             line = [(r[along], r["ns_per_element"]) for r in points if r["provider"] == provider and r[panels] == name]
             style = (
                 {"linestyle": (0, (4, 3)), "linewidth": 1} if provider == "copy" else {"marker": "o", "markersize": 2.5}
             )
-            axis.plot(*zip(*line, strict=True), color=COLOURS[provider], label=provider, **style)
+            if line:
+                (handles[provider],) = axis.plot(*zip(*line, strict=True), color=COLOURS[provider], **style)
         axis.set_xscale("log", base=10)
         axis.set_yscale("log")
         axis.grid(True)
         axis.set_title(name if isinstance(name, str) else f"C = {name}", loc="left", fontsize=9)
         axis.set_xlabel(along)
     axes[0][0].set_ylabel("ns for each element")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, ncols=len(labels), loc="outside upper right")
+    figure.legend(handles.values(), handles, frameon=False, ncols=len(handles), loc="outside upper right")
     save(plt, figure, path)
 
 
@@ -126,6 +136,8 @@ def draw_training(device: str, result: dict, folder: Path) -> None:
     plt = pyplot()
     measured = [record for record in result["records"] if "step_ms" in record]
     models = list(dict.fromkeys(record["model"] for record in measured))
+    if not models:
+        return
     figure, axes = plt.subplots(1, len(models), figsize=(8.8, 3.4), layout="constrained", squeeze=False)
     for axis, model in zip(axes[0], models, strict=True):
         records = [record for record in measured if record["model"] == model]

@@ -2,22 +2,30 @@
 # What `make gpu` runs: build, tests, compute-sanitizer and benchmark on the GPUs found here, in less than nine minutes.
 #
 #   OUT=folder       where logs and results go (benchmarks/results)
-#   STEPS="..."      some of: build tests memcheck racecheck linear benchmark
-#   CASES="..."      which cases are measured, a regular expression ("." for all takes longer than there is)
+#   STEPS="..."      some of: build tests memcheck racecheck kernels counters linear scaling idioms accuracy training
+#                    clients benchmark (by default those before counters, linear and benchmark)
+#   CASES="..."      which cases are measured, a regular expression ("." for all takes longer than the others leave)
+#   ARCHIVE=a.tgz    packs all that is in OUT into one file
 #   PYTHON=python3   one with a CUDA build of torch; it needs no network and no environment of its own
 #
-# A step that fails or runs out of time leaves its log, and the next one runs. The summary comes last.
+# A step that fails or runs out of time leaves its log, and the next one runs; the benchmark has what the others leave.
+# The summary comes last, with what has to hold. Everything there is, in three times as long:
+#
+#   make gpu
+#   STEPS='build scaling benchmark' CASES=. make gpu
+#   STEPS='build counters idioms accuracy training clients' make gpu
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
 OUT=${OUT:-benchmarks/results}
-CASES=${CASES:-'bfloat16|ImageNet$|MNIST'}
-STEPS=${STEPS:-build tests memcheck racecheck linear benchmark}
+CASES=${CASES:-'^(Llama [23], bfloat16(, prob.*)?|VAR, bfloat16|ImageNet|MNIST.*|(Cityscapes|ADE20K)(, channels_last)?)$'}
+STEPS=${STEPS:-build tests memcheck racecheck kernels linear benchmark}
+ARCHIVE=${ARCHIVE:+$(cd "$(dirname "$ARCHIVE")" && pwd)/$(basename "$ARCHIVE")}
 TOTAL=530 # seconds
 mkdir -p "$OUT" || exit 1
 OUT=$(cd "$OUT" && pwd)
 export OUT
-rm -f "$OUT"/{build,tests-[123],memcheck,racecheck,linear,benchmark}.log
+for step in $STEPS; do rm -f "$OUT/$step.log" "$OUT/$step"-[123].log; done
 SECONDS=0
 
 has_cuda() { "$1" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; }
@@ -147,18 +155,35 @@ run_benchmark() {
     --seconds $((most > 60 ? most - 40 : most / 2))
 }
 
-run_linear() {
-  run_step linear "$(limit 80)" "$python" -m benchmarks.linear --device cuda --seconds 30
+# Everything else that is measured: step, seconds at most, arguments.
+run_module() {
+  local name=$1 most=$2
+  shift 2
+  run_step "$name" "$(limit "$most")" "$python" -m "benchmarks.$name" --device cuda "$@"
+}
+
+# Nsight Compute, on one launch of each kernel.
+run_counters() {
+  local command table="$OUT/counters.csv"
+  if ! command -v ncu >/dev/null; then
+    report counters skipped 0 'there is no ncu'
+    return
+  fi
+  command=$("$python" -m benchmarks.kernels --ncu "$table")
+  run_step counters "$(limit 150)" bash -c "$command && '$python' -m benchmarks.kernels --counters '$table'"
 }
 
 summary() {
   local i
   echo
-  wanted benchmark && [ -e "$OUT/benchmark.log" ] && sed -n '/Medians; copies/,$p' "$OUT/benchmark.log" && echo
+  wanted benchmark && [ -e "$OUT/benchmark.log" ] && sed -n '/Medians; copies/,/What has to hold/p' "$OUT/benchmark.log" |
+    sed '$d'
+  "$python" -m benchmarks.limits
   printf '%-10s  %-11s  %5s  %s\n' step result s note
   for i in "${!names[@]}"; do
     printf '%-10s  %-11s  %5d  %s\n' "${names[$i]}" "${states[$i]}" "${times[$i]}" "${notes[$i]}"
   done
+  [ -n "$ARCHIVE" ] && (cd "$OUT" && tar -czf "$ARCHIVE" --exclude='*.tgz' -- *) && echo "packed into $ARCHIVE"
   echo "in all ${SECONDS} s, in $OUT"
   exit "$failed"
 }
@@ -179,6 +204,13 @@ wanted build && run_step build "$(limit 200)" "$python" setup.py --quiet build_e
 wanted tests && run_tests
 wanted memcheck && run_sanitizer memcheck
 wanted racecheck && run_sanitizer racecheck
-wanted linear && run_linear
+wanted kernels && run_module kernels 90
+wanted counters && run_counters
+wanted linear && run_module linear 90 --seconds 30
+wanted scaling && run_module scaling 220 --seconds 0.8
+wanted idioms && run_module idioms 60 --seconds 25
+wanted accuracy && run_module accuracy 60
+wanted training && run_module training 240
+wanted clients && run_module clients 240
 wanted benchmark && run_benchmark
 summary

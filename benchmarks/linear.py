@@ -1,6 +1,7 @@
 """The output layer and its loss, forward and backward: time beside the three matrix products, and memory.
 
-    python -m benchmarks.linear [--device cpu|cuda] [--quick] [--only PATTERN] [--seconds S] [--json FILE]
+    python -m benchmarks.linear [--device cpu|cuda] [--quick] [--only PATTERN] [--without PATTERN] [--seconds S]
+                                [--json FILE]
 
 A step takes N hidden states of F features, a weight of V classes and N labels, and gives the loss and the gradients of
 both. Values are compared with float64 first. Who is measured:
@@ -10,7 +11,7 @@ both. Values are compared with float64 first. Who is measured:
   the ratios of neighbouring turns.
 * `native`: F.linear and the native loss. `native chunked`: F.linear_cross_entropy with LinearCrossEntropyOptions().
 * `linear + ours`: F.linear and our loss of its logits. `ours`: functional.linear_cross_entropy.
-* `liger`: its fused linear loss, on a GPU.
+* `liger`, `quack`, `cut-cross-entropy`: their fused linear losses, with their own defaults, on a GPU.
 
 Times are medians of turns that all take, as in `benchmarks.timing`. The peak of memory is that of one step on top of
 states, weight and labels, on a CPU in a process of its own for each; `gradient_bytes` of it are the two gradients.
@@ -51,14 +52,8 @@ from .values import TOLERANCE
 
 Shape = tuple[int, int, int]  # states, features, classes
 SECONDS = {"cpu": 150.0, "cuda": 40.0, "quick": 2.0}
-PRODUCTS, NATIVE, CHUNKED, SEPARATE, OURS, LIGER = (
-    "products",
-    "native",
-    "native chunked",
-    "linear + ours",
-    "ours",
-    "liger",
-)
+PRODUCTS, NATIVE, CHUNKED, SEPARATE, OURS = "products", "native", "native chunked", "linear + ours", "ours"
+LIGER, QUACK, CUT = PEERS = "liger", "quack", "cut-cross-entropy"  # on a GPU
 ELEMENTS = 2**25  # of logits in float64, at once
 console = Console(width=max(120, Console().width))
 
@@ -121,6 +116,18 @@ def load_liger() -> Step:
     return trained(loss)
 
 
+def load_quack() -> Step:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return trained(lambda states, weight, target: chunked_linear_cross_entropy(states, weight, target))
+
+
+def load_cut_cross_entropy() -> Step:
+    from cut_cross_entropy import linear_cross_entropy as cut
+
+    return trained(lambda states, weight, target: cut(states, weight, target))
+
+
 PROVIDERS: dict[str, Callable[[], Step]] = {
     PRODUCTS: lambda: products,
     NATIVE: lambda: trained(lambda states, weight, target: F.cross_entropy(F.linear(states, weight), target)),
@@ -128,6 +135,8 @@ PROVIDERS: dict[str, Callable[[], Step]] = {
     SEPARATE: lambda: trained(lambda states, weight, target: cross_entropy(F.linear(states, weight), target)),
     OURS: lambda: trained(linear_cross_entropy),
     LIGER: load_liger,
+    CUT: load_cut_cross_entropy,
+    QUACK: load_quack,  # the last: it tunes itself first
 }
 
 
@@ -135,7 +144,7 @@ def importable(device: str) -> list[str]:
     """Those that this torch and the packages here have."""
     found = []
     for name, load in PROVIDERS.items():
-        if name == LIGER and device == "cpu":
+        if name in PEERS and device == "cpu":
             continue
         try:
             load()
@@ -282,12 +291,14 @@ def table(records: list[dict]) -> Table:
 def main() -> None:
     parser = command_line.parser_of(__doc__, "linear", "small inputs, in seconds", "cases")
     parser.add_argument("--seconds", type=float, help="for all turns, which share them (cpu 150, cuda 40, quick 2)")
+    parser.add_argument("--without", default="^$", help="regular expression on the names of providers to leave out")
     arguments = command_line.parse(parser)
     device = arguments.device
     seconds = SECONDS["quick" if arguments.quick else device] if arguments.seconds is None else arguments.seconds
     path = arguments.json or files.folder(device) / "linear.json"
     cases = [case for case in CASES if getattr(case, device) and re.search(arguments.only, case.name)]
-    names, records, complete = importable(device), [], False
+    names = [name for name in importable(device) if not re.search(arguments.without, name)]
+    records, complete = [], False
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(cases))
         try:

@@ -7,7 +7,9 @@ raising, with the reason, which goes into its record. Peers get what their users
 from __future__ import annotations
 
 import functools
+import importlib.util
 import sys
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -108,7 +110,24 @@ def load_apex() -> Loss:
     return loss
 
 
+def packages_alone(*names: str) -> None:
+    """Modules of these packages can be imported from here on, without what the packages do when they are imported."""
+    for name in names:
+        if name not in sys.modules:
+            spec = importlib.util.find_spec(name)
+            if spec is None:
+                raise ImportError(name)
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+
+
 def load_unsloth() -> Loss:
+    """Its loss alone: to import Unsloth is to patch torch and transformers, for all that are measured after it, and
+    takes a dozen packages that the loss has no use for."""
+    packages_alone("unsloth", "unsloth.kernels", "unsloth_zoo")
+    if "unsloth_zoo.loss_utils" not in sys.modules:  # which patches
+        patches = types.ModuleType("unsloth_zoo.loss_utils")
+        patches.patch_loss_functions = patches.post_patch_loss_function = None
+        sys.modules[patches.__name__] = patches
     from unsloth.kernels.cross_entropy_loss import fast_cross_entropy_loss
 
     def loss(logits: Tensor, target: Tensor, **options) -> Tensor:
@@ -137,9 +156,12 @@ REGISTRY = [
     Provider("quack", load_quack, devices=("cuda",)),
     Provider("flash-attn", load_flash_attn, devices=("cuda",)),
     Provider("apex", load_apex, devices=("cuda",)),
-    Provider("unsloth", load_unsloth, overwrites=True, devices=("cuda",)),
+    Provider("unsloth", load_unsloth, devices=("cuda",)),
     Provider("cut-cross-entropy", load_cut_cross_entropy),
 ]
+
+
+PEERS = tuple(provider.name for provider in REGISTRY if not provider.name.startswith(("ours", "native")))
 
 
 def importable(device: str) -> list[Provider]:

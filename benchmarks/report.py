@@ -13,8 +13,9 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from . import figures
+from . import figures, limits
 from . import records as files
+from .providers import PEERS
 
 ROOT = Path(__file__).parents[1]
 PAGE, README, FIGURES = ROOT / "docs" / "benchmarks.md", ROOT / "README.md", ROOT / "docs" / "benchmarks"
@@ -23,9 +24,10 @@ BEGIN_IDIOMS = "<!-- `python -m benchmarks.report` writes this table, too. -->"
 BEGIN_LINEAR = "<!-- `python -m benchmarks.report` writes this table of the output layer, too. -->"
 BEGIN_SHARDS = "<!-- `python -m benchmarks.report` writes what was measured of sharded classes, too. -->"
 END = "<!-- Up to here. -->"
-PARTS = ("run", "idioms", "linear", "vocab_parallel", "scaling", "training", "clients", "accuracy")
-TRAINING, EVALUATION = "forward+backward", "forward"
-PEERS = ("liger", "quack", "flash-attn", "apex", "unsloth", "cut-cross-entropy")
+PARTS = ("run", "kernels", "counters", "idioms", "linear", "vocab_parallel", "scaling", "training", "clients")
+PARTS += ("accuracy",)
+ONLY = {"kernels": "gpu", "counters": "gpu", "vocab_parallel": "cpu"}  # what other devices do not have
+TRAINING, EVALUATION, BACKWARD = "forward+backward", "forward", "backward"
 
 Groups = dict[tuple[str, str], dict[str, dict]]  # (case, direction): provider: record
 
@@ -48,7 +50,8 @@ def ratios(groups: Groups, direction: str, over: str, of: str = "ours") -> list[
     """How many times longer `over` takes than `of`, case by case."""
     found = []
     for (_, this), providers in groups.items():
-        times = [providers.get(name, {}).get("median_ms") for name in (over, of)]
+        records = [providers.get(name, {}) for name in (over, of)]
+        times = [None if "wrong" in record else record.get("median_ms") for record in records]
         if this == direction and all(times):
             found.append(times[0] / times[1])
     return found
@@ -88,7 +91,8 @@ def described(result: dict) -> str:
 def summary(result: dict) -> str:
     groups = grouped(result)
     native, compiled = ratios(groups, TRAINING, "native"), ratios(groups, TRAINING, "native compiled")
-    fresh, in_place = large_float32(groups, "ours"), large_float32(groups, "ours in place")
+    if not native:
+        return "No training step was measured next to the native loss."
     text = (
         f"Forward and backward, {len(native)} cases: {geometric_mean(native):.1f} times as fast as the native loss in "
         f"the geometric mean, {min(native):.1f} to {max(native):.1f} times"
@@ -98,6 +102,13 @@ def summary(result: dict) -> str:
             f"; {geometric_mean(compiled):.1f} times as fast as the native loss compiled ({min(compiled):.1f} to "
             f"{max(compiled):.1f})"
         )
+    for peer in PEERS:
+        if found := ratios(groups, TRAINING, peer):
+            text += f"; {geometric_mean(found):.1f} times as fast as {peer} ({min(found):.1f} to {max(found):.1f}"
+            text += f", {len(found)} cases)"
+    fresh, in_place = large_float32(groups, "ours"), large_float32(groups, "ours in place")
+    if not fresh or not in_place:
+        return f"{text}."
     return (
         f"{text}. From a million elements on, in float32, that is {min(fresh):.1f} to {max(fresh):.1f} times what "
         f"copying the logits takes, and {min(in_place):.1f} to {max(in_place):.1f} times with `inplace=True`."
@@ -130,6 +141,11 @@ def number(value: float | None, form: str = "") -> str:
     )
 
 
+def quotient(a: float | None, b: float | None) -> float | None:
+    """Where both were measured."""
+    return a / b if a and b else None
+
+
 def shape_of(record: dict) -> str:
     text = "x".join(map(str, record["shape"])) + f" {record['dtype']}"
     text += f", {record['layout']}" if record["layout"] != "contiguous" else ""
@@ -139,19 +155,17 @@ def shape_of(record: dict) -> str:
 
 def run_table(groups: Groups, direction: str) -> str:
     present = [name for name in PEERS if any(name in p and "median_ms" in p[name] for p in groups.values())]
-    names = ["native", "native compiled", *present, "ours", *(["ours in place"] if direction == TRAINING else [])]
+    in_place = direction != EVALUATION
+    names = ["native", "native compiled", *present, "ours", *(["ours in place"] if in_place else [])]
     rows = []
     for (case, this), providers in groups.items():
         if this != direction or "ours" not in providers:
             continue
         time: Callable[[str], float | None] = lambda name, p=providers: p.get(name, {}).get("median_ms")  # noqa: E731
         cells = [case, shape_of(providers["ours"]), *(number(time(name)) for name in [*names, "copy"])]
-        cells += [
-            number(time(name) / time("ours"), ".1f") if time(name) else "-" for name in ("native", "native compiled")
-        ]
-        cells += [number(time("ours") / time("copy"), ".2f")]
-        if direction == TRAINING:
-            cells.append(number(time("ours in place") / time("copy"), ".2f") if time("ours in place") else "-")
+        cells += [number(quotient(time(name), time("ours")), ".1f") for name in ("native", "native compiled")]
+        for name in ("ours", *(["ours in place"] if in_place else [])):
+            cells.append(number(quotient(time(name), time("copy")), ".2f"))
         rows.append(cells)
     header = [
         "case",
@@ -161,11 +175,12 @@ def run_table(groups: Groups, direction: str) -> str:
         "compiled / ours",
         "copies",
     ]
-    return markdown_table([*header, *(["copies, in place"] if direction == TRAINING else [])], rows, left=2)
+    return markdown_table([*header, *(["copies, in place"] if in_place else [])], rows, left=2)
 
 
 def memory_table(groups: Groups) -> str:
-    names = ("native", "native compiled", "ours", "ours in place")
+    present = [name for name in PEERS if any("peak_extra_bytes" in p.get(name, {}) for p in groups.values())]
+    names = ("native", "native compiled", *present, "ours", "ours in place")
     rows = []
     for (case, direction), providers in groups.items():
         peaks = [providers.get(name, {}).get("peak_extra_bytes") for name in names]
@@ -185,6 +200,55 @@ def failures(groups: Groups) -> str:
         if ("error" in record or "wrong" in record) and name not in PEERS
     ]
     return "\n".join(["What failed, or was wrong:", "", *said]) if said else ""
+
+
+def refusals(groups: Groups) -> str:
+    """What peers said of training steps that they did not do, or did wrong, and of how many."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for (case, direction), providers in groups.items():
+        for name, record in providers.items():
+            if direction == TRAINING and name in PEERS and ("error" in record or "wrong" in record):
+                reason = record.get("error") or "other values than float64's: " + record["wrong"]
+                said.setdefault((name, reason), []).append(case)
+    lines = [
+        f"* {name}: {reason} ({'; '.join(cases) if len(cases) < 4 else f'{len(cases)} cases'})"
+        for (name, reason), cases in said.items()
+    ]
+    return "\n".join(["Where peers have no time of a training step, or another value:", "", *lines]) if lines else ""
+
+
+def limits_table(device: str) -> str:
+    rows = [
+        [one.what, number(one.measured, ".3f"), f"{one.most:.2f}", one.said + (f": {one.note}" if one.note else "")]
+        for part, found in limits.PARTS.items()
+        for one in found(files.read(device, part))
+    ]
+    return markdown_table(["", "measured", "at most", ""], rows)
+
+
+def kernels_table(result: dict) -> str:
+    rows = []
+    for record in result["records"]:
+        where = [record["case"], dimensions(record) + f" {record['dtype']}" if "shape" in record else "-"]
+        where += [record["launch"], f"`{record['kernel']}`"]
+        if "error" in record:
+            rows.append([*where, record["error"], "-", "-", "-"])
+            continue
+        times = [number(record.get(name), ".4f") for name in ("median_ms", "floor_ms")]
+        rows.append([*where, f"{record['bytes'] / 2**20:.1f}", *times, number(record.get("ratio"), ".2f")])
+    header = ["case", "logits", "launch", "kernel", "MiB", "ms", "floor, ms", "time / floor"]
+    return markdown_table(header, rows, left=4)
+
+
+def counters_table(result: dict) -> str:
+    rows = []
+    for record in result["records"]:
+        moved = None if record["dram_bytes"] is None else record["dram_bytes"] / 2**20
+        cells = [record["case"], record["launch"], f"`{record['kernel']}`", number(record["ms"], ".4f")]
+        cells += [number(moved, ".1f"), number(record["dram_ratio"], ".3f"), number(record["occupancy"], ".0f")]
+        rows.append([*cells, f"{record['stall']} {record['stall_cycles']:.1f}" if record["stall"] else "-"])
+    header = ["case", "launch", "kernel", "ms", "DRAM, MiB", "/ predicted", "occupancy, %", "longest stall, cycles"]
+    return markdown_table(header, rows, left=3)
 
 
 def pairs_of(result: dict) -> dict[str, dict[str, dict]]:
@@ -328,6 +392,11 @@ def training_table(result: dict) -> str:
     return markdown_table(["model", "loss", "step, ms", "of it the loss, ms", "share", "peak, MiB"], rows, left=2)
 
 
+def also(points: dict[tuple, dict], providers: Iterable[str]) -> list[str]:
+    """Those of the providers that are at one of the points."""
+    return [name for name in providers if any(name in values for values in points.values())]
+
+
 def scaling_table(result: dict, curve: str, columns: list[str]) -> str:
     points: dict[tuple, dict] = {}
     for record in result["records"]:
@@ -335,11 +404,9 @@ def scaling_table(result: dict, curve: str, columns: list[str]) -> str:
             points.setdefault(tuple(record[name] for name in columns), {})[record["provider"]] = record[
                 "ns_per_element"
             ]
-    rows = [
-        [*map(str, point), *(number(values.get(name)) for name in ("native", "ours", "copy"))]
-        for point, values in points.items()
-    ]
-    return markdown_table([*columns, "native, ns", "ours, ns", "copy, ns"], rows, left=len(columns))
+    names = ("native", *also(points, ("native compiled", *PEERS)), "ours", "copy")
+    rows = [[*map(str, point), *(number(values.get(name)) for name in names)] for point, values in points.items()]
+    return markdown_table([*columns, *(f"{name}, ns" for name in names)], rows, left=len(columns))
 
 
 def overhead_table(result: dict) -> str:
@@ -347,11 +414,9 @@ def overhead_table(result: dict) -> str:
     for record in result["records"]:
         if record["curve"] == "overhead" and "error" not in record:
             points.setdefault((record["case"], record["direction"]), {})[record["provider"]] = record["median_us"]
-    rows = [
-        [*point, *(number(values.get(name), ".1f") for name in ("native", "native compiled", "ours"))]
-        for point, values in points.items()
-    ]
-    return markdown_table(["logits", "call", "native, us", "native compiled, us", "ours, us"], rows, left=2)
+    names = ("native", "native compiled", *also(points, PEERS), "ours")
+    rows = [[*point, *(number(values.get(name), ".1f") for name in names)] for point, values in points.items()]
+    return markdown_table(["logits", "call", *(f"{name}, us" for name in names)], rows, left=2)
 
 
 def grid_table(result: dict) -> str:
@@ -385,14 +450,18 @@ def cases_table(result: dict) -> str:
 
 
 def figure(device: str, name: str, title: str) -> str:
-    return f"![{title}](benchmarks/{device}-{name}.svg)"
+    """Where there was something to draw."""
+    return f"![{title}](benchmarks/{device}-{name}.svg)" if (FIGURES / f"{device}-{name}.svg").exists() else ""
 
 
 def device_page(device: str) -> list[str]:
     results = {part: files.read(device, part) for part in PARTS}
     first = next(result for result in results.values() if result)
+    kind = "cpu" if device == "cpu" else "gpu"
     lines = [f"## {'CPU' if device == 'cpu' else first['machine']['gpu']}", ""]
     for part, result in results.items():
+        if ONLY.get(part, kind) != kind:
+            continue
         if result is None:
             lines += [f"Of `benchmarks.{part}` no result was recorded on this device.", ""]
             continue
@@ -403,8 +472,11 @@ def device_page(device: str) -> list[str]:
 
 def run_section(device: str, result: dict) -> list[str]:
     groups = grouped(result)
+    on_gpu = device != "cpu"
     return [
         summary(result),
+        "What has to hold, on an H200:" if on_gpu else "",
+        limits_table(device) if on_gpu else "",
         "Medians of interleaved turns. `copies` is the time of ours in units of copying the logits, one read and one "
         "write. In place means `inplace=True`.",
         figure(device, "run", "Time in units of a copy of the logits"),
@@ -412,10 +484,35 @@ def run_section(device: str, result: dict) -> list[str]:
         run_table(groups, TRAINING),
         "#### Evaluation: forward without gradients",
         run_table(groups, EVALUATION),
+        "#### The backward alone" if on_gpu else "",
+        "After a forward that is not timed. Who makes the gradient in the forward has little left to do."
+        if on_gpu
+        else "",
+        run_table(groups, BACKWARD) if on_gpu else "",
         "#### Memory",
         "The peak of a training step on top of the logits, in sizes of the logits.",
         memory_table(groups),
         failures(groups),
+        refusals(groups),
+    ]
+
+
+KERNELS = (
+    "Each kernel's time by the profiler, and its floor: the bytes that it has to move at the bandwidth of the copy in "
+    "the first row. A training step has the launches from `before` to `handed over`, the last of which finds that the "
+    "gradient is there."
+)
+
+
+def kernels_section(device: str, result: dict) -> list[str]:
+    return [KERNELS, kernels_table(result)]
+
+
+def counters_section(device: str, result: dict) -> list[str]:
+    return [
+        "One launch of each by Nsight Compute: bytes of memory over what was predicted, where a write that is still in "
+        "the L2 cache does not count; warps that were active; and what a warp waited for longest, for an instruction.",
+        counters_table(result),
     ]
 
 
@@ -529,6 +626,8 @@ EXPLAINED = {
 }
 TITLES = {
     "run": "Every case",
+    "kernels": "Each kernel",
+    "counters": "Each kernel's counters",
     "idioms": "What is written around the loss",
     "linear": "The output layer and its loss",
     "vocab_parallel": "Sharded classes",
@@ -539,6 +638,8 @@ TITLES = {
 }
 SECTIONS = {
     "run": run_section,
+    "kernels": kernels_section,
+    "counters": counters_section,
     "idioms": idioms_section,
     "linear": linear_section,
     "vocab_parallel": shards_section,
@@ -578,13 +679,17 @@ def page() -> str:
 
 
 def run_block() -> str:
-    """At the head of the README."""
-    result = files.read("cpu", "run")
+    """At the head of the README: GPUs first."""
+    results = {device: files.read(device, "run") for device in [*devices()[1:], "cpu"]}
+    shown = [
+        f"![Time of forward and backward in units of a copy of the logits](docs/benchmarks/{device}-run.svg)\n\n"
+        f"{summary(result)}\n\nMeasured by `{result['command']}` ({described(result)})."
+        for device, result in results.items()
+        if result
+    ]
     return (
-        f"{BEGIN}\n![Time of forward and backward in units of a copy of the logits](docs/benchmarks/cpu-run.svg)\n\n"
-        f"{summary(result)}\n\n"
-        f"Measured by `{result['command']}` ({described(result)}). All cases, scaling, whole models, memory and "
-        f"accuracy: [docs/benchmarks.md](docs/benchmarks.md).\n{END}"
+        f"{BEGIN}\n" + "\n\n".join(shown) + " All cases, scaling, whole models, memory and accuracy: "
+        f"[docs/benchmarks.md](docs/benchmarks.md).\n{END}"
     )
 
 

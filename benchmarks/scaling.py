@@ -10,7 +10,8 @@
 * `overhead`: logits so small that a call's own cost is all. Forward without gradients, forward of a training step, and
   its backward, apart. On a GPU it is the host's time, while the device's queue takes the work.
 
-Times are medians of turns, as in `benchmarks.timing`; the copy of the logits is the floor.
+Times are medians of turns, as in `benchmarks.timing`; the copy of the logits is the floor. On a GPU the peers are there
+as well: in every call, and along `classes` at a few numbers of them, since many compile for each.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -32,15 +34,16 @@ import cross_entropy_ext
 
 from . import command_line
 from . import records as files
-from .providers import Loss, Provider, forget_compiled, importable
+from .providers import PEERS, Loss, Provider, Refused, forget_compiled, importable
 from .shapes import Case, make_inputs
 from .timing import Timed, measure, step
 
-console = Console()
+console = Console(width=max(150, Console().width))
 
 CLASSES = (2, 3, 4, 6, 8, 10, 12, 16, 19, 24, 32, 48, 64, 96, 128, 150, 192, 256, 384, 512, 768, 1000, 1536, 2048, 4096)
 CLASSES += (8192, 16_384, 32_000, 50_257, 65_536, 128_256, 262_144, 524_288, 2**20)
 QUICK_CLASSES = (2, 19, 1000, 32_000, 2**20)
+COMPARED = (2, 10, 64, 1000, 8192, 32_000, 128_256, 262_144)  # with everybody who is here
 ELEMENTS = {"cpu": 2**24, "cuda": 2**28, "quick": 2**20}
 ROWS = {1000: tuple(2**k for k in range(0, 18, 1)), 32_000: tuple(2**k for k in range(0, 13, 1))}
 QUICK_ROWS = {1000: (1, 64, 1024), 32_000: (1, 32)}
@@ -74,19 +77,24 @@ def work(device: str, quick: bool) -> Iterator[tuple[str, dict, Case, tuple[int,
                 yield "threads", fields, Case(name), shape, count
 
 
-def disagreements(timed: list[Timed]) -> dict[str, str]:
-    """Whose loss or gradient is not that of the second provider, which is native: `benchmarks.run` looks closer."""
-    found, native = {}, None
-    for one in [timed[1], *timed]:
+Values = tuple[float, float, float]  # the loss, the largest sum of a row's gradient, and its largest element
+
+
+def values_of(one: Timed) -> Values:
+    try:
         loss, grad = one.run(one.logits[0])
-        values = loss.item(), grad.sum(1).abs().max().item(), grad.abs().max().item()
-        native = native or values
+        return loss.item(), grad.sum(1).abs().max().item(), grad.abs().max().item()
+    finally:  # several may have the same copy
         one.restore(0)
-        if abs(values[0] - native[0]) > 1e-3 * abs(native[0]) or abs(values[2] - native[2]) > 1e-3 * native[2]:
-            found[one.name] = f"loss and largest gradient are {values[0]:.6g}, {values[2]:.6g}"
-        elif values[1] > 1e-3 * values[2]:  # over the classes it sums to zero
-            found[one.name] = f"the gradient of a row sums to {values[1]:.3g}"
-    return found
+
+
+def disagreement(found: Values, native: Values) -> str:
+    """What is not native's, or nothing: `benchmarks.run` looks closer."""
+    if abs(found[0] - native[0]) > 1e-3 * abs(native[0]) or abs(found[2] - native[2]) > 1e-3 * native[2]:
+        return f"loss and largest gradient are {found[0]:.6g}, {found[2]:.6g}"
+    if found[1] > 1e-3 * found[2]:  # over the classes it sums to zero
+        return f"the gradient of a row sums to {found[1]:.3g}"
+    return ""
 
 
 def point(
@@ -94,29 +102,37 @@ def point(
 ) -> list[dict]:
     """A training step and a copy at one point of a curve."""
     inputs = make_inputs(case, shape, device)
-    inputs.logits.requires_grad_()
-    out = torch.empty_like(inputs.logits)
+    logits = inputs.logits.requires_grad_()
+    out = torch.empty_like(logits)
+    spare = logits.detach().clone() if any(provider.overwrites for provider in found) else None
 
     def copy(logits: torch.Tensor) -> None:
         with torch.no_grad():
             out.copy_(logits)
 
-    timed = []
+    native = values_of(Timed("native", step(F.cross_entropy, inputs, True), [logits]))
+    timed, said = [], {}
     for provider in found:
-        own = inputs.logits.detach().clone().requires_grad_() if provider.overwrites else inputs.logits
-        refill = [inputs.logits.detach()] if provider.overwrites else None
-        timed.append(Timed(provider.name, step(provider.load(), inputs, True), [own], refill))
-    wrong = disagreements(timed)
-    timed.append(Timed("copy", copy, [inputs.logits]))
+        try:
+            own = spare.detach().requires_grad_() if provider.overwrites else logits
+            refill = [logits.detach()] if provider.overwrites else None
+            one = Timed(provider.name, step(provider.load(), inputs, True), [own], refill)
+            if wrong := disagreement(values_of(one), native):
+                said[provider.name] = {"wrong": wrong}
+            timed.append(one)
+        except Refused as refusal:
+            said[provider.name] = {"error": str(refusal)}
+        except Exception as error:
+            said[provider.name] = {"error": files.first_line(error)}
+    timed.append(Timed("copy", copy, [logits]))
     measure(timed, device, time.monotonic() + seconds)
-    elements = inputs.logits.numel()
+    times = {one.name: one.summary() for one in timed}
     result = []
-    for one in timed:
-        record = {"curve": curve, **fields, "shape": list(shape), "provider": one.name, **one.summary()}
-        if one.name in wrong:
-            record["wrong"] = wrong[one.name]
+    for name in (*(provider.name for provider in found), "copy"):
+        where = {"curve": curve, **fields, "shape": list(shape), "provider": name}
+        record = where | times.get(name, {}) | said.get(name, {})
         if "median_ms" in record:
-            record["ns_per_element"] = 1e6 * record["median_ms"] / elements
+            record["ns_per_element"] = 1e6 * record["median_ms"] / logits.numel()
         result.append(record)
     return result
 
@@ -143,14 +159,15 @@ def overhead(device: str, found: list[Provider], seconds: float) -> list[dict]:
     for name, shape in TINY.items():
         inputs = make_inputs(Case(name), shape, device)
         logits, target = inputs.logits.requires_grad_(), inputs.target
-        losses = {provider.name: provider.load() for provider in found}
+        losses: dict[str, Loss] = {}
         times: dict[tuple[str, str], list[float]] = {}
-        for provider in list(losses):
+        for provider in found:
             try:
-                overhead_turn(losses[provider], logits, target)  # compiles
+                loss = provider.load()
+                overhead_turn(loss, logits, target)  # compiles
+                losses[provider.name] = loss
             except Exception as error:
-                del losses[provider]
-                fields = {"curve": "overhead", "case": name, "shape": list(shape), "provider": provider}
+                fields = {"curve": "overhead", "case": name, "shape": list(shape), "provider": provider.name}
                 result.append({**fields, "direction": "", "error": files.first_line(error)})
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -167,7 +184,9 @@ def overhead(device: str, found: list[Provider], seconds: float) -> list[dict]:
 
 def table(records: list[dict]) -> Table:
     shown = Table(box=box.SIMPLE, title="Training steps, nanoseconds for each element; calls, microseconds")
-    for name in ("curve", "point", "ours", "native", "compiled", "copy", "copies", "speedup"):
+    timed = {record["provider"] for record in records if "error" not in record}
+    peers = [name for name in PEERS if name in timed]
+    for name in ("curve", "point", "ours", "native", "compiled", *peers, "copy", "copies", "speedup"):
         shown.add_column(name, justify="left" if name in ("curve", "point") else "right")
     points: dict[tuple, dict] = {}
     for record in records:
@@ -184,7 +203,7 @@ def table(records: list[dict]) -> Table:
         if last not in (None, curve):
             shown.add_section()
         ours, native, copy = (values.get(name) for name in ("ours", "native", "copy"))
-        cells = [values.get(name) for name in ("ours", "native", "native compiled", "copy")]
+        cells = [values.get(name) for name in ("ours", "native", "native compiled", *peers, "copy")]
         cells += [ours / copy if ours and copy else None, native / ours if ours and native else None]
         shown.add_row(
             curve if curve != last else "", where, *("" if value is None else f"{value:.3f}" for value in cells)
@@ -200,8 +219,9 @@ def main() -> None:
     device, quick = arguments.device, arguments.quick
     seconds = arguments.seconds or (0.2 if quick else 1.5)
     path = arguments.json or files.folder(device) / "scaling.json"
-    providers = {provider.name: provider for provider in importable(device)}
-    found = [providers[name] for name in ("ours", "native", *(["liger"] if "liger" in providers else []))]
+    here = importable(device)
+    few = [provider for provider in here if provider.name in ("ours", "native")]
+    everybody = [p for p in here if p.name not in ("ours in place", "cut-cross-entropy")] if device != "cpu" else few
     points = [p for p in work(device, quick) if re.search(arguments.only, p[0])]
     records: list[dict] = []
     all_threads = torch.get_num_threads()
@@ -210,6 +230,7 @@ def main() -> None:
         for curve, fields, case, shape, threads in points:
             progress.update(task, description=f"{curve}, {tuple(shape)}")
             torch.set_num_threads(threads)
+            found = everybody if curve == "classes" and fields["classes"] in COMPARED else few
             try:
                 records += point(curve, fields, case, shape, device, found, seconds)
             except Exception as error:
@@ -218,13 +239,15 @@ def main() -> None:
                 )
             finally:
                 torch.set_num_threads(all_threads)
+                forget_compiled()
                 gc.collect()
                 cross_entropy_ext.empty_cache()
             files.write(path, device, records, quick=quick)
             progress.advance(task)
         if re.search(arguments.only, "overhead"):
             progress.update(task, description="overhead")
-            records += overhead(device, [*found, providers["native compiled"]], 10 * seconds)
+            compiled = [p for p in here if p.name == "native compiled" and p not in everybody]
+            records += overhead(device, [*everybody, *compiled], 10 * seconds)
         progress.advance(task)
     files.write(path, device, records, quick=quick)
     console.print(table(records))

@@ -106,13 +106,13 @@ def make_inputs(case: Case, shape: Shape, device: str) -> Inputs:
 
 # Language models: N tokens and the vocabulary of the model's name. Llama 2's is also Mistral's and T5's size; its cases
 # show what options cost, a distillation's probabilities among them.
-GPT2, LLAMA2, LLAMA3, GEMMA, BERT = 50_257, 32_000, 128_256, 256_000, 30_522
+GPT2, LLAMA2, LLAMA3, GEMMA, GEMMA3, BERT = 50_257, 32_000, 128_256, 256_000, 262_144, 30_522
 
 CASES = [
     Case("GPT-2", (1024, GPT2), (8192, GPT2), (64, GPT2)),
     Case("GPT-2, bfloat16", (1024, GPT2), (8192, GPT2), dtype=BF16),
     Case("GPT-2, transposed", (8, GPT2, 128), (8, GPT2, 1024), (4, GPT2, 16), layout="transposed"),
-    Case("GPT-2, reduction none", (1024, GPT2), reduction="none"),
+    Case("GPT-2, reduction none", (1024, GPT2), (8192, GPT2), reduction="none"),
     Case("Llama 2", (2048, LLAMA2)),
     Case("Llama 2, bfloat16", (2048, LLAMA2), (8192, LLAMA2), (64, LLAMA2), dtype=BF16),
     Case("Llama 2, label smoothing", (2048, LLAMA2), label_smoothing=0.1),
@@ -126,6 +126,8 @@ CASES = [
     Case("Llama 3", (512, LLAMA3)),
     Case("Llama 3, bfloat16", (512, LLAMA3), (8192, LLAMA3), dtype=BF16),
     Case("Gemma, bfloat16", (256, GEMMA), (4096, GEMMA), dtype=BF16),
+    Case("Gemma 3, bfloat16", cuda=(4096, GEMMA3), dtype=BF16),
+    Case("8 billion logits, bfloat16", cuda=(65_536, 131_072), dtype=BF16),
     Case("BERT, 85% ignored", (2048, BERT), (8192, BERT), (64, BERT), ignored=0.85),
     # A codebook of images instead of a vocabulary.
     Case("VAR", (2048, 4096), (16_384, 4096), (256, 4096)),
@@ -149,7 +151,14 @@ CASES = [
         dtype=BF16,
         layout="channels_last",
     ),
-    Case("Cityscapes, class weights", (4, 19, 512, 1024), weighted=True, ignored=0.1, ignore_index=255),
+    Case(
+        "Cityscapes, class weights",
+        (4, 19, 512, 1024),
+        (8, 19, 512, 1024),
+        weighted=True,
+        ignored=0.1,
+        ignore_index=255,
+    ),
     Case("ADE20K", (4, 150, 256, 256), (8, 150, 256, 256), (1, 150, 64, 64)),
     Case("ADE20K, channels_last", (4, 150, 256, 256), (8, 150, 256, 256), (1, 150, 64, 64), layout="channels_last"),
     Case("ADE20K, bfloat16", (4, 150, 256, 256), (8, 150, 256, 256), dtype=BF16),

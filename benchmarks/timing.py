@@ -4,16 +4,18 @@ On a CPU a turn is 10 ms of calls, or one call that takes longer. In shorter tur
 the other leaves behind: caches and address translations, flushed by the memory it gave back.
 
 On a GPU a turn is one call between two events, and finds inputs that the L2 cache does not hold: there are as many sets
-of logits as fill it four times, and gradients are kept as long, so that their memory changes too. The device is kept
-busy while the host prepares the call, so that the events measure the device alone. (A provider that waits for the
-device, as some do for a count of targets, has the host's time in its own.)
+of logits as fill it four times, every call takes the next one, and gradients are kept as long, so that their memory
+changes too. The device is kept busy while the host prepares the call, so that the events measure the device alone. (A
+provider that waits for the device, as some do for a count of targets, has the host's time in its own.)
 
-A provider that overwrites the logits has logits of its own, made again before each turn, outside of the clock.
+A provider that overwrites the logits has a copy of them, made again after each turn, outside of the clock. A backward
+alone has its forward before each turn, outside of the clock as well.
 """
 
 from __future__ import annotations
 
 import collections
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -33,24 +35,35 @@ WARM_UP = {"cpu": 0, "cuda": 3}
 BUSY = 2_000_000  # cycles, about a millisecond: longer than a host needs to prepare a call
 
 Run = Callable[[Tensor], object]
+Made = tuple[Tensor, Tensor]  # logits, and their loss
 
 
 def step(loss: Loss, inputs: Inputs, backward: bool) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
     """The loss, and the gradient or None, of logits: what a training step, or an evaluation, does with them."""
+    forward_of, backward_of = halves(loss, inputs)
+
+    def evaluate(logits: Tensor) -> tuple[Tensor, None]:
+        with torch.no_grad():
+            return loss(logits, inputs.target, **inputs.options), None
+
+    return (lambda logits: backward_of(forward_of(logits))) if backward else evaluate
+
+
+def halves(loss: Loss, inputs: Inputs) -> tuple[Callable[[Tensor], Made], Callable[[Made], tuple[Tensor, Tensor]]]:
+    """A training step in two: from the logits to the loss, and from there to loss and gradient."""
     target, options = inputs.target, inputs.options
     upstream = None  # a gradient for each position, where there is a loss for each
     if options.get("reduction") == "none":
         upstream = torch.ones(target.shape, dtype=inputs.logits.dtype, device=target.device)
 
-    def evaluate(logits: Tensor) -> tuple[Tensor, None]:
-        with torch.no_grad():
-            return loss(logits, target, **options), None
+    def forward(logits: Tensor) -> Made:
+        return logits, loss(logits, target, **options)
 
-    def train(logits: Tensor) -> tuple[Tensor, Tensor]:
-        value = loss(logits, target, **options)
+    def backward(made: Made) -> tuple[Tensor, Tensor]:
+        logits, value = made
         return value, torch.autograd.grad(value, logits, upstream)[0]
 
-    return train if backward else evaluate
+    return forward, backward
 
 
 def count_of_sets(logits: Tensor, device: str) -> int:
@@ -69,8 +82,12 @@ class Timed:
     run: Run
     logits: list[Tensor]  # one set, or several in turn; leaves that require a gradient where there is one
     refill: list[Tensor] | None = None  # what they held, where the provider overwrites them
+    prepare: Callable[[Tensor], object] | None = None  # on a GPU: makes of the logits what is run, outside of the clock
     milliseconds: list[float] = field(default_factory=list)
     error: str = ""
+
+    def prepared(self, index: int) -> object:
+        return self.prepare(self.logits[index]) if self.prepare else self.logits[index]
 
     def restore(self, index: int) -> None:
         if self.refill is not None:
@@ -140,22 +157,26 @@ def _cpu_turns(timed: list[Timed]) -> Iterator[None]:
 
 
 def _cuda_turns(timed: list[Timed]) -> Iterator[None]:
-    kept = {one.name: collections.deque(maxlen=len(one.logits)) for one in timed}
-    turns = 0
+    # One set fills the cache more than four times already, and several gradients of it might not fit the device.
+    kept = {one.name: collections.deque(maxlen=len(one.logits) if len(one.logits) > 1 else 0) for one in timed}
+    calls = itertools.count()
 
-    def turn(one: Timed, index: int) -> None:
+    def turn(one: Timed) -> None:
+        index = next(calls) % len(one.logits)  # not the one that the provider before has left in the cache
         events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(BUSY)
-        events[0].record()
-        result = one.run(one.logits[index])
-        events[1].record()
+        try:
+            found = one.prepared(index)
+            torch.cuda._sleep(BUSY)
+            events[0].record()
+            result = one.run(found)
+            events[1].record()
+        finally:  # others may have the same copy
+            one.restore(index)
         kept[one.name].append(None if one.refill is not None else result)
-        one.restore(index)
         one.milliseconds.append(events)  # read when the device has finished
 
     while True:
         for one in timed:
-            _guarded(one, lambda one=one, turns=turns: turn(one, turns % len(one.logits)))
+            _guarded(one, lambda one=one: turn(one))
         torch.cuda.synchronize()
-        turns += 1
         yield

@@ -7,7 +7,7 @@ model with two sizes of vocabulary, a U-Net that segments photographs and ignore
 digits. A variant of a model is a loss in a mode; everything else is the same for all, down to the seeds and batches.
 
 * `native` is torch.nn.CrossEntropyLoss, `ours` cross_entropy_ext.CrossEntropyLoss, `ours in place` the same with
-  inplace=True, which torch.compile has no use for.
+  inplace=True, which torch.compile has no use for. `liger`, on a GPU that has it, trains the language models, too.
 * `eager` runs one operation after another; `compiled` is torch.compile of the model and the loss together.
 
 How to read a record:
@@ -32,6 +32,7 @@ import argparse
 import contextlib
 import ctypes
 import gc
+import importlib.util
 import itertools
 import math
 import multiprocessing
@@ -62,7 +63,7 @@ from . import command_line, data
 from . import records as files
 from .memory import reset_peak, resident
 
-NATIVE, OURS, OURS_IN_PLACE = "native", "ours", "ours in place"
+NATIVE, OURS, OURS_IN_PLACE, LIGER = "native", "ours", "ours in place", "liger"
 EAGER, COMPILED = "eager", "compiled"
 VARIANTS = [(NATIVE, EAGER), (OURS, EAGER), (OURS_IN_PLACE, EAGER), (NATIVE, COMPILED), (OURS, COMPILED)]
 # Processes take seconds to start, and longer to compile: in a quick run, one model shows that it works.
@@ -221,6 +222,7 @@ class Workload:
     options: dict = field(default_factory=dict)  # of the loss
     training: Callable[..., Training] | None = None  # where it is another than below
     variants: list[tuple[str, str]] | None = None
+    peers: tuple[str, ...] = ()  # whose losses are tried as well, on a GPU
 
 
 def language_model(vocabulary: int, size: Size) -> nn.Module:
@@ -279,6 +281,7 @@ WORKLOADS = [
         language_model,
         texts,
         {"cpu": Size(16, 64, 24, SMALL), "cuda": Size(8, 1024, 50, LARGE), "quick": Size(4, 32, 6, TINY)},
+        peers=(LIGER,),
     ),
     Workload(
         "language model, 128k",
@@ -286,6 +289,7 @@ WORKLOADS = [
         language_model,
         texts,
         {"cpu": Size(8, 64, 16, SMALL), "cuda": Size(4, 1024, 50, LARGE)},
+        peers=(LIGER,),
     ),
     Workload(
         "segmentation, 19 classes",
@@ -316,6 +320,10 @@ WORKLOADS = [
 def make_loss(name: str, options: dict) -> nn.Module:
     if name == NATIVE:
         return nn.CrossEntropyLoss(**options)
+    if name == LIGER:
+        from liger_kernel.transformers import LigerCrossEntropyLoss
+
+        return LigerCrossEntropyLoss(**options)
     if name == OURS_IN_PLACE:
         return cross_entropy_ext.CrossEntropyLoss(**options, inplace=True)
     return cross_entropy_ext.CrossEntropyLoss(**options)
@@ -516,11 +524,12 @@ def start(workload: Workload, size: Size, device: str, loss: str, mode: str, fir
     return Variant(loss, mode, process, ours)
 
 
-def wanted(workload: Workload, quick: bool) -> list[tuple[str, str]]:
+def wanted(workload: Workload, quick: bool, device: str) -> list[tuple[str, str]]:
     if workload.variants:
         return workload.variants[:2] if quick else workload.variants
     if not quick:
-        return VARIANTS
+        has_liger = device != "cpu" and importlib.util.find_spec("liger_kernel") is not None
+        return [*VARIANTS, *((peer, EAGER) for peer in workload.peers if has_liger)]
     return [*QUICK, (OURS_IN_PLACE, EAGER), (OURS, COMPILED)] if workload.name == QUICK_MOST else QUICK
 
 
@@ -529,7 +538,7 @@ def measure(workload: Workload, size: Size, arguments: argparse.Namespace, progr
     task = progress.add_task(f"{workload.name}: data", total=size.steps)
     progress.refresh()
     batches = workload.batches(workload.classes, size)
-    pairs = wanted(workload, arguments.quick)
+    pairs = wanted(workload, arguments.quick, arguments.device)
     variants = []
     try:
         for loss, mode in pairs:
@@ -653,14 +662,17 @@ def run(arguments: argparse.Namespace, part: str, workloads: list[Workload]) -> 
                 records += measure(workload, workload.sizes[size], arguments, progress)
             except Exception as error:  # of its data, such as a package that is missing
                 failed = {"model": workload.name, "error": files.first_line(error)}
-                records += [{**failed, "loss": loss, "mode": mode} for loss, mode in wanted(workload, arguments.quick)]
+                records += [
+                    {**failed, "loss": loss, "mode": mode}
+                    for loss, mode in wanted(workload, arguments.quick, arguments.device)
+                ]
             files.write(path, device, records, quick=arguments.quick, complete=False)
         complete = True
     if records:  # or an interrupted run would leave less than it found
         files.write(path, device, records, quick=arguments.quick, complete=complete)
     console.print(table(records))
     console.print(f"{path}", highlight=False)
-    ours = [record for record in records if record["loss"] != NATIVE]
+    ours = [record for record in records if record["loss"] not in (NATIVE, LIGER)]
     sys.exit(0 if complete and not any("error" in record or "wrong" in record for record in ours) else 1)
 
 

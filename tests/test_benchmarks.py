@@ -6,17 +6,36 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cuda_on_cpu import build
 
-from benchmarks import figures, idioms, linear, pairs, providers, records, report, run, scaling, shapes, timing, values
+from benchmarks import (
+    figures,
+    idioms,
+    kernels,
+    limits,
+    linear,
+    pairs,
+    providers,
+    records,
+    report,
+    run,
+    scaling,
+    shapes,
+    timing,
+    values,
+)
 from benchmarks.memory import CpuPeaks
 from benchmarks.pairs import NOW, PAIRS, TODAY, Pair
 from benchmarks.providers import Provider, Refused
@@ -40,14 +59,15 @@ def test_page_says_what_was_recorded():
     assert report.PAGE.read_text() == report.page(), "run `python -m benchmarks.report`"
 
 
-def test_readme_figure_shows_what_was_recorded():
+@pytest.mark.parametrize("device", [device for device in report.devices() if records.read(device, "run")])
+def test_readme_figure_shows_what_was_recorded(device):
     """Its labels, in the order in which they are drawn."""
-    shown = re.findall(r">([^<>]+)</text>", (report.FIGURES / "cpu-run.svg").read_text())
-    groups = figures.bars(records.read("cpu", "run"))
+    shown = re.findall(r">([^<>]+)</text>", (report.FIGURES / f"{device}-run.svg").read_text())
+    groups = figures.bars(records.read(device, "run"))
     expected = [
         figures.label(group[name]) for _, group in reversed(groups) for name in figures.COLOURS if name in group
     ]
-    assert len(expected) > 40
+    assert len(expected) > (40 if device == "cpu" else 10)
     rest = iter(shown)
     missing = [text for text in expected if text not in rest]
     assert not missing, "run `python -m benchmarks.report`"
@@ -623,3 +643,260 @@ def test_vocab_parallel_records_everything(tmp_path):
         assert record["shape"] == [128, 500] and record["dtype"] == "float32" and "wrong" not in record
         assert record["min_ms"] <= record["median_ms"] <= record["max_ms"] and record["turns"] >= 5
         assert record["provider"] in shown
+
+
+# -- a GPU's parts, without one ------------------------------------------------------------------------------
+
+
+def test_pages_of_a_gpu(tmp_path, monkeypatch):
+    """Made of the CPU's records, some of them failures: a GPU comes first in the README, and has tables of its own."""
+    results, gpu = tmp_path / "results", {"gpu": "NVIDIA Test", "capability": "9.0"}
+    for folder, machine in (("cpu", {}), ("nvidia-test", gpu)):
+        (results / folder).mkdir(parents=True)
+        for path in (records.RESULTS / "cpu").glob("*.json"):
+            result = json.loads(path.read_text())
+            result["machine"] |= machine
+            if machine and path.stem in ("training", "clients"):
+                failed = [{key: r[key] for key in ("model", "loss", "mode")} for r in result["records"]]
+                result["records"] = [{**record, "error": "OSError: no such library"} for record in failed]
+            if machine and path.stem == "run":
+                ours = next(r for r in result["records"] if r["provider"] == "ours")
+                result["records"].insert(1, {**ours, "provider": "liger", "copies": 9.875})
+                result["records"].insert(2, {**ours, "provider": "quack", "wrong": "the loss is 2, not 1"})
+                result["records"].insert(3, {**ours, "direction": "backward"})
+            (results / folder / path.name).write_text(json.dumps(result))
+    launch = {**CASES[0].fields((2, 3)), "kernel": "rows", "launch": "forward", "bytes": 2**20, "median_ms": 0.5}
+    kernel_records = [{**launch, "floor_ms": 0.25, "ratio": 2.0}, {**launch, "error": "RuntimeError: launched rows"}]
+    (results / "nvidia-test" / "kernels.json").write_text(
+        json.dumps({**result, "command": "a command", "records": kernel_records})
+    )
+    monkeypatch.setattr(records, "RESULTS", results)
+    for name in ("PAGE", "README", "FIGURES"):
+        monkeypatch.setattr(report, name, tmp_path / name)
+    report.README.write_text((ROOT / "README.md").read_text())
+    report.main()
+    readme, page = report.README.read_text(), report.PAGE.read_text()
+    assert 0 < readme.index("nvidia-test-run.svg") < readme.index("cpu-run.svg")
+    ours = page[page.index("## NVIDIA Test") :]
+    for text in ("What has to hold", "#### The backward alone", "### Each kernel", "| 0.5000 | 0.2500 | 2.00 |"):
+        assert text in ours and text not in page[: page.index("## NVIDIA Test")], text
+    assert "* quack: other values than float64's: the loss is 2, not 1 (GPT-2)" in ours
+    assert "RuntimeError: launched rows" in ours and "OSError: no such library" in ours
+    assert "nvidia-test-run.svg" in ours and "nvidia-test-training.svg" not in ours
+    assert ">9.9</text>" in (report.FIGURES / "nvidia-test-run.svg").read_text()
+
+
+class Event:
+    """Of a device that is done at once."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        pass
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, other: Event) -> float:
+        return 1e3 * (other.time - self.time)
+
+
+@pytest.fixture
+def turns_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def test_no_provider_finds_the_logits_that_the_last_one_read(turns_of_a_gpu):
+    sets = [torch.full((4,), float(number)) for number in range(4)]
+    read = []
+
+    def reads(logits):
+        read.append(int(logits[0]))
+
+    one, other = timing.Timed("one", reads, sets), timing.Timed("other", reads, sets)
+    timing.measure([one, other], "cuda", 0.0)
+    turns = timing.LEAST_TURNS["cuda"]
+    assert read == [number % 4 for number in range(2 * turns)]
+    assert len(one.milliseconds) == len(other.milliseconds) == turns - timing.WARM_UP["cuda"]
+
+
+def test_a_backward_alone_has_its_forward_outside_of_the_clock(turns_of_a_gpu):
+    case = Case("small", (16, 10))
+    subject = run.Subject(case, case.cpu, "cpu")
+    loss, seen = F.cross_entropy, []
+
+    def slow(logits, target, **options):
+        time.sleep(0.02)
+        seen.append(logits)
+        return loss(logits, target, **options)
+
+    measurement = run.Measurement(subject, run.BACKWARD, None)
+    measurement.add(Provider("slow", lambda: slow))
+    measurement.device = "cuda"
+    measurement.add_copy()
+    found = {record["provider"]: record for record in measurement.run(0.0)}
+    assert len(seen) == 2 + timing.LEAST_TURNS["cuda"]
+    assert "wrong" not in found["slow"] and 0 < found["slow"]["median_ms"] < 10
+    assert "bytes" not in found["slow"] and found["copy"]["bytes"] == 2 * 4 * 160
+    run.console.print(run.table(list(found.values())))
+
+
+def test_a_copy_of_the_logits_is_restored_after_an_error(turns_of_a_gpu):
+    """Several that overwrite have the same one."""
+    logits = torch.ones(4)
+    copy = logits.clone()
+
+    def overwrites(tensor):
+        tensor.zero_()
+        raise RuntimeError("half way")
+
+    found = []
+    bad = timing.Timed("bad", overwrites, [copy], [logits])
+    good = timing.Timed("good", lambda tensor: found.append(tensor.sum().item()), [copy], [logits])
+    timing.measure([bad, good], "cuda", 0.0)
+    assert bad.summary() == {"error": "RuntimeError: half way"} and set(found) == {4.0}
+
+
+def test_a_peer_that_refuses_a_layout_leaves_the_point(monkeypatch):
+    def refuse(logits, target, **options):
+        return F.cross_entropy(*providers.rows(logits, target), **options)
+
+    found = [Provider("ours", lambda: cross_entropy), Provider("rows only", lambda: refuse, overwrites=True)]
+    found.append(Provider("broken package", lambda: 1 / 0))
+    fields = {"classes": 5, "rows": 7, "layout": "planes"}
+    result = scaling.point("classes", fields, Case("planes"), (1, 5, 7), "cpu", found, 0.0)
+    records = {record["provider"]: record for record in result}
+    assert records["rows only"]["error"] == "takes rows of classes only"
+    assert records["broken package"]["error"].startswith("ZeroDivisionError")
+    assert records["ours"]["ns_per_element"] > 0 and records["copy"]["ns_per_element"] > 0
+    assert [record for record in scaling.overhead("cpu", found[2:], 0.0) if "error" not in record] == []
+    scaling.console.print(scaling.table(result))
+
+
+def test_limits_hold_or_do_not():
+    def record(case, provider, direction=BOTH[0], **more):
+        return {"case": case, "provider": provider, "direction": direction, "shape": [2, 3], "dtype": "float32", **more}
+
+    found = limits.of_run(
+        {
+            "records": [
+                record("ImageNet", "ours", median_ms=1.0, copies=1.1),
+                record("ImageNet", "native", median_ms=3.0, copies=3.3),
+                record("ImageNet", "liger", error="RuntimeError: no"),
+                record("VAR, bfloat16", "ours", median_ms=2.0, copies=1.2),
+                record("VAR, bfloat16", "quack", median_ms=1.9, copies=1.1),
+                record("VAR, bfloat16", "unsloth", median_ms=0.1, copies=0.1, wrong="the loss is 2, not 1"),
+                record("VAR, bfloat16", "copy", "copy", median_ms=1.0, copies=1.0),
+            ]
+        }
+    )
+    said = {one.what.split(",")[0].split(":")[0]: one for one in found if one.measured is not None}
+    assert said["ImageNet"].holds and said["VAR"].said == "does not hold"
+    beaten = said["forward+backward"]
+    assert not beaten.holds and math.isclose(beaten.measured, 2 / 1.9)
+    assert beaten.note == "2 cases, slower in VAR, bfloat16 (quack)"
+    assert [one.said for one in found if one.measured is None] == ["not measured"] * (len(limits.COPIES) - 1)
+    calls = [
+        {"curve": "overhead", "case": "MNIST", "provider": name, "direction": direction, "median_us": microseconds}
+        for name, microseconds in (("ours", 2.0), ("native", 4.0))
+        for direction in ("forward, no gradient", "forward", "backward")
+    ]
+    assert [one.measured for one in limits.of_scaling({"records": calls})] == [0.5, 0.5]
+    (linear_limit,) = limits.of_linear({"records": [{**record("Llama 3's head, bfloat16", "ours"), "products": 1.09}]})
+    assert linear_limit.holds is None  # a record of linear has no direction
+    head = {"case": "Llama 3's head, bfloat16", "provider": "ours", "products": 1.09}
+    assert limits.of_linear({"records": [head]})[0].said == "does not hold"
+    run.console.print(limits.table(found))
+
+
+def test_every_limit_is_of_a_case():
+    on_gpus = {case.name for case in CASES if case.cuda}
+    assert set(limits.COPIES) <= on_gpus and set(limits.PRODUCTS) <= {case.name for case in linear.CASES if case.cuda}
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="the emulated kernels need a C++ compiler")
+def test_kernels_that_are_measured_are_reached():
+    """Each case of benchmarks.kernels gets the kernel that it names on an H200, at both of its sizes."""
+    emulated = build.load()
+    emulated.set_device(132, 228 << 10, 227 << 10, 8)
+    for one in kernels.CASES:
+        for shape in (one.case.cuda, one.case.quick):
+            logits = torch.empty(shape, dtype=one.case.dtype)  # of which no page is touched
+            if one.case.layout == "channels_last":
+                logits = torch.empty((shape[0], *shape[2:], shape[1]), dtype=one.case.dtype).movedim(-1, 1)
+            chosen = emulated.plan(logits, torch.empty((shape[0], *shape[2:]), dtype=torch.long))
+            assert {name: chosen[name] for name in one.plan} == one.plan, (one.name, shape)
+
+
+def test_bytes_of_a_launch():
+    """By hand, for 6 positions of 4 classes."""
+    plain = kernels.other("plain", (6, 4), (6, 4), "small_rows")
+    count, made, finish, handed_over = kernels.launches(plain, (6, 4), kernels.TRAINING)
+    assert (count.kernel, count.bytes) == ("count_targets", 6 * 8)
+    assert made.bytes == made.made == 2 * 6 * 4 * 4 + 6 * 8 + 6 * 8
+    assert (finish.bytes, handed_over.kernel, handed_over.bytes) == (0, "small_rows", 0)
+    soft = kernels.rows("soft", (6, 4), (6, 4), "block", reads=2, dtype=torch.bfloat16, target="probabilities")
+    made, *_ = kernels.launches(soft, (6, 4), kernels.TRAINING)
+    assert made.bytes == 3 * 6 * 4 * 2 + 6 * 12 and made.made == made.bytes + 6 * 4 * 2
+    forward, _ = kernels.launches(soft, (6, 4), kernels.EVALUATION)
+    assert forward.bytes == 2 * 6 * 4 * 2 + 6 * 12
+    (backward,) = kernels.launches(plain, (6, 4), kernels.BACKWARD)
+    assert backward.bytes == 2 * 6 * 4 * 4 + 6 * 8 + 6 * 8 + 6 * 4
+
+
+def test_names_of_kernels():
+    name = "void xent::gpu::rows<xent::BFloat16, (xent::TargetKind)0, (xent::gpu::Team)1, true>(xent::gpu::Task)"
+    assert kernels.kernel_of(name) == "rows"
+    assert kernels.kernel_of("_ZN4xent3gpu13count_targetsIfEEvNS0_4TaskE") == "count_targets"
+    assert kernels.kernel_of("Memcpy DtoD (Device -> Device)") == "Memcpy DtoD (Device -> Device)"
+
+
+def test_counters_are_read(tmp_path):
+    cases = kernels.CASES[:1]
+    stalls = [kernels.STALLS.replace("*", name) for name in ("long_scoreboard", "selected")]
+    columns = ["ID", "Kernel Name", kernels.READ, kernels.WRITTEN, kernels.TIME, kernels.OCCUPANCY, *stalls]
+    rows = [columns, ["", "", "Kbyte", "byte", "us", "%", "inst", "inst"]]
+    for number, (_, _, launch) in enumerate(kernels.once(cases, quick=True)):
+        rows.append([number, f"void xent::gpu::{launch.kernel}<float>(int)", "1,024.5", 500, "7.5", "43.5", 5.25, 9.0])
+    path = tmp_path / "counters.csv"
+    lines = ["==PROF== Connected", *(",".join(f'"{cell}"' for cell in row) for row in rows), "==PROF== Disconnected"]
+    path.write_text("\n".join(lines))
+    found = kernels.counter_records(kernels.counted(path), cases, quick=True)
+    assert [r["kernel"] for r in found][:4] == ["count_targets", "small_rows", "finish", "small_rows"]
+    assert found[1]["dram_bytes"] == 1_025_000 and found[1]["ms"] == 0.0075 and found[1]["occupancy"] == 43.5
+    assert found[1]["dram_ratio"] == 1_025_000 / found[1]["bytes"] and found[2]["dram_ratio"] is None
+    assert (found[1]["stall"], found[1]["stall_cycles"], found[1]["registers"]) == ("long_scoreboard", 5.25, None)
+    kernels.console.print(kernels.table_of_counters(found))
+    assert "long_scoreboard" in report.counters_table({"records": found})
+    with pytest.raises(ValueError, match="not the launches"):
+        kernels.counter_records(kernels.counted(path)[1:], cases, quick=True)
+    path.write_text("==ERROR== The user does not have permission")
+    with pytest.raises(ValueError, match="permission"):
+        kernels.counted(path)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+def test_acceptance_goes_on_and_packs_everything(tmp_path):
+    """With a program in the place of Python that fails in one step."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$*"\ncase "$*" in *benchmarks.linear*) exit 3 ;; esac\n')
+    python.chmod(0o755)
+    steps = "build tests kernels linear scaling idioms accuracy training clients benchmark"
+    done = subprocess.run(
+        ["bash", ROOT / "benchmarks" / "gpu_acceptance.sh"],
+        env=os.environ
+        | {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "STEPS": steps, "CASES": "one|two"}
+        | {"ARCHIVE": str(tmp_path / "all.tgz"), "TORCH_CUDA_ARCH_LIST": "9.0"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    summary = done.stdout[done.stdout.rindex("step ") :]
+    assert dict(re.findall(r"^(\w+) +(ok|failed|out of time|skipped)", summary, re.MULTILINE)) == {
+        step: "failed" if step == "linear" else "ok" for step in steps.split()
+    }
+    with tarfile.open(tmp_path / "all.tgz") as packed:
+        logs = {f"{step}.log" for step in steps.split() if step != "tests"} | {f"tests-{i}.log" for i in (1, 2, 3)}
+        assert set(packed.getnames()) == logs
+    assert "--only one|two" in (tmp_path / "out" / "benchmark.log").read_text()
