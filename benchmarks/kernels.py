@@ -132,7 +132,7 @@ def launches(one: KernelCase, shape: Shape, way: str) -> list[Launch]:
     if way == EVALUATION:
         moved = logits + targets + saved
         return [Launch(one.kernel, "forward", moved, moved), finish]
-    moved = 2 * logits + targets + saved
+    moved = 2 * logits + targets  # with a gradient there is nothing to save
     made = Launch(one.kernel, "forward with gradient", moved, moved + again)
     count = [] if soft else [Launch(COUNT, "before", targets, targets)]  # probabilities all count
     return [*count, made, finish, Launch(one.kernel, "handed over")]

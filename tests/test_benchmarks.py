@@ -881,7 +881,7 @@ def test_acceptance_goes_on_and_packs_everything(tmp_path):
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "$*"\ncase "$*" in *benchmarks.linear*) exit 3 ;; esac\n')
     python.chmod(0o755)
-    steps = "build tests kernels linear scaling idioms accuracy training clients benchmark"
+    steps = "build tests kernels linear tune scaling idioms accuracy training clients benchmark"
     done = subprocess.run(
         ["bash", ROOT / "benchmarks" / "gpu_acceptance.sh"],
         env=os.environ
@@ -897,6 +897,12 @@ def test_acceptance_goes_on_and_packs_everything(tmp_path):
         step: "failed" if step == "linear" else "ok" for step in steps.split()
     }
     with tarfile.open(tmp_path / "all.tgz") as packed:
-        logs = {f"{step}.log" for step in steps.split() if step != "tests"} | {f"tests-{i}.log" for i in (1, 2, 3)}
+        logs = {f"{step}.log" for step in steps.split() if step != "tests"} | {f"tests-{i}.log" for i in range(1, 7)}
         assert set(packed.getnames()) == logs
+    # Each test on the GPU runs in one of the six.
+    chosen = [
+        re.search(r" -k (.*) --durations", (tmp_path / "out" / f"tests-{i}.log").read_text())[1] for i in range(1, 7)
+    ]
+    others = [part.removeprefix("not test_values and ").strip("()") for part in chosen[:-2]]
+    assert chosen[-2:] == ["test_values", f"not test_values and not ({' or '.join(others)})"]
     assert "--only one|two" in (tmp_path / "out" / "benchmark.log").read_text()

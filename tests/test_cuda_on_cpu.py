@@ -124,15 +124,18 @@ tiles, direct, scalar = (
     for vectors, copied in ((True, True), (True, False), (False, False))
 )
 DECISIONS = [
-    # one thread for a row to a whole warp: the power of two in C, and more where a tile would be too large
-    ("h200", single, (70, 1), None, small_rows | {"lanes_per_row": 1, "classes_per_lane": 1, "rows_per_tile": 256}),
+    # one thread for a row to a whole warp: the power of two in C, and more where a tile would be too large; few rows in
+    # tiles that are many
+    ("h200", single, (70, 1), None, small_rows | {"lanes_per_row": 1, "classes_per_lane": 1, "rows_per_tile": 32}),
+    ("one", single, (9000, 1), None, small_rows | {"lanes_per_row": 1, "rows_per_tile": 96}),
+    ("one", single, (700, 255), None, small_rows | {"lanes_per_row": 16, "rows_per_tile": 4}),
     ("h200", single, (300, 7), None, small_rows | {"lanes_per_row": 1, "classes_per_lane": 7}),
     ("h200", single, (333, 10), None, small_rows | {"lanes_per_row": 1, "classes_per_lane": 10}),
     ("h200", single, (65, 8), None, small_rows | {"lanes_per_row": 2, "classes_per_lane": 4}),
     ("h200", half, (65, 24), None, small_rows | {"lanes_per_row": 2}),
     ("h200", half, (65, 48), None, small_rows | {"lanes_per_row": 4}),
     ("h200", single, (33, 32), None, small_rows | {"lanes_per_row": 8}),
-    ("h200", single, (19, 255), None, small_rows | {"lanes_per_row": 16, "rows_per_tile": 4}),
+    ("h200", single, (19, 255), None, small_rows | {"lanes_per_row": 16, "rows_per_tile": 2}),
     ("h200", single, (9, 256), None, small_rows | {"lanes_per_row": 16}),
     ("h200", half, (9, 512), None, small_rows | {"lanes_per_row": 32}),
     ("h200", double, (9, 128), None, small_rows),
@@ -385,6 +388,7 @@ SCHEDULED = [
     ("h200", half, (2000, 10), None),
     ("h200", single, (90, 100), None),
     ("one", half, (99, 511), None),  # and a last tile with fewer rows
+    ("one", half, (3000, 10), None),  # several turns for each thread in a tile
     ("h200", single, (70, 300), None),
     ("h200", half, (40, 4100), None),
     ("h200", single, (2, 150, 132), None),

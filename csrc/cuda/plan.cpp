@@ -257,9 +257,8 @@ Plan plan(Task& task, const Device& device) {
 }
 
 int blocks_to_count(int64_t positions, const Device& device) {
-  constexpr int kResident = 2;  // few, for each warp of the loss reads all their sums
   const int64_t work = divide_up(positions, kReduceThreads * kCountedTogether);
-  return int(persistent_blocks(device, kReduceThreads, 0, kResident, work));
+  return int(persistent_blocks(device, kReduceThreads, 0, kCountResident, work));
 }
 
 }  // namespace xent::gpu

@@ -42,6 +42,8 @@ constexpr int kSpatialThreads = 128;
 constexpr int kReduceThreads = 256;
 constexpr int kFinishThreads = 32;
 constexpr int kCountedTogether = 8;  // targets that a thread of the count reads at a time
+constexpr int kCountResident =
+    2;  // its blocks on a multiprocessor: few, for each warp of the loss reads all their sums
 constexpr int block_threads(Team team) { return team == Team::kWarp ? 128 : 256; }
 
 // Blocks of a kernel that fit the registers of a multiprocessor: what the compiler is asked for, and the grid counts

@@ -60,7 +60,7 @@ XENT_DEVICE void leave_sums(const Task& task, Sums sums) {
 // The weights of the targets that count. Reads what each position's target says of that, and nothing else: several at a
 // time, or it would take as long as its reads take one after the other.
 template <class A>
-__global__ void __launch_bounds__(kReduceThreads) count_targets(const __grid_constant__ Task task) {
+__global__ void __launch_bounds__(kReduceThreads, kCountResident) count_targets(const __grid_constant__ Task task) {
   constexpr TargetKind kind = TargetKind::kGeneral;  // any
   let_next_kernel_begin();
   constexpr int N = kCountedTogether;
