@@ -29,7 +29,10 @@ at::Tensor cross_entropy_with_extras_from_python(const at::Tensor& logits, const
                                                  const OptionalTensor& weight, int64_t reduction, int64_t ignore_index,
                                                  double label_smoothing, const OptionalTensor& sample_weight,
                                                  double z_loss, double softcap, double logit_scale) {
-  Options options{reduction, ignore_index, label_smoothing};
+  Options options;
+  options.reduction = reduction;
+  options.ignore_index = ignore_index;
+  options.label_smoothing = label_smoothing;
   options.z_loss = z_loss;
   options.softcap = softcap;
   options.logit_scale = logit_scale;

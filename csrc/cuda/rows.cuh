@@ -176,11 +176,11 @@ struct Slice {
       if constexpr (kLongUse) {  // too long to be unrolled
 #pragma unroll 1
         for (int k = 0; k < kTogether && i + k * kThreads < end; ++k) use(class_of(i + k * kThreads), pick(raw, k));
-        continue;
-      }
+      } else {
 #pragma unroll
-      for (int k = 0; k < kTogether; ++k) {
-        if (kTogether == 1 || i + k * kThreads < end) use(class_of(i + k * kThreads), raw[k]);
+        for (int k = 0; k < kTogether; ++k) {
+          if (kTogether == 1 || i + k * kThreads < end) use(class_of(i + k * kThreads), raw[k]);
+        }
       }
     }
   }
