@@ -10,6 +10,7 @@
 #if defined(WITH_CUDA)
 #include "cuda/device.h"
 #include "cuda/launch.h"
+#include "cuda/tuning.h"
 #endif
 #include "cross_entropy.h"
 #include "nll_loss.h"
