@@ -18,8 +18,9 @@ struct Layer {
 // A tensor of the shape of the layer's logits, which all share one element.
 at::Tensor stand_in(const Layer& layer);
 
-// How many positions of N have their logits in memory at the same time; `asked` if it is not zero.
-int64_t chunk_size(const Layer& layer, int64_t asked);
+// How many positions of N have their logits in memory at the same time; `asked` if it is not zero. `adds_up`: for a
+// gradient of the weight.
+int64_t chunk_size(const Layer& layer, int64_t asked, bool adds_up = false);
 
 // The logits, all of them: for what only the composite can do.
 at::Tensor logits_of(const Layer& layer);

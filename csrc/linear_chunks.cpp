@@ -320,7 +320,7 @@ ForwardBackwardResult chunked_forward_backward(XENT_LAYER, XENT_OTHER_INPUTS, XE
   check_forward(all, options);
   TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_linear_forward_backward: needs a reduction");
   Parts parts(all, options);
-  const int64_t size = chunk_size(layer, chunk);
+  const int64_t size = chunk_size(layer, chunk, wanted[1]);
   LayerGradients gradients(layer, matrix, wanted, count_chunks(layer, size));
   const Inputs divided{all.logits, target, weight, companion, sample_weight, parts.divisor};
   const at::Tensor one = at::ones({}, input.options().dtype(at::kFloat));
@@ -351,7 +351,7 @@ BackwardResult chunked_backward(XENT_GRADIENTS, XENT_LAYER, XENT_OTHER_INPUTS, X
   const Inputs all{shape_of_logits, target, weight, companion, sample_weight, divisor};
   const Options options = Options::of(integers, numbers);
   const bool pairs = all.form(options) == Form::kPairs;
-  const int64_t size = chunk_size(layer, chunk);
+  const int64_t size = chunk_size(layer, chunk, wanted[1]);
   LayerGradients gradients(layer, matrix, {wanted[0], wanted[1], wanted[2]}, count_chunks(layer, size));
   const at::Tensor& probabilities = all.probabilities(options);
   const at::Tensor of_target =
@@ -388,7 +388,7 @@ static_assert(std::is_same_v<decltype(chunked_backward), schema::Backward>);
 // so a chunk has some hundreds of positions. As many as there are features, and its logits would take what that
 // gradient takes: they are to be half of it, or less where the sum is in float32. Short rows share a chunk, whose work
 // is to be worth a call.
-int64_t chunk_size(const Layer& layer, int64_t asked) {
+int64_t chunk_size(const Layer& layer, int64_t asked, bool adds_up) {
   const int64_t N = layer.input.size(0), features = layer.weight.size(-1);
   if (asked > 0) return std::min(asked, std::max<int64_t>(1, N));
   const int64_t row = layer.weight.numel() / std::max<int64_t>(1, features);
@@ -399,7 +399,7 @@ int64_t chunk_size(const Layer& layer, int64_t asked) {
       layer.input.is_cuda() ? std::clamp<int64_t>(features, 1024, 8192) : std::clamp<int64_t>(share, 128, 512);
   // Where all logits together take no more than those of a chunk and the sum in float32 (2 F rows of half logits), they
   // are one chunk: without that sum, which is read and written once for each.
-  if (layer.input.is_cuda() && is_half(layer.input.scalar_type()) && N <= balanced + 2 * features) {
+  if (adds_up && layer.input.is_cuda() && is_half(layer.input.scalar_type()) && N <= balanced + 2 * features) {
     return std::max<int64_t>(1, N);
   }
   const int64_t size = std::max(balanced, kWorthACall / std::max<int64_t>(1, row));

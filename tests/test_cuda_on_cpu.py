@@ -231,7 +231,7 @@ OTHER_NUMBERS = {
     "row_blocks": (1, 8),
     "spatial_blocks": (1, 16),
     "short_run": (1, 1000),
-    "most_slices": (1, 4),
+    "most_slices": (1, 4, 1000),
     "classes_of_thread": (1, 1000),
     "warp_classes": (1, 100_000),
 }
@@ -251,7 +251,7 @@ def test_other_numbers(kernels: ModuleType, name: str) -> None:
                 check_all(logits, key=(name, shape), objectives=OBJECTIVES_HERE[1:2])
         finally:
             assert kernels.tune(name, before) == value
-    assert any(first != second for first, second in plans.values())
+    assert any(first != second for first, second, *_ in plans.values())
 
 
 def test_fewer_clusters_than_there_is_room_for(kernels: ModuleType) -> None:
@@ -423,6 +423,35 @@ def test_schedules(kernels: ModuleType, order: str, seed: int) -> None:
                 kernels.set_schedule(order, seed)
                 for got, right in zip(loss_and_gradient(objective, logits, reduction), expected, strict=True):
                     assert torch.equal(got, right), (shape, objective.id, reduction)
+
+
+@pytest.mark.parametrize(("order", "seed"), SCHEDULES)
+def test_schedules_in_place(kernels: ModuleType, order: str, seed: int) -> None:
+    """Where the gradient takes the logits' place from the same read, all have read before anybody writes."""
+    for device, dtype, shape, layout in SCHEDULED:
+        kernels.set_device(*DEVICES[device])
+        logits = logits_of(shape, dtype, layout)
+        for objective in OBJECTIVES_HERE[1:4]:
+            options = numbered(0, 0, reduction="mean", label_smoothing=objective.label_smoothing, loss_dtype=6)
+            others = objective.target(logits, shape), objective.weight(logits, shape), None, None, None, *options
+            kernels.set_schedule("in_order", 0)
+            *_, expected = ops._forward_backward(logits, *others)
+            kernels.set_schedule(order, seed)
+            ops._forward_backward_(overwritten := logits.clone(memory_format=torch.preserve_format), *others)
+            if logits.stride(1) == 1:
+                assert torch.equal(overwritten, expected), (shape, objective.id)
+
+
+def test_in_place_with_a_denominator_of_zero(kernels: ModuleType) -> None:
+    """Whether `empty` makes it one depends on the loss, which the gradient does not wait for."""
+    logits = logits_of((6, 40), single)
+    target = torch.arange(6)
+    for sample_weight, divisor in [(None, torch.zeros((), dtype=torch.double)), (torch.tensor([1.0, -1] * 3), None)]:
+        integers, numbers = numbered(0, 0, reduction="mean", loss_dtype=6)
+        integers[3] |= 1  # empty='zero'
+        others = (target, None, None, sample_weight, divisor, integers, numbers)
+        ops._forward_backward_(overwritten := logits.clone(), *others)
+        assert not overwritten.isfinite().all(1).any()
 
 
 # ---- any target, transformed logits, statistics ------------------------------------------------------------

@@ -244,13 +244,14 @@ at::Tensor backward_cuda_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS,
 }
 
 // Where classes are neighbours, kernels read all of a row before they write to it. Else the gradient comes from a
-// second read.
+// second read; and where a denominator of zero may become one or not, as only the loss tells, which comes later.
 ForwardResult forward_backward_cuda_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
   const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
   const Options options = Options::of(integers, numbers);
   TORCH_CHECK(options.reduction != kNone && inputs.form(options) != Form::kPairs,
               "cross_entropy_ext::_forward_backward_: needs a reduction, and no pairs");
-  if (has_own_kernels(options) && logits.stride(class_dim(logits)) == 1) {
+  const bool may_guess = options.reduction == kMean && options.empty_is_zero;
+  if (has_own_kernels(options) && logits.stride(class_dim(logits)) == 1 && !may_guess) {
     logits.mutable_data_ptr();  // no lazy copy shares it from here on
     return run_forward(inputs, options, logits);
   }

@@ -91,9 +91,10 @@ Plan plan_small_rows(Task& task, const Device& device) {
   const int64_t row_bytes = task.classes * size_of(task.logits.type);
   share_small_row(task);
   const int64_t at_a_time = kWarpThreads / task.lanes_per_row;
-  const int64_t most =
-      std::clamp<int64_t>(tuning.small_tile_bytes / (at_a_time * row_bytes), 1, tuning.small_rows_of_thread);
   const int warps = kSmallRowsThreads / kWarpThreads;
+  const int64_t room = (device.shared_per_block - kOverheadBytes) / (2 * warps) - 2 * kVectorBytes;
+  const int64_t tile_bytes = std::min(room, tuning.small_tile_bytes);
+  const int64_t most = std::clamp<int64_t>(tile_bytes / (at_a_time * row_bytes), 1, tuning.small_rows_of_thread);
   const int resident = small_rows_resident(int(size_of(task.logits.type)), task.kind);
   const int64_t all_warps = int64_t(device.multiprocessors) * resident * warps;
   task.rows_per_tile = int32_t(at_a_time * repeats_of_tile(task.positions, at_a_time, most, all_warps));
@@ -183,17 +184,18 @@ Plan plan_spatial(Task& task, const Device& device) {
     return divide_up(task.classes, slices) * kSpatialThreads * kVectorBytes;
   };
 
+  const int64_t most_slices = std::min<int64_t>(tuning.most_slices, kSpatialThreads);
   int slices = 1;
   const auto is_wide = [&] { return kSpatialThreads / slices * of_thread >= 2 * inner && slices * 2 <= task.classes; };
-  while (slices < tuning.most_slices && is_wide()) slices *= 2;
+  while (slices < most_slices && is_wide()) slices *= 2;
   if (plan.vectors) {
     int more = slices;
-    while (more < tuning.most_slices && bytes_of(more) + kSpatialOverheadBytes > preferred) more *= 2;
+    while (more < most_slices && bytes_of(more) + kSpatialOverheadBytes > preferred) more *= 2;
     plan.copied = bytes_of(more) + kSpatialOverheadBytes <= device.shared_per_block;
     if (plan.copied) slices = more;
   }
   if (!plan.copied) {
-    while (slices < tuning.most_slices && task.classes / slices > tuning.classes_of_thread) slices *= 2;
+    while (slices < most_slices && task.classes / slices > tuning.classes_of_thread) slices *= 2;
   }
   task.slices = slices;
   while ((1 << task.slice_bits) < slices) ++task.slice_bits;

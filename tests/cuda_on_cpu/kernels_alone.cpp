@@ -116,7 +116,10 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
   float *const logits = logits_memory.data() + logits_begin, *const grad = grad_memory.data() + grad_begin;
   std::vector<float> probabilities(count), lse(3 * positions, NAN);
   std::vector<int64_t> target(positions);
-  for (size_t i = 0; i < count; ++i) logits[i] = float(i * 7919 % 1000) / 100;
+  const auto draw_logits = [&] {
+    for (size_t i = 0; i < count; ++i) logits[i] = float(i * 7919 % 1000) / 100;
+  };
+  draw_logits();
   for (size_t i = 0; i < count; ++i) probabilities[i] = float(i * 31 % 17) / float(8 * shape.classes);
   for (size_t i = 0; i < positions; ++i) target[i] = i % 5 == 3 ? -100 : int64_t(i * 31 + 5) % shape.classes;
   std::vector<float> weight(size_t(shape.classes));
@@ -218,6 +221,27 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
   for (const float g : pairs ? grad_probs : grad_target) {
     if (!std::isfinite(g)) compare("the probabilities' gradient", shape, kind, g, 0);
   }
+
+  // In the logits' place from the one read of them, while the count, the loss and the reduction overlap.
+  if (!in_place || shape.inner > 1 || pairs) return;
+  draw_logits();
+  task.pass = Pass::kForwardBackward;
+  task.lse = nullptr;
+  task.denominator = nullptr;
+  task.grad_output = task.grad_target = View();
+  task.partial_sums = counted.data();
+  launch_count(task, counting, nullptr, /*is_overlapped=*/true);
+  how = plan(task, shape.device);
+  how.shape.overlaps = how.shape.is_overlapped = true;
+  partial.assign(size_t(how.shape.blocks), Sums{NAN, NAN});
+  task.partial_sums = partial.data();
+  launch_loss(task, how, nullptr);
+  totals.partial_sums = partial.data();
+  totals.blocks = int32_t(how.shape.blocks);
+  launch_finish(totals, nullptr, /*overlaps=*/true);
+  compare("the loss, in place", shape, kind, loss, reference.loss);
+  for (size_t i = 0; i < count; ++i)
+    compare("the forward's gradient, in place", shape, kind, logits[i], reference.grad[i]);
 }
 
 }  // namespace
