@@ -435,11 +435,13 @@ def test_schedules_in_place(kernels: ModuleType, order: str, seed: int) -> None:
             options = numbered(0, 0, reduction="mean", label_smoothing=objective.label_smoothing, loss_dtype=6)
             others = objective.target(logits, shape), objective.weight(logits, shape), None, None, None, *options
             kernels.set_schedule("in_order", 0)
-            *_, expected = ops._forward_backward(logits, *others)
+            loss, _, _, gradient = ops._forward_backward(logits, *others)
             kernels.set_schedule(order, seed)
-            ops._forward_backward_(overwritten := logits.clone(memory_format=torch.preserve_format), *others)
+            overwritten = logits.clone(memory_format=torch.preserve_format)
+            own_loss, *_ = ops._forward_backward_(overwritten, *others)
+            assert torch.equal(own_loss, loss), (shape, objective.id)
             if logits.stride(1) == 1:
-                assert torch.equal(overwritten, expected), (shape, objective.id)
+                assert torch.equal(overwritten, gradient), (shape, objective.id)
 
 
 def test_in_place_with_a_denominator_of_zero(kernels: ModuleType) -> None:
