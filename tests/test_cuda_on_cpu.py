@@ -200,7 +200,7 @@ def test_one_pass(kernels: ModuleType, device: str, dtype: torch.dtype, shape, o
     backward. Made again, for another grad_output, it is what a backward makes of what a forward saved."""
     kernels.set_device(*DEVICES[device])
     logits = logits_of(shape, dtype, order)
-    objectives = OBJECTIVES_HERE[:4] if logits.numel() < 100_000 else OBJECTIVES_HERE[:1]
+    objectives = OBJECTIVES_HERE[1:4:2] if logits.numel() < 100_000 else OBJECTIVES_HERE[:1]
     for objective in objectives:
         target, weight = objective.target(logits, shape), objective.weight(logits, shape)
         options = numbered(0, 0, reduction=objective.reduction, label_smoothing=objective.label_smoothing, loss_dtype=6)
@@ -248,7 +248,8 @@ def test_other_numbers(kernels: ModuleType, name: str) -> None:
                 kernels.set_device(*DEVICES[device])
                 logits = logits_of(shape, dtype, layout)
                 plans.setdefault(shape, []).append(kernels.plan(logits, index_target(logits)))
-                check_all(logits, key=(name, shape), objectives=OBJECTIVES_HERE[1:2])
+                target, weight = OBJECTIVES_HERE[1].target(logits, shape), OBJECTIVES_HERE[1].weight(logits, shape)
+                check(logits, target, weight, reason=f"{name}={value}, {shape}")
         finally:
             assert kernels.tune(name, before) == value
     assert any(first != second for first, second, *_ in plans.values())
@@ -431,7 +432,7 @@ def test_schedules_in_place(kernels: ModuleType, order: str, seed: int) -> None:
     for device, dtype, shape, layout in SCHEDULED:
         kernels.set_device(*DEVICES[device])
         logits = logits_of(shape, dtype, layout)
-        for objective in OBJECTIVES_HERE[1:4]:
+        for objective in OBJECTIVES_HERE[1:4:2]:
             options = numbered(0, 0, reduction="mean", label_smoothing=objective.label_smoothing, loss_dtype=6)
             others = objective.target(logits, shape), objective.weight(logits, shape), None, None, None, *options
             kernels.set_schedule("in_order", 0)
