@@ -34,14 +34,12 @@ raised:
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.box import SIMPLE
@@ -50,7 +48,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from . import records
+from . import command_line, records
 from .providers import REGISTRY, Provider, Refused, importable
 from .shapes import Inputs
 
@@ -373,11 +371,7 @@ def show(found: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--quick", action="store_true", help="fewer scales, classes and rows")
-    parser.add_argument("--json", type=Path, help="default: accuracy.json in the device's folder of results")
-    arguments = parser.parse_args()
+    arguments = command_line.parse(command_line.parser_of(__doc__, "accuracy", "fewer scales, classes and rows"))
     device = arguments.device
     if device == "cpu":
         # Triton reads it where kernels are defined, so it comes before the first import of Liger, which
@@ -391,7 +385,8 @@ def main() -> None:
     for measure, what in track(work, description="accuracy"):
         found += measure(what, providers, device)
     show(found)
-    records.write(arguments.json or records.folder(device) / "accuracy.json", device, found)
+    records.write(arguments.json, device, found)
+    print(arguments.json)
 
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ WORKLOADS = [
 
 def main() -> None:
     parser = command_line.parser_of(__doc__, "clients", "two tiny models, under a minute", "models")
-    run(command_line.parse(parser), "clients", WORKLOADS)
+    run(command_line.parse(parser), WORKLOADS)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ def work(arguments: argparse.Namespace, peaks: CpuPeaks | None) -> list[tuple[di
 def main() -> None:
     arguments = parse_arguments()
     device = arguments.device
-    path = arguments.json or files.folder(device) / "idioms.json"
+    path = arguments.json
     rows = work(arguments, CpuPeaks() if device == "cpu" else None)
     records: list[dict] = []
     complete = False

@@ -406,6 +406,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--counters", type=Path, help="the table that it wrote")
     if "--ncu" in sys.argv:  # needs no GPU
         return parser.parse_args()
+    if any(argument.startswith("--counters") for argument in sys.argv):
+        parser.set_defaults(part="counters")
     arguments = command_line.parse(parser)
     if arguments.device == "cpu":
         parser.error("these are the CUDA kernels")
@@ -421,8 +423,7 @@ def main() -> None:
     if arguments.once:
         run_once(cases, arguments)
         return
-    part = "counters" if arguments.counters else "kernels"
-    path = arguments.json or files.folder(arguments.device) / f"{part}.json"
+    path = arguments.json
     if arguments.counters:
         records = counter_records(counted(arguments.counters), cases, arguments.quick)
         files.write(path, arguments.device, records, quick=arguments.quick, complete=True)

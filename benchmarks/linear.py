@@ -295,7 +295,7 @@ def main() -> None:
     arguments = command_line.parse(parser)
     device = arguments.device
     seconds = SECONDS["quick" if arguments.quick else device] if arguments.seconds is None else arguments.seconds
-    path = arguments.json or files.folder(device) / "linear.json"
+    path = arguments.json
     cases = [case for case in CASES if getattr(case, device) and re.search(arguments.only, case.name)]
     names = [name for name in importable(device) if not re.search(arguments.without, name)]
     records, complete = [], False

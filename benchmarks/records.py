@@ -1,7 +1,8 @@
 """What a result file holds: the machine, the versions, the command, and records, which are flat dictionaries.
 
 `benchmarks/results/<device>/<part>.json`, where the device is `cpu` or a GPU's name and the part is the module that
-measured it: run, idioms, linear, scaling, training, clients, accuracy. `benchmarks.report` reads nothing else.
+measured it: run, idioms, linear, scaling, training, clients, accuracy. `benchmarks.report` reads nothing else. A run
+with options of its own (`--quick`, `--only`, `--seconds`) writes to `benchmarks/output/<device>/<part>.json` instead.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 import cross_entropy_ext
 
 RESULTS = Path(__file__).parent / "results"
+OUTPUT = Path(__file__).parent / "output"  # of quick and partial runs, which git ignores
 PACKAGES = ("triton", "liger-kernel", "quack-kernels", "flash-attn", "apex", "cut-cross-entropy", "unsloth")
 
 
@@ -68,10 +70,10 @@ def versions() -> dict:
     return {**found, "cross_entropy_ext": info["version"], "compiler": info["compiler"], "archs": info["cuda_archs"]}
 
 
-def folder(device: str) -> Path:
-    """Where results of this device go, unless `--json` says otherwise; $OUT takes the place of benchmarks/results."""
+def folder(device: str, whole: bool = True) -> Path:
+    """Where results of this device go, unless `--json` says otherwise; $OUT takes the place of both folders."""
     name = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
-    return Path(os.environ.get("OUT") or RESULTS) / re.sub(r"[^a-z0-9]+", "-", name.lower())
+    return Path(os.environ.get("OUT") or (RESULTS if whole else OUTPUT)) / re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
 def command() -> str:

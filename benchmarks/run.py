@@ -223,7 +223,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     device = arguments.device
-    path = arguments.json or files.folder(device) / "run.json"
+    path = arguments.json
     deadline = time.monotonic() + arguments.seconds
     cases = [case for case in CASES if case.shape(device, arguments.quick) and re.search(arguments.only, case.name)]
     found = [provider for provider in importable(device) if not re.search(arguments.without, provider.name)]

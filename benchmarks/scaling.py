@@ -218,7 +218,7 @@ def main() -> None:
     arguments = command_line.parse(parser)
     device, quick = arguments.device, arguments.quick
     seconds = arguments.seconds or (0.2 if quick else 1.5)
-    path = arguments.json or files.folder(device) / "scaling.json"
+    path = arguments.json
     here = importable(device)
     few = [provider for provider in here if provider.name in ("ours", "native")]
     everybody = [p for p in here if p.name not in ("ours in place", "cut-cross-entropy")] if device != "cpu" else few

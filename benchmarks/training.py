@@ -642,15 +642,15 @@ def ratio(one: float | None, other: float | None) -> str:
 
 def main() -> None:
     parser = command_line.parser_of(__doc__, "training", "tiny models, under a minute", "models")
-    run(command_line.parse(parser), "training", WORKLOADS)
+    run(command_line.parse(parser), WORKLOADS)
 
 
-def run(arguments: argparse.Namespace, part: str, workloads: list[Workload]) -> NoReturn:
+def run(arguments: argparse.Namespace, workloads: list[Workload]) -> NoReturn:
     """Measures those that are wanted, and ends with the command's exit status."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     device = arguments.device
-    path = arguments.json or files.folder(device) / f"{part}.json"
+    path = arguments.json
     size = "quick" if arguments.quick else device
     workloads = [one for one in workloads if size in one.sizes and re.search(arguments.only, one.name)]
     records: list[dict] = []

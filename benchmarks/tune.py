@@ -153,7 +153,7 @@ def main() -> None:
     device, quick = arguments.device, arguments.quick
     if device == "cpu":
         parser.error("these are numbers of the CUDA kernels")
-    path = arguments.json or files.folder(device) / "tune.json"
+    path = arguments.json
     work = [(name, case) for name, (_, cases) in NUMBERS.items() if re.search(arguments.only, name) for case in cases]
     records: list[dict] = []
     with Progress(console=console) as progress:

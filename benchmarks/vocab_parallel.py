@@ -138,7 +138,7 @@ def main() -> None:
     shape = QUICK_SHAPE if arguments.quick else SHAPE
     multiprocessing.spawn(work, (shape, names, seconds, results), nprocs=RANKS)
     records = results.get()
-    path = arguments.json or files.folder("cpu") / "vocab_parallel.json"
+    path = arguments.json
     files.write(path, "cpu", records, quick=arguments.quick)
     console = Console(width=max(120, Console().width))
     console.print(table(records))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -21,6 +23,7 @@ import torch.nn.functional as F
 from cuda_on_cpu import build
 
 from benchmarks import (
+    command_line,
     figures,
     idioms,
     kernels,
@@ -423,6 +426,89 @@ def run_module(module: str, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout
+
+
+COMMANDS = [
+    "run",
+    "idioms",
+    "linear",
+    "vocab_parallel",
+    "scaling",
+    "training",
+    "clients",
+    "accuracy",
+    "kernels",
+    "tune",
+]
+
+
+def json_of(command: str, *arguments: str) -> Path:
+    """Where the command writes to, without running it further."""
+
+    class Parsed(Exception):
+        pass
+
+    def stop(parser):
+        raise Parsed(parse(parser).json)
+
+    parse = command_line.parse
+    module = importlib.import_module(f"benchmarks.{command}")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed) as parsed:
+        patch.setattr(sys, "argv", [command, *arguments])
+        patch.setattr(signal, "signal", lambda *_: None)
+        patch.setattr(command_line, "parse", stop)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA Test")
+        patch.setattr(command_line.cross_entropy_ext, "build_info", lambda: {"cuda_archs": "900"})
+        module.main()
+    return parsed.value.args[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_only_a_whole_run_writes_to_the_committed_results(command, tmp_path, monkeypatch):
+    monkeypatch.delenv("OUT", raising=False)
+    folder = "nvidia-test" if command in ("kernels", "tune") else "cpu"
+    assert json_of(command) == records.RESULTS / folder / f"{command}.json"
+    beside = ROOT / "benchmarks" / "output" / folder / f"{command}.json"
+    assert json_of(command, "--quick") == beside
+    if command != "accuracy":
+        assert json_of(command, "--only", "MNIST") == beside
+    if command in ("run", "linear", "scaling", "tune"):
+        assert json_of(command, "--seconds", "0.1") == beside
+    if command in ("run", "linear"):
+        assert json_of(command, "--without", "liger") == beside
+    told = tmp_path / "told.json"
+    assert json_of(command, "--quick", "--json", str(told)) == told
+    monkeypatch.setenv("OUT", str(tmp_path))
+    assert json_of(command) == json_of(command, "--quick") == tmp_path / folder / f"{command}.json"
+
+
+def test_counters_have_a_file_of_their_own(monkeypatch):
+    monkeypatch.delenv("OUT", raising=False)
+    assert json_of("kernels", "--counters", "a.csv") == records.RESULTS / "nvidia-test" / "counters.json"
+    assert json_of("kernels", "--counters=a.csv", "--quick").relative_to(records.OUTPUT).name == "counters.json"
+
+
+def test_what_is_not_committed_is_neither_tracked_nor_reported():
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert f"{records.OUTPUT.relative_to(ROOT).as_posix()}/" in ignored
+    for path in records.RESULTS.glob("*/*.json"):
+        assert not records.read(path.parent.name, path.stem).get("quick"), path
+
+
+def test_a_quick_run_leaves_the_committed_results(tmp_path, monkeypatch):
+    monkeypatch.delenv("OUT", raising=False)
+    monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(records, "OUTPUT", tmp_path / "output")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["run", "--quick", "--only", "^MNIST$", "--seconds", "0.1"])
+    committed = tmp_path / "results" / "cpu" / "run.json"
+    records.write(committed, "cpu", [{"case": "a"}])
+    before = committed.read_text()
+    with pytest.raises(SystemExit) as end:
+        run.main()
+    assert end.value.code == 0 and committed.read_text() == before
+    assert json.loads((tmp_path / "output" / "cpu" / "run.json").read_text())["quick"]
 
 
 FIELDS = {"case", "shape", "dtype", "layout", "target", "provider", "direction", "median_ms", "min_ms", "max_ms"}
