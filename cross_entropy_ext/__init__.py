@@ -5,7 +5,7 @@
     loss = CrossEntropyLoss(label_smoothing=0.1)(logits, target)
     loss.backward()
 
-`cross_entropy_ext.functional.cross_entropy` is the same as a function. `python -m cross_entropy_ext`
+`cross_entropy_ext.cross_entropy` is the same as a function. `python -m cross_entropy_ext`
 prints how this copy was built and checks it against the native loss.
 """
 
@@ -17,10 +17,21 @@ load()  # before anything else imports torch, so that what is missing is said in
 tag_compile_caches()
 
 from . import distributed, functional
-from .functional import CrossEntropyStats
+from .functional import (
+    CrossEntropyStats,
+    cross_entropy,
+    cross_entropy_with_stats,
+    distillation_loss,
+    linear_cross_entropy,
+    linear_cross_entropy_with_stats,
+    linear_sparse_cross_entropy,
+    mixup_cross_entropy,
+    nll_loss,
+    sparse_cross_entropy,
+)
 from .linear import LinearCrossEntropyOptions
 from .modules import CrossEntropyLoss, DistillationLoss, LinearCrossEntropyLoss, NLLLoss
-from .patch import patch_torch, unpatch_torch
+from .patch import is_patched, patch_torch, unpatch_torch
 from .runtime import build_info, check_errors, empty_cache
 
 __all__ = [
@@ -32,9 +43,19 @@ __all__ = [
     "NLLLoss",
     "build_info",
     "check_errors",
+    "cross_entropy",
+    "cross_entropy_with_stats",
+    "distillation_loss",
     "distributed",
     "empty_cache",
     "functional",
+    "is_patched",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_stats",
+    "linear_sparse_cross_entropy",
+    "mixup_cross_entropy",
+    "nll_loss",
     "patch_torch",
+    "sparse_cross_entropy",
     "unpatch_torch",
 ]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .functional import _EMPTY, _LOSS_DTYPES, _REDUCTIONS, CrossEntropyStats, _divisor, _number
 from .linear import LinearCrossEntropyOptions, size_of_chunk
-from .modules import CrossEntropyLoss
+from .modules import _EXTRAS, CrossEntropyLoss, _shown
 
 __all__ = [
     "VocabParallelCrossEntropyLoss",
@@ -274,10 +274,15 @@ class VocabParallelCrossEntropyLoss(CrossEntropyLoss):
         result.__dict__ = copy.deepcopy(self.__dict__, memo)
         return result
 
+    def extra_repr(self) -> str:
+        sizes = [] if self.shard_sizes is None else [f"shard_sizes={self.shard_sizes}"]
+        return ", ".join([*_shown(self, _EXTRAS), *sizes])
+
     def forward(
         self,
         local_logits: Tensor,
         target: Tensor,
+        *,
         sample_weight: Tensor | None = None,
         denominator: float | Tensor | None = None,
     ) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,40 @@ from . import functional
 from .linear import LinearCrossEntropyOptions
 
 __all__ = ["CrossEntropyLoss", "DistillationLoss", "LinearCrossEntropyLoss", "NLLLoss"]
+
+
+def _keyword_only(function: Callable) -> dict[str, Any]:
+    """The defaults of its arguments that are."""
+    parameters = inspect.signature(function).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+
+
+# What native has no argument for, and modules have as attributes.
+_EXTRAS = {
+    name: default
+    for name, default in _keyword_only(functional.cross_entropy).items()
+    if name not in ("sample_weight", "denominator")
+}
+
+
+def _shown(module: nn.Module, defaults: dict[str, Any]) -> list[str]:
+    """What `repr` shows of a module's options: those that are not the defaults."""
+    values = ((name, getattr(module, name, default), default) for name, default in defaults.items())
+    return [f"{name}={value!r}" for name, value, default in values if isinstance(value, Tensor) or value != default]
+
+
+def _scripted_as(scripted: Callable) -> Callable:
+    """Let TorchScript, which knows no keyword-only arguments, compile another method in the place of the decorated one.
+
+    It reads the source of what a function wraps. `inspect.signature` would do so, too, but for `__signature__`.
+    """
+
+    def decorate(forward: Callable) -> Callable:
+        forward.__signature__ = inspect.signature(forward)
+        forward.__wrapped__ = scripted
+        return forward
+
+    return decorate
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -25,14 +61,6 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         >>> loss = criterion(torch.randn(8, 1000, requires_grad=True), torch.randint(1000, (8,)))
         >>> loss.backward()
     """
-
-    # For modules that were pickled as the class they derive from.
-    z_loss = 0.0
-    softcap = None
-    logit_scale = 1.0
-    loss_dtype = None
-    empty = "nan"
-    inplace = False
 
     def __init__(
         self,
@@ -58,30 +86,33 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.empty = empty
         self.inplace = inplace
 
+    def _forward_of_torchscript(self, input: Tensor, target: Tensor) -> Tensor:
+        assert self.empty == "nan" and self.loss_dtype is None, "TorchScript has the native loss and its arguments"
+        assert self.z_loss == 0 and self.softcap is None and self.logit_scale == 1, "TorchScript has the native loss"
+        return nn.functional.cross_entropy(
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+        )
+
+    @_scripted_as(_forward_of_torchscript)
     def forward(
         self,
         input: Tensor,
         target: Tensor,
+        *,
         sample_weight: Tensor | None = None,
-        denominator: Tensor | None = None,
+        denominator: float | Tensor | None = None,
     ) -> Tensor:
         """The loss of logits (C), (N, C) or (N, C, d1, ..., dK) against indices or probabilities.
 
-        ``sample_weight``: a factor for each position, (), (N) or (N, d1, ..., dK). ``denominator``: a scalar tensor,
-        or outside of TorchScript a number, that ``'mean'`` divides by instead.
+        ``sample_weight``: a factor for each position, (), (N) or (N, d1, ..., dK). ``denominator``: a number or a
+        scalar tensor that ``'mean'`` divides by instead. Both are keyword only: the third argument of
+        :func:`cross_entropy_ext.functional.cross_entropy` is the class weights, which a module has from the start.
         """
-        if torch.jit.is_scripting():
-            assert self.empty == "nan" and self.loss_dtype is None, "TorchScript has the native loss and its arguments"
-            assert self.z_loss == 0 and self.softcap is None and self.logit_scale == 1
-            assert sample_weight is None and denominator is None
-            return nn.functional.cross_entropy(
-                input,
-                target,
-                weight=self.weight,
-                ignore_index=self.ignore_index,
-                reduction=self.reduction,
-                label_smoothing=self.label_smoothing,
-            )
         return functional.cross_entropy(
             input,
             target,
@@ -98,6 +129,16 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             denominator=denominator,
             inplace=self.inplace,
         )
+
+    def extra_repr(self) -> str:
+        return ", ".join(_shown(self, _EXTRAS))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a module, too, that was pickled before it had the options, as when its class derived from native's."""
+        super().__setstate__(state)
+        for name, default in _EXTRAS.items():
+            if not hasattr(self, name):
+                setattr(self, name, default)
 
 
 class DistillationLoss(nn.Module):
@@ -134,6 +175,7 @@ class DistillationLoss(nn.Module):
         student_logits: Tensor,
         teacher_logits: Tensor,
         target: Tensor | None = None,
+        *,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """The loss of logits (C), (N, C) or (N, C, d1, ..., dK) of both, and of class indices where there are some."""
@@ -151,7 +193,9 @@ class DistillationLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, alpha={self.alpha}, kind={self.kind!r}, reduction={self.reduction!r}"
+        always = ("temperature", "alpha", "kind", "reduction")
+        others = {"ignore_index": -100, "loss_dtype": None}
+        return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in always), *_shown(self, others)])
 
 
 class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.loss._WeightedLoss)):
@@ -217,6 +261,7 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
         self,
         input: Tensor,
         target: Tensor,
+        *,
         sample_weight: Tensor | None = None,
         denominator: float | Tensor | None = None,
     ) -> Tensor:
@@ -245,11 +290,12 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
         )
 
     def extra_repr(self) -> str:
-        return (
+        native = (
             f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
             f"out_features={self.out_features}, bias={self.linear.bias is not None}, reduction={self.reduction}, "
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, options={self.options}"
         )
+        return ", ".join([native, *_shown(self, _EXTRAS)])
 
 
 class NLLLoss(nn.NLLLoss):

@@ -20,7 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import functional
 
-__all__ = ["patch_torch", "unpatch_torch"]
+__all__ = ["is_patched", "patch_torch", "unpatch_torch"]
 
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_torch_function_mode_enabled = torch._C._is_torch_function_mode_enabled
@@ -93,9 +93,12 @@ _REPLACEMENTS = {native_cross_entropy: cross_entropy, native_nll_loss: nll_loss}
 class _Level:
     """One call of `patch_torch()`, which the end of a `with` undoes, unless that has been done already."""
 
+    in_a_with = False
+
     def __enter__(self) -> "_Level":
         if self not in _levels:
             raise RuntimeError("this patch has been undone: call patch_torch() again")
+        self.in_a_with = True
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -116,9 +119,15 @@ def patch_torch() -> _Level:
     values, but for what this package does differently on purpose.
 
     The patch is for the whole process and all its threads, and lasts until :func:`unpatch_torch`, or to the end of a
-    ``with`` statement. Calls may be nested, and undone in any order and by any thread: PyTorch is itself again after
-    the last. Then names that were patched are native's again, and whoever kept the replacement elsewhere gets native's
-    results from it. What somebody else has put in the place of a function, before or in between, is left.
+    ``with`` statement. Called twice, as by a cell of a notebook that runs again, it is undone by one
+    :func:`unpatch_torch`; ``with`` statements nest, in each other and in such calls, and end in any order and by any
+    thread. PyTorch is itself again after the last. Then names that were patched are native's again, and whoever kept
+    the replacement elsewhere gets native's results from it. What somebody else has put in the place of a function,
+    before or in between, is left.
+
+    :func:`is_patched` tells whether a patch is in effect. ``F.cross_entropy.__module__`` tells whose function it is:
+    ``'cross_entropy_ext.patch'`` or ``'torch.nn.functional'``. :class:`torch.nn.CrossEntropyLoss` is the same class
+    either way.
 
     Under ``torch.compile`` a function that was compiled before is compiled anew, and finds its first compilation again
     afterwards. The exception is a function that constructs ``nn.CrossEntropyLoss`` itself: torch.compile then does not
@@ -149,10 +158,20 @@ def patch_torch() -> _Level:
 
 
 def unpatch_torch() -> None:
-    """Undo the latest :func:`patch_torch` that is in effect. If there is none, nothing happens."""
+    """Undo the latest :func:`patch_torch` that is in effect: if that is not in a ``with`` statement, all that are not.
+
+    If there is none, nothing happens.
+    """
     with _lock:
         if _levels:
-            _undo(_levels[-1])
+            latest = _levels[-1]
+            for level in [latest] if latest.in_a_with else [level for level in _levels if not level.in_a_with]:
+                _undo(level)
+
+
+def is_patched() -> bool:
+    """Whether a :func:`patch_torch` is in effect."""
+    return _patched
 
 
 def _undo(level: _Level) -> None:

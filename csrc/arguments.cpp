@@ -227,7 +227,8 @@ void check(const Inputs& inputs, const Options& options) {
     TORCH_CHECK_VALUE(options.reduction == kMean,
                       "denominator is what reduction 'mean' divides by, but got another one");
     check_type(*inputs.divisor, inputs.divisor->scalar_type() == at::kDouble, "denominator", "float64");
-    TORCH_CHECK_VALUE(inputs.divisor->dim() == 0, "denominator must be a number or a tensor of one, but got the shape ",
+    TORCH_CHECK_VALUE(inputs.divisor->dim() == 0,
+                      "denominator must be a number or a scalar tensor, of shape (), but got the shape ",
                       inputs.divisor->sym_sizes());
     TORCH_CHECK_VALUE(inputs.divisor->device() == logits.device(), "denominator must be on the input's device, ",
                       logits.device(), ", but is on ", inputs.divisor->device());

@@ -511,7 +511,7 @@ def module(ranks: int) -> None:
     assert copy.deepcopy(criterion).group is criterion.group and copy.deepcopy(criterion).weight is not criterion.weight
     s = torch.rand(3)
     local = shard_of(logits, [4] * ranks)
-    torch.testing.assert_close(criterion(local, target, s), plain(logits, target, s))
+    torch.testing.assert_close(criterion(local, target, sample_weight=s), plain(logits, target, sample_weight=s))
     criterion.reduction = plain.reduction = "mean"
     for denominator in (5, torch.tensor(2.5)):
         loss = criterion(local, target, denominator=denominator)

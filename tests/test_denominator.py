@@ -220,7 +220,6 @@ def test_module() -> None:
         logits, target, label_smoothing=0.1, z_loss=0.01, sample_weight=weight, denominator=12.5
     )
     for denominator in (12.5, torch.tensor(12.5), np.float32(12.5)):
-        same(module(logits, target, weight, denominator), expected)
         same(module(logits, target, sample_weight=weight, denominator=denominator), expected)
     same(module(logits, target), ext.cross_entropy(logits, target, label_smoothing=0.1, z_loss=0.01))
 
@@ -257,7 +256,7 @@ def test_errors(call: str) -> None:
             with pytest.raises(ValueError, match=r"denominator .*'mean'"):
                 CALLS[call](denominator=denominator, reduction=reduction)
     for wrong in (torch.ones(1), torch.ones(3), torch.ones(1, 1)):
-        with pytest.raises(ValueError, match=r"denominator .*shape"):
+        with pytest.raises(ValueError, match=r"denominator .* a scalar tensor, of shape \(\), but got"):
             CALLS[call](denominator=wrong)
     with pytest.raises(ValueError, match=r"denominator .*complex"):
         CALLS[call](denominator=torch.tensor(1j))

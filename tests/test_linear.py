@@ -1391,7 +1391,6 @@ def test_module_forward() -> None:
         denominator=3.5,
         **EXTRAS,
     )
-    same(module(x, target, weight, 3.5), expected)
     same(module(x, target, sample_weight=weight, denominator=3.5), expected)
     assert not module(x, target).equal(expected)
     module.half().float()

@@ -38,6 +38,14 @@ def test_build_info() -> None:
     assert cross_entropy_ext.check_errors() is None
 
 
+def test_everything_is_at_the_top() -> None:
+    """The functions, too, and no name that is promised is missing."""
+    functions = [name for name in cross_entropy_ext.functional.__all__ if name.islower()]
+    assert "cross_entropy" in functions and {*functions, "is_patched"} <= {*cross_entropy_ext.__all__}
+    assert all(getattr(cross_entropy_ext, name) is getattr(cross_entropy_ext.functional, name) for name in functions)
+    assert all(hasattr(cross_entropy_ext, name) for name in cross_entropy_ext.__all__)
+
+
 def test_self_check(tmp_path: Path) -> None:
     """`python -m cross_entropy_ext` compares with the native loss and says so by its exit status."""
     done = run("-m", "cross_entropy_ext", cwd=tmp_path if HERE.parent != ROOT else ROOT)

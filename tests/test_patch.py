@@ -24,7 +24,7 @@ from differentiable import cross_entropy, every_sample, grads
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from cross_entropy_ext import functional, patch_torch, unpatch_torch
+from cross_entropy_ext import functional, is_patched, patch_torch, unpatch_torch
 
 # In a tuple, where the patch does not reach them.
 NATIVE = (F.cross_entropy, F.nll_loss)
@@ -291,17 +291,36 @@ def test_pickles() -> None:
 # -- Calls, contexts, threads --------------------------------------------------------------------------------
 
 
-def test_calls_are_counted() -> None:
-    patch_torch()
-    patch_torch()
+def test_one_call_undoes_those_before() -> None:
+    """A cell of a notebook that runs again patches once."""
+    for _ in range(3):
+        patch_torch()
+        assert is_patched() and not is_native()
     unpatch_torch()
-    assert not is_native()
-    unpatch_torch()
-    assert is_native()
+    assert is_native() and not is_patched()
     unpatch_torch()  # nothing to undo
     with patch_torch():
         assert not is_native()
     assert is_native()
+
+
+def test_contexts_are_not_undone_by_calls() -> None:
+    """A `with` lasts as long as it does, whatever is called in it and how often."""
+    patch_torch()
+    with patch_torch():
+        patch_torch()
+        unpatch_torch()
+        assert is_patched()
+        with patch_torch():
+            pass
+        assert is_patched() and not is_native()
+    assert is_native()
+
+
+def test_a_patched_loss_is_told_from_a_native_one() -> None:
+    assert (F.cross_entropy.__module__, F.nll_loss.__module__) == ("torch.nn.functional",) * 2
+    with patch_torch():
+        assert (F.cross_entropy.__module__, F.nll_loss.__module__) == ("cross_entropy_ext.patch",) * 2
 
 
 def test_contexts_end_in_any_order() -> None:

@@ -18,11 +18,12 @@ import pytest
 import torch
 from cases import DTYPES, INTEGERS, Case, expand, generator, name_of, place
 from oracle_targets import LEAVES, Call, Upstream, check_call
-from torch import Tensor
+from torch import Tensor, nn
 
 import cross_entropy_ext
-from cross_entropy_ext import CrossEntropyLoss, CrossEntropyStats, DistillationLoss
+from cross_entropy_ext import CrossEntropyLoss, CrossEntropyStats, DistillationLoss, LinearCrossEntropyLoss
 from cross_entropy_ext import functional as ext
+from cross_entropy_ext.distributed import VocabParallelCrossEntropyLoss
 
 inf, nan = math.inf, math.nan
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -1194,12 +1195,40 @@ def test_copies_of_the_modules() -> None:
         for twin in (pickle.loads(pickle.dumps(module)), copy.deepcopy(module)):
             assert type(twin) is type(module) and repr(twin) == repr(module)
             assert torch.equal(twin(*arguments), module(*arguments))
-    old = CrossEntropyLoss()
-    for name in ("z_loss", "softcap", "logit_scale"):
-        old.__dict__.pop(name, None)
-    assert torch.equal(old(logits, labels), ext.cross_entropy(logits, labels))
+    old = CrossEntropyLoss.__new__(CrossEntropyLoss)
+    old.__setstate__(nn.CrossEntropyLoss().__dict__)
+    assert torch.equal(old(logits, labels), ext.cross_entropy(logits, labels)) and repr(old) == "CrossEntropyLoss()"
     with pytest.raises(TypeError):
         CrossEntropyLoss(None, None, -100, None, "mean", 0.0, 0.1)  # the package's own are given by name
+
+
+def test_what_the_modules_show() -> None:
+    """The options that native does not have, where they are not the default; tensors among them as well."""
+    assert repr(CrossEntropyLoss(softcap=30, loss_dtype=torch.float64, inplace=True, ignore_index=1)) == (
+        "CrossEntropyLoss(softcap=30, loss_dtype=torch.float64, inplace=True)"
+    )
+    assert repr(VocabParallelCrossEntropyLoss(z_loss=1e-4, shard_sizes=[3, 4])) == (
+        "VocabParallelCrossEntropyLoss(z_loss=0.0001, shard_sizes=[3, 4])"
+    )
+    assert repr(DistillationLoss(2.0, ignore_index=0)) == (
+        "DistillationLoss(temperature=2.0, alpha=1.0, kind='kl', reduction='mean', ignore_index=0)"
+    )
+    assert repr(LinearCrossEntropyLoss(3, 5, empty="zero")).splitlines()[1].endswith("options=None, empty='zero'")
+    assert "logit_scale=Parameter" in repr(CrossEntropyLoss(logit_scale=nn.Parameter(torch.tensor(1.0))))
+
+
+def test_weights_of_positions_are_given_to_modules_by_name() -> None:
+    """A third argument is class weights to the function, and would be something else to the module."""
+    x, labels, ones = logits_of((6, 9), torch.float32), torch.arange(6), torch.ones(6)
+    for module, arguments in (
+        (CrossEntropyLoss(), (x, labels)),
+        (DistillationLoss(), (x, x, labels)),
+        (LinearCrossEntropyLoss(9, 9), (x, labels)),
+        (VocabParallelCrossEntropyLoss(), (x, labels)),
+    ):
+        with pytest.raises(TypeError, match="positional arguments"):
+            module(*arguments, ones)
+    assert CrossEntropyLoss()(x, labels, sample_weight=ones) == CrossEntropyLoss()(x, labels)
 
 
 def test_the_oracle_agrees_with_the_compositions() -> None:
