@@ -26,11 +26,14 @@ from oracle_linear import LEAVES, LOSSES, Call, check_call, logits_of
 from oracle_targets import Upstream
 from test_memory import needs_peak, run_alone
 from torch import Tensor, nn
+from torch import distributed as dist
 from torch.func import functional_call, grad, hessian, jvp, vjp, vmap
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from cross_entropy_ext import LinearCrossEntropyLoss, LinearCrossEntropyOptions
 from cross_entropy_ext import functional as ext
+from cross_entropy_ext.distributed import vocab_parallel_linear_cross_entropy
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 every_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -1463,3 +1466,67 @@ def test_sparse_input() -> None:
     torch.testing.assert_close(
         ext.linear_cross_entropy(input.to_sparse(), weight, target), ext.linear_cross_entropy(input, weight, target)
     )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is counted of it.
+
+
+def flops(step: Callable[..., Tensor], *leaves: Tensor, backward: bool = True) -> int:
+    with FlopCounterMode(display=False) as counter:
+        loss = step(*leaves)
+        if backward:
+            loss.sum().backward()
+    return counter.get_total_flops()
+
+
+def heads(positions: int, features: int, classes: int) -> list[Tensor]:
+    return [torch.randn(size, features, generator=generator("flops", size)) for size in (positions, classes)]
+
+
+def native_loss(x: Tensor, weight: Tensor, target: Tensor, **options: object) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight.flatten(0, -2)).view(-1, *weight.shape[:-1]), target.flatten(), **options)
+
+
+@every_reduction
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=name_of)
+@pytest.mark.parametrize("wanted", [w for k in (1, 2) for w in itertools.combinations((0, 1), k)], ids=str)
+def test_flops(wanted: tuple[int, ...], dtype: torch.dtype, reduction: str) -> None:
+    """As many as of F.linear and the loss, whether the gradients are made in the forward or in the backward."""
+    leaves = [normal.to(dtype).requires_grad_(i in wanted) for i, normal in enumerate(heads(7, 6, 11))]
+    target = torch.arange(7) % 11
+
+    def sparse(x: Tensor, weight: Tensor) -> Tensor:
+        return ext.linear_sparse_cross_entropy(
+            x, weight, target[:, None], torch.ones(7, 1, dtype=dtype), reduction=reduction
+        )
+
+    expected = flops(lambda *head: native_loss(*head, target, reduction=reduction), *leaves)
+    assert expected == 2 * 7 * 6 * 11 * (1 + len(wanted))
+    for step in (
+        lambda *head: ext.linear_cross_entropy(*head, target, reduction=reduction, **chunked(3)),
+        lambda *head: ext.linear_cross_entropy_with_stats(*head, target, reduction=reduction).loss,
+        sparse,
+    ):
+        assert flops(step, *leaves) == expected
+
+
+@pytest.mark.parametrize(("input", "weight"), [((2, 5, 6), (11, 6)), ((5, 6), (11, 2, 3, 6))], ids=str)
+def test_flops_of_more_dimensions(input: tuple[int, ...], weight: tuple[int, ...]) -> None:
+    leaves = [torch.zeros(shape, requires_grad=True) for shape in (input, weight)]
+    target = torch.zeros(*input[:-1], *weight[1:-1], dtype=torch.int64)
+    step = lambda *head: ext.linear_cross_entropy(*head, target)  # noqa: E731
+    assert flops(step, *leaves) == 3 * 2 * math.prod(input) * math.prod(weight) // 6
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert flops(step, *leaves, backward=False) == 2 * math.prod(input) * math.prod(weight) // 6
+
+
+def test_flops_vocab_parallel() -> None:
+    leaves, target = [normal.requires_grad_() for normal in heads(7, 6, 11)], torch.arange(7)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        count = flops(lambda *head: vocab_parallel_linear_cross_entropy(*head, target), *leaves)
+    finally:
+        dist.destroy_process_group()
+    assert count == flops(lambda *head: native_loss(*head, target), *leaves)

@@ -593,6 +593,8 @@ function(x, t)
 unpatch_torch()
 function(x, t)
 assert targets == [[torch.ops.cross_entropy_ext.cross_entropy.default], native], targets
+from torch.utils.flop_counter import flop_registry
+assert torch.ops.cross_entropy_ext.linear_cross_entropy in flop_registry
 """
 
 
