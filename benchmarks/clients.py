@@ -7,14 +7,20 @@
 that people use, the networks before them small ones: on a GPU the loss has about this share of a step with large ones.
 
 * `patched` calls cross_entropy_ext.patch_torch() before it begins, and is otherwise the same as `native`.
+* `DDP` is DistributedDataParallel, here of one rank, and `Trainer's DDP` the same as transformers' Trainer makes it by
+  default: with find_unused_parameters=True, for which DDP copies all that the model returns, the logits included.
 
 A record is one of `benchmarks.training`, but that nobody can tell the loss's part of a step: the model has it inside.
 """
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import cross_entropy_ext
 
@@ -49,6 +55,17 @@ class Client(Training):
 
     def model_and_loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         return self.model(inputs, labels=targets).loss
+
+
+class DistributedClient(Client):
+    """The same under DDP, whose world is this process."""
+
+    def __init__(
+        self, workload: Workload, size: Size, device: str, loss: str, mode: str, *, find_unused_parameters: bool
+    ) -> None:
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        super().__init__(workload, size, device, loss, mode)
+        self.model = DistributedDataParallel(self.model, find_unused_parameters=find_unused_parameters)
 
 
 # -- The models ----------------------------------------------------------------------------------------------
@@ -155,6 +172,24 @@ WORKLOADS = [
         {"cpu": Size(8, 128, 16, SMALL), "cuda": Size(8, 1024, 50, LARGE), "quick": Size(4, 32, 6, TINY)},
         training=Client,
         variants=COMPILED_TOO,
+    ),
+    Workload(
+        "Llama, 32k words, DDP",
+        32_000,
+        llama,
+        sentences,
+        {"cpu": Size(4, 128, 8, SMALL)},
+        training=partial(DistributedClient, find_unused_parameters=False),
+        variants=VARIANTS,
+    ),
+    Workload(
+        "Llama, 32k words, Trainer's DDP",
+        32_000,
+        llama,
+        sentences,
+        {"cpu": Size(4, 128, 8, SMALL)},
+        training=partial(DistributedClient, find_unused_parameters=True),
+        variants=VARIANTS,
     ),
     Workload(
         "GPT-2, 50k words",

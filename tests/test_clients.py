@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from test_patch import Graphs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
@@ -322,6 +324,23 @@ def test_accelerate() -> None:
                     optimizer.zero_grad()
         assert len(gradients) == 2
         results.append((torch.stack(losses).detach(), gradients, parameters(model)))
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("find_unused_parameters", [False, True])
+def test_distributed_data_parallel(find_unused_parameters: bool) -> None:
+    """In both ways that transformers' Trainer has of making it; DDP's world is this process."""
+    results = []
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for patched in (False, True):
+            model, batch = client("Llama")
+            parallel = DistributedDataParallel(model, find_unused_parameters=find_unused_parameters)
+            with only(patched, losses=1):
+                loss, _ = step(parallel, batch, num_items_in_batch=torch.tensor(150))
+            results.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+    finally:
+        dist.destroy_process_group()
     torch.testing.assert_close(results[1], results[0])
 
 

@@ -456,6 +456,41 @@ def test_peak_of_many_steps():
     assert result["last"] <= result["first"] + 8 * MIB
 
 
+@needs_peak
+def test_peak_under_ddp():
+    """A model that returns its loss and its logits: a gradient less than native. If DDP looks for unused parameters,
+    it copies the logits after the forward, where both losses have memory of their own: then no more than native."""
+    peaks = run_alone("""
+        import torch.distributed as dist
+
+        class Model(torch.nn.Linear):
+            def forward(self, states, target, loss):
+                logits = super().forward(states)
+                return loss(logits, target), logits
+
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        states, target = torch.randn(1024, 16), torch.randint(8192, (1024,))
+
+        def measure(loss, find_unused_parameters):
+            model = torch.nn.parallel.DistributedDataParallel(
+                Model(16, 8192), find_unused_parameters=find_unused_parameters
+            )
+            model(states, target, loss)[0].backward()
+            gc.collect()
+            cross_entropy_ext.empty_cache()
+            reset_peak()
+            before = resident()
+            model(states, target, loss)[0].backward()
+            return (peak() - before) / (4 * 1024 * 8192)  # in sizes of the logits
+
+        losses = {"native": F.cross_entropy, "ours": cross_entropy}
+        result = {name: [measure(loss, find) for find in (False, True)] for name, loss in losses.items()}
+        dist.destroy_process_group()
+    """)
+    assert peaks["native"] == pytest.approx([3, 3], abs=0.2)
+    assert peaks["ours"] == pytest.approx([2, 3], abs=0.2)
+
+
 # -- a gradient belongs to whoever holds it ------------------------------------------------------------------
 
 
