@@ -218,7 +218,7 @@ def _of_shards(
 
 
 def linear_loss(
-    input: Tensor, linear_weight: DTensor, target: Tensor, *, linear_bias: Tensor | None, **arguments
+    input: DTensor, linear_weight: DTensor, target: Tensor, *, linear_bias: Tensor | None, **arguments
 ) -> DTensor | None:
     """`functional.linear_cross_entropy` of a weight (C, F) whose classes are sharded over a mesh of one dimension, and
     of an input that every rank has whole: a scalar, or a loss for each position, Replicate. None for what else there
@@ -234,7 +234,7 @@ def linear_loss(
         if isinstance(arguments[name], DTensor):
             arguments[name] = layout.local(arguments[name], whole)
     loss = vocab_parallel_linear_cross_entropy(
-        layout.local(input, whole) if isinstance(input, DTensor) else input,
+        layout.local(input, whole),
         layout.local(linear_weight, layout.placements()),
         layout.local(target, [Shard(target.dim() - 1)] if target.is_floating_point() else whole),
         local_bias=None if linear_bias is None else layout.local(linear_bias, layout.placements()),

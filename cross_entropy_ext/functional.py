@@ -104,8 +104,9 @@ def cross_entropy(
             for half logits under autocast. Sums are formed in float32 or better whatever it is.
         empty: what a mean over nothing (0 / 0) is: ``'nan'``, as in PyTorch, or ``'zero'``.
         denominator: what ``'mean'`` divides by instead: a number, or a scalar tensor on the logits' device, which is
-            not waited for. The number of tokens in all micro-batches and processes makes each of them add its share of
-            one mean. May require a gradient.
+            not waited for. The number of tokens in all micro-batches makes each of them add its share of one mean.
+            DDP and FSDP average gradients over ranks: there it is ``tokens / world_size``, of the tokens of all ranks.
+            May require a gradient.
         inplace: let the gradient take the logits' storage in the backward, which then needs no memory of its own. The
             logits are intact until then; autograd raises an error for whatever would use them afterwards. Without
             effect where it cannot be done (expanded logits, ``create_graph=True``, under ``torch.compile``).

@@ -90,7 +90,8 @@ def linear_cross_entropy(
 
     Args:
         input: (F), (N, F), or (B, ..., F) with more dimensions of positions; floating.
-        linear_weight: (C, F), or (C, d1, ..., dK, F) with an input (N, F), for logits (N, C, d1, ..., dK).
+        linear_weight: (C, F), or (C, d1, ..., dK, F) with an input (N, F), for logits (N, C, d1, ..., dK). If it is a
+            DTensor, the input has to be one.
         target: class indices of shape (), (N), (B, ...) or (N, d1, ..., dK), of any integer dtype; or probabilities of
             the shape of the logits, (C), (N, C), (B, ..., C) or (N, C, d1, ..., dK).
         linear_bias: (C), or (C, d1, ..., dK).
@@ -302,12 +303,21 @@ class _Layer:
         if _is_dtensor(matrix):
             from . import dtensor
 
+            if not _is_dtensor(input):
+                raise RuntimeError(
+                    "got mixed torch.Tensor and DTensor: linear_weight is a DTensor with placements "
+                    f"{tuple(matrix.placements)}, and input is a plain tensor, which may be another on every rank. "
+                    "Under FSDP, compute the loss in the forward of the module that owns the weight, where it is whole "
+                    "(cross_entropy_ext.LinearCrossEntropyLoss is such a module). Under tensor parallelism, hand the "
+                    "input as a DTensor: DTensor.from_local(input, linear_weight.device_mesh, [Replicate()]) if it is "
+                    "the same on every rank"
+                )
             if op is _ops.linear_cross_entropy.default and companion is None and not self.inner:
                 arguments = {"weight": weight, "sample_weight": sample_weight, "denominator": denominator, **options}
                 loss = dtensor.linear_loss(input, matrix, target, linear_bias=bias, options=self.options, **arguments)
                 if loss is not None:
                     return self.unflat(loss)
-            input, bias = dtensor.on_mesh(input, matrix), dtensor.on_mesh(bias, matrix)
+            bias = dtensor.on_mesh(bias, matrix)
         if self.inner:
             matrix, bias = matrix.flatten(0, -2), None if bias is None else bias.flatten()
         logits = F.linear(input, matrix, bias)

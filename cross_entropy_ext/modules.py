@@ -204,6 +204,10 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
     The same arguments, parameters, state_dict and repr, for any torch; the keyword-only arguments after ``options`` are
     those of :func:`cross_entropy_ext.functional.linear_cross_entropy`, which says what shapes and errors there are.
 
+    The loss runs in the place of the forward of ``linear``, and so with the weight that FSDP gathers for that forward,
+    whatever `fully_shard` was called on: this module, its ``linear`` or a module around them. Another module in the
+    place of ``linear`` (an adapter, a quantized layer) makes its own logits, and the loss is made of these.
+
     Args:
         in_features: F, the size of each input.
         num_classes: C.
@@ -266,28 +270,54 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
         denominator: float | Tensor | None = None,
     ) -> Tensor:
         """The loss of inputs (F), (N, F) or (B, ..., F) against class indices or probabilities of their logits."""
-        weight, bias = self.linear.weight, self.linear.bias
-        if self.out_features:
-            weight = weight.unflatten(0, (self.num_classes, *self.out_features))
-            bias = None if bias is None else bias.unflatten(0, (self.num_classes, *self.out_features))
-        return functional.linear_cross_entropy(
-            input,
-            weight,
-            target,
-            linear_bias=bias,
-            weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            options=self.options,
-            sample_weight=sample_weight,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            loss_dtype=self.loss_dtype,
-            empty=self.empty,
-            denominator=denominator,
-        )
+        layer = self.linear
+        options = {
+            "weight": self.weight,
+            "reduction": self.reduction,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "softcap": self.softcap,
+            "logit_scale": self.logit_scale,
+            "loss_dtype": self.loss_dtype,
+            "empty": self.empty,
+            "denominator": denominator,
+        }
+        if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+            return self._of_logits(layer(input), target, sample_weight, options)
+
+        def loss(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            if self.out_features:
+                weight = weight.unflatten(0, (self.num_classes, *self.out_features))
+                bias = None if bias is None else bias.unflatten(0, (self.num_classes, *self.out_features))
+            return functional.linear_cross_entropy(
+                input,
+                weight,
+                target,
+                linear_bias=bias,
+                ignore_index=self.ignore_index,
+                options=self.options,
+                sample_weight=sample_weight,
+                **options,
+            )
+
+        if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+            return _in_forward_of(layer, input, loss)
+        return loss(input, layer.weight, layer.bias)
+
+    def _of_logits(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: dict) -> Tensor:
+        """The loss of what something else in the place of the layer, say one with an adapter, makes of the input."""
+        positions = logits.shape[:-1]
+        logits = logits.unflatten(-1, (self.num_classes, *self.out_features))
+        if self.ignore_index is not None:
+            if target.shape == logits.shape:
+                raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+            options["ignore_index"] = self.ignore_index
+        several = len(positions) > 1
+        if several:
+            logits, target = logits.flatten(0, len(positions) - 1), target.flatten(0, len(positions) - 1)
+            sample_weight = None if sample_weight is None else sample_weight.flatten()
+        loss = functional.cross_entropy(logits, target, sample_weight=sample_weight, **options)
+        return loss.unflatten(0, positions) if several and loss.dim() else loss
 
     def extra_repr(self) -> str:
         native = (
@@ -296,6 +326,49 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, options={self.options}"
         )
         return ", ".join([native, *_shown(self, _EXTRAS)])
+
+
+def _in_forward_of(layer: nn.Linear, input: Tensor, loss: Callable[..., Tensor]) -> Tensor:
+    """``loss(input, layer.weight, layer.bias)`` in the place of the layer's forward, between the hooks around it.
+
+    Some weights are there only between these: FSDP gathers them before the forward, pruning and old parametrizations
+    make them. The hooks of `parallelize_module` instead place input and logits, of which there are none: the input
+    alone is for them, and the weight stays sharded.
+    """
+    if _is_sharded_in_place(layer):
+        for key, hook in layer._forward_pre_hooks.items():
+            if key in layer._forward_pre_hooks_with_kwargs:
+                result = hook(layer, (input,), {})
+                result = result if result is None else result[0]
+            else:
+                result = hook(layer, (input,))
+            if result is not None:
+                (input,) = result if isinstance(result, tuple) else (result,)
+        return loss(input, layer.weight, layer.bias)
+
+    # Nothing of this call is kept in the function: another thread that finds it there computes its own loss.
+    def forward(input: Tensor, loss: Callable[..., Tensor]) -> Tensor:
+        if functional._is_dtensor(layer.weight):
+            raise RuntimeError(
+                "the layer of LinearCrossEntropyLoss is sharded by fully_shard and by parallelize_module: call "
+                "fully_shard on the loss, or on a module around it, instead of on its layer"
+            )
+        return loss(input, layer.weight, layer.bias)
+
+    layer.forward = forward
+    try:
+        return layer(input, loss=loss)
+    finally:
+        layer.__dict__.pop("forward", None)
+
+
+def _is_sharded_in_place(layer: nn.Linear) -> bool:
+    """Whether the weight is a DTensor, and will be one in the layer's forward."""
+    if not functional._is_dtensor(layer.weight):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return not isinstance(layer, FSDPModule)
 
 
 class NLLLoss(nn.NLLLoss):

@@ -6,9 +6,10 @@
 Sentences differ in length, so ranks and micro-batches differ in how many tokens they have. A mean of each
 would weigh the tokens of a short batch more; what is wanted is one mean over all tokens of a step,
 
-    loss = criterion(hidden, target, denominator=tokens_of_the_step)
+    loss = criterion(hidden, target, denominator=tokens_of_the_step / ranks)
 
-where the denominator is a tensor on the device that nothing waits for. With tensor parallelism each process
+where the denominator is a tensor on the device that nothing waits for. DDP and FSDP average gradients over
+the ranks: so it is the tokens of all ranks, divided by their number. With tensor parallelism each process
 has the output layer's rows for a part of the vocabulary, and its logits are a DTensor sharded by classes:
 the same loss, no context manager.
 """

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import processes
@@ -14,8 +15,10 @@ import torch.distributed as dist
 from oracle import same_strides
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cross_entropy_ext
@@ -38,7 +41,7 @@ def prepare(ranks: int) -> None:
     for n in range(1, ranks + 1):
         GROUPS[n] = dist.new_group(list(range(n)))
         MESHES[(n,)] = DeviceMesh("cpu", list(range(n)))
-    MESHES[(2, 2)] = DeviceMesh("cpu", [[0, 1], [2, 3]])
+    MESHES[(2, 2)] = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("replicas", "shards"))
 
 
 def is_idle(ranks: int) -> bool:
@@ -149,6 +152,24 @@ def linear_of_dtensors(ranks: int, arguments: dict, options: dict, wrapped: bool
     return loss.full_tensor().detach(), input.grad, *(p.grad.full_tensor() for p in head.linear.parameters())
 
 
+def linear_of_placed_states(ranks: int) -> None:
+    """Plain states that parallelize_module has been told the placement of: of each rank some, as in sequence
+    parallelism."""
+    if is_idle(ranks):
+        return
+    torch.manual_seed(0)
+    alone, states, target = cross_entropy_ext.LinearCrossEntropyLoss(6, 11), torch.randn(8, 6), torch.arange(8)
+    head = copy.deepcopy(alone)
+    parallelize_module(head.linear, MESHES[(ranks,)], ColwiseParallel(input_layouts=Shard(0)))
+    mine = states.chunk(ranks)[dist.get_rank()].clone().requires_grad_()
+    loss, expected = head(mine, target), alone(states.requires_grad_(), target)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss.full_tensor(), expected)
+    torch.testing.assert_close(mine.grad, states.grad.chunk(ranks)[dist.get_rank()])
+    torch.testing.assert_close(head.linear.weight.grad.full_tensor(), alone.linear.weight.grad)
+
+
 def linear_without_whole_logits(ranks: int) -> int | None:
     """The largest tensor that a step makes, in elements."""
     if is_idle(ranks):
@@ -170,6 +191,98 @@ def linear_without_whole_logits(ranks: int) -> int | None:
             input, weight, torch.arange(512), group=GROUPS[ranks], options=in_chunks(64)
         ).backward()
     return largest.elements
+
+
+# ---- ranks with data of their own ------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(5, 6)
+        self.head = cross_entropy_ext.LinearCrossEntropyLoss(6, 11, bias=True)
+
+    def forward(self, input: Tensor, target: Tensor, **options) -> Tensor:
+        return self.head(self.body(input), target, **options)
+
+
+def wrapped(model: Model, way: str, ranks: int) -> nn.Module:
+    mesh = MESHES[(2, 2)] if way == "hsdp" else MESHES[(ranks,)]
+    if way == "ddp":
+        return DistributedDataParallel(model, process_group=GROUPS[ranks])
+    if way in ("layers", "layers and model", "hsdp"):
+        for module in list(model.modules()):
+            if isinstance(module, nn.Linear):
+                fully_shard(module, mesh=mesh)
+    elif way == "head":
+        fully_shard(model.head, mesh=mesh)
+    if way in ("model", "layers and model", "head"):
+        fully_shard(model, mesh=mesh)
+    return model
+
+
+def data_parallel(ranks: int, way: str) -> None:
+    """Micro-batches of different lengths, other ones on each rank, whose losses have one mean over the tokens of all:
+    gradients as in one process that has everything."""
+    if is_idle(ranks):
+        return
+    torch.manual_seed(0)
+    model, others, rank = Model(), Model(), dist.get_rank()
+    others.load_state_dict(model.state_dict())
+    batches = []  # of every rank, micro-batch by micro-batch
+    for n in range(2 * ranks):
+        target = torch.randint(11, (2, 2 + n))
+        target[0, n:] = -100
+        batches.append((torch.randn(2, 2 + n, 5), target))
+    tokens = sum((target != -100).sum() for _, target in batches)
+    inputs, targets = (torch.cat([part.flatten(0, 1) for part in parts]) for parts in zip(*batches, strict=True))
+    expected = others(inputs, targets)
+    expected.backward()
+
+    model = wrapped(model, way, ranks)
+    mine, total = batches[2 * rank : 2 * rank + 2], torch.zeros(())
+    for i, (input, target) in enumerate(mine):
+        loss = model(input, target, denominator=tokens / ranks)
+        assert type(loss) is Tensor
+        alone = functional.linear_cross_entropy(
+            others.body(input), others.head.linear.weight, target, linear_bias=others.head.linear.bias
+        )
+        torch.testing.assert_close(loss * tokens / ranks, alone * (target != -100).sum())
+        with model.no_sync() if way == "ddp" and i == 0 else nullcontext():
+            loss.backward()
+        total += loss.detach() / ranks
+    dist.all_reduce(total, group=GROUPS[ranks])
+    torch.testing.assert_close(total, expected.detach())
+    for parameter, other in zip(model.parameters(), others.parameters(), strict=True):
+        grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        torch.testing.assert_close(grad, other.grad)
+
+
+def mixed(ranks: int) -> dict[str, str] | None:
+    """What is raised where a plain tensor of this rank meets a weight that is sharded."""
+    if is_idle(ranks):
+        return None
+    weight = wrapped(Model(), "layers", ranks).head.linear.weight
+    rank, messages = dist.get_rank(), {}
+    for positions in ("as many on each rank", "others"):  # of which gloo would end the process, if it heard of them
+        n = 4 if positions != "others" else 4 + rank
+        hidden, target = torch.full((n, 6), float(rank)), torch.arange(n)
+        pairs = target.unsqueeze(1), torch.ones(n, 1)
+        two = DTensor.from_local(torch.zeros(11, 6), MESHES[(ranks,)], [Replicate()], run_check=False)
+        for name, call in {
+            "linear": lambda: functional.linear_cross_entropy(hidden, weight, target),  # noqa: B023
+            "stats": lambda: functional.linear_cross_entropy_with_stats(hidden, weight, target),  # noqa: B023
+            "pairs": lambda: functional.linear_sparse_cross_entropy(hidden, weight, *pairs),  # noqa: B023
+            "replicated": lambda: functional.linear_cross_entropy(hidden, two, target),  # noqa: B023
+            "weight": lambda: functional.linear_cross_entropy(two[:4], torch.zeros(11, 6), target[:4]),  # noqa: B023
+            "logits": lambda: functional.cross_entropy(hidden, two[0, :1].expand(n, 6)),  # noqa: B023
+        }.items():
+            try:
+                call()
+                messages[f"{name}, {positions}"] = "none"
+            except Exception as error:
+                messages[f"{name}, {positions}"] = f"{type(error).__name__}: {error}"
+    return messages
 
 
 # ---- what is done between the ranks ----------------------------------------------------------------------------------

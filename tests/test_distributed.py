@@ -666,6 +666,31 @@ def test_linear_of_dtensors(pool: processes.Pool, options: dict, wrapped: bool, 
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
+def test_linear_of_placed_states(pool: processes.Pool, ranks: int) -> None:
+    pool.run("linear_of_placed_states", ranks)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_no_rank_has_all_of_its_logits(pool: processes.Pool, ranks: int) -> None:
     """Of 512 x 4000, that is; the largest is a chunk of 64, or what is exchanged."""
     assert all(elements <= 64 * 4000 for elements in pool.run("linear_without_whole_logits", ranks)[:ranks])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Ranks with data of their own
+
+
+@pytest.mark.parametrize("way", ["ddp", "model", "head", "layers", "layers and model", "hsdp"])
+def test_one_mean_over_all_ranks(pool: processes.Pool, way: str) -> None:
+    """`denominator=tokens / world_size` under what averages gradients; a layer that is sharded on its own included."""
+    pool.run("data_parallel", 4 if way == "hsdp" else 2, way=way)
+
+
+def test_a_plain_tensor_beside_a_sharded_one(pool: processes.Pool) -> None:
+    """It is not known to be the same on every rank. An error on each of them, and nothing is exchanged."""
+    for messages in pool.run("mixed", 2)[:2]:
+        for name, message in messages.items():
+            assert message.startswith("RuntimeError: "), (name, message)
+            assert "got mixed torch.Tensor and DTensor" in message, (name, message)
+            if name.split(",")[0] in ("linear", "stats", "pairs", "replicated"):
+                assert "LinearCrossEntropyLoss" in message and "DTensor.from_local" in message

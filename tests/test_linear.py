@@ -20,6 +20,7 @@ import torch._functorch.config
 import torch._inductor.config
 import torch.autograd.forward_ad as fwad
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from cases import DTYPES, INTEGERS, generator, name_of, place
 from differentiable import alike, close, same
 from oracle_linear import LEAVES, LOSSES, Call, check_call, logits_of
@@ -1409,6 +1410,86 @@ def test_module_forward() -> None:
 def test_module_errors(options: dict[str, object], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         LinearCrossEntropyLoss(3, 5, **options)
+
+
+class Adapted(nn.Module):
+    """A layer and what is learned beside it: an adapter of low rank."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        self.down = nn.Linear(layer.in_features, 2, bias=False, dtype=torch.double)
+        self.up = nn.Linear(2, layer.out_features, bias=False, dtype=torch.double)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.layer(input) + self.up(self.down(input))
+
+
+def adapt(loss: LinearCrossEntropyLoss) -> None:
+    loss.linear = Adapted(loss.linear)
+
+
+def replace_forward(loss: LinearCrossEntropyLoss) -> None:
+    layer = loss.linear
+    layer.forward = lambda input: 2 * F.linear(input, layer.weight)
+
+
+# What is done to a layer, and to its weight where this is made anew for each forward.
+LAYERS: dict[str, Callable[[LinearCrossEntropyLoss], object]] = {
+    "pruned": lambda loss: nn.utils.prune.l1_unstructured(loss.linear, "weight", 0.5),
+    "weight_norm": lambda loss: nn.utils.weight_norm(loss.linear),
+    "parametrized": lambda loss: nn.utils.parametrizations.weight_norm(loss.linear),
+    "pre-hook": lambda loss: loss.linear.register_forward_pre_hook(lambda layer, inputs: (2 * inputs[0],)),
+    "backward hook": lambda loss: loss.linear.register_full_backward_hook(
+        lambda layer, of_input, of_output: (2 * of_input[0],)
+    ),
+    "adapted": adapt,
+    "another forward": replace_forward,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("out_features", [(), (2, 3)], ids=str)
+def test_module_runs_its_layer(out_features: tuple[int, ...], name: str) -> None:
+    """What stands around the layer's forward, or in its place, acts on the loss as on the logits; in every step."""
+    g = generator(name)
+    batch = (4,) if out_features else (2, 4)
+    input = torch.randn(*batch, 6, generator=g, dtype=torch.double)
+    target = torch.randint(5, (*batch, *out_features), generator=g)
+    target[0, 0] = -100
+    sample_weight = torch.rand(target.shape, generator=g, dtype=torch.double)
+
+    def steps(fused: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        module = LinearCrossEntropyLoss(6, 5, out_features=out_features, dtype=torch.double, label_smoothing=0.1)
+        LAYERS[name](module)
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        results = []
+        for reduction in ("mean", "none"):
+            states = input.clone().requires_grad_()
+            if fused:
+                module.reduction = reduction
+                loss = module(states, target, sample_weight=sample_weight)
+            else:
+                logits = module.linear(states).unflatten(-1, (5, *out_features))
+                logits = logits if out_features else logits.movedim(-1, 1)
+                options = {"reduction": reduction, "label_smoothing": 0.1}
+                loss = ext.cross_entropy(logits, target, sample_weight=sample_weight, **options)
+            grads = torch.autograd.grad(loss.sum(), [states, *parameters])
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, grads[1:], strict=True):
+                    parameter.sub_(gradient)
+            results += [loss.detach(), *grads]
+        assert ("forward" in vars(module.linear)) == (name == "another forward")
+        return results
+
+    for ours, right in zip(steps(True), steps(False), strict=True):
+        torch.testing.assert_close(ours, right)
 
 
 def test_module_trains() -> None:
