@@ -107,9 +107,11 @@ def cross_entropy(
             not waited for. The number of tokens in all micro-batches makes each of them add its share of one mean.
             DDP and FSDP average gradients over ranks: there it is ``tokens / world_size``, of the tokens of all ranks.
             May require a gradient.
-        inplace: let the gradient take the logits' storage in the backward, which then needs no memory of its own. The
-            logits are intact until then; autograd raises an error for whatever would use them afterwards. Without
-            effect where it cannot be done (expanded logits, ``create_graph=True``, under ``torch.compile``).
+        inplace: the backward leaves the gradient in the logits: a metric that reads them afterwards gets gradients, and
+            no error. So read metrics before the backward, until which the logits are intact. In return the gradient
+            needs no memory of its own. Autograd raises an error where a node of the graph needs the overwritten
+            values. Without effect on a leaf or a view of one, whose values the user keeps, and where it cannot be done
+            (expanded logits, ``create_graph=True``, under ``torch.compile``).
 
     Returns:
         A scalar, or for ``reduction='none'`` a tensor of shape (), (N) or (N, d1, ..., dK).

@@ -16,6 +16,7 @@
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/accumulate_grad.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -218,6 +219,23 @@ bool can_overwrite(const Inputs& in, const at::Tensor& grad_output, const Option
          has_distinct_addresses(logits);
 }
 
+// Whether the logits are in the memory of a leaf, whose values no node asks for again but the user keeps. They are the
+// leaf, or a view of it; or a user's function has made them by `detach` or `data`, which the last nodes of the graph
+// show.
+bool are_of_a_leaf(const at::Tensor& logits) {
+  if (logits.is_leaf() || (logits.is_view() && logits._base().is_leaf())) return true;
+  constexpr size_t kMostNodes = 16;
+  std::vector<torch::autograd::Node*> nodes{logits.grad_fn().get()};
+  for (size_t i = 0; i < nodes.size() && i < kMostNodes; ++i) {
+    const auto* leaf = dynamic_cast<torch::autograd::AccumulateGrad*>(nodes[i]);
+    if (leaf && leaf->variable.is_alias_of(logits)) return true;
+    for (const auto& edge : nodes[i]->next_edges()) {
+      if (edge.is_valid()) nodes.push_back(edge.function.get());
+    }
+  }
+  return false;
+}
+
 // Whether to make the gradient in the forward: for logits that need one and nothing else does, and that are to be kept
 // as they are, by plain evaluation. float16 comes with a loss scale, for which it could not be used (see can_scale).
 // Hooks on saved tensors mean to save memory, which it would take.
@@ -374,7 +392,7 @@ Outputs outputs_autograd(const Inputs& inputs, const Options& given) {
   check(inputs, given);
   const bool forward_mode = any_of(inputs, [](const auto& tensor) { return has_tangent(tensor); });
   if (forward_mode || !is_supported(inputs, given)) return fallback(inputs, given);
-  const Options options = with_loss_type(inputs, given);
+  Options options = with_loss_type(inputs, given);
   const bool graph = any_of(inputs, [](const auto& tensor) { return needs_graph(tensor); });
   if (!graph || !c10::GradMode::is_enabled()) {
     const at::AutoDispatchBelowADInplaceOrView below;
@@ -384,6 +402,7 @@ Outputs outputs_autograd(const Inputs& inputs, const Options& given) {
     correct_target_log_prob(outputs, inputs, options);
     return outputs;
   }
+  if (options.inplace) options.inplace = is_concrete(inputs.logits) && !are_of_a_leaf(inputs.logits);
   const auto results =
       CrossEntropyFunction::apply(inputs.logits, inputs.target, inputs.weight, inputs.companion, inputs.sample_weight,
                                   inputs.divisor, options, wants_one_pass(inputs, options));
