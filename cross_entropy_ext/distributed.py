@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import _EMPTY, _LOSS_DTYPES, _REDUCTIONS, CrossEntropyStats, _divisor, _number
+from .functional import _EMPTY, _LOSS_DTYPES, _REDUCTIONS, CrossEntropyStats, _classes_at_one, _divisor, _number
 from .linear import LinearCrossEntropyOptions, size_of_chunk
 from .modules import _EXTRAS, CrossEntropyLoss, _shown
 
@@ -54,6 +54,7 @@ def vocab_parallel_cross_entropy(
     loss_dtype: torch.dtype | None = None,
     empty: str = "nan",
     denominator: float | Tensor | None = None,
+    dim: int = 1,
 ) -> Tensor:
     r"""Cross entropy of logits whose classes are sharded over a group, each process with logits of its own classes:
     :func:`cross_entropy_ext.functional.cross_entropy` of all of them side by side.
@@ -75,6 +76,7 @@ def vocab_parallel_cross_entropy(
         denominator: what ``'mean'`` divides by instead of its own denominator, a number or a scalar tensor.
         ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, loss_dtype, empty: as for
             :func:`cross_entropy_ext.functional.cross_entropy`; smoothing is over all C classes.
+        dim: the dimension of the classes in local logits and probabilities: -1 for (B, T, C_r).
 
     Returns:
         A scalar, or for ``reduction='none'`` a loss for each position; in the logits' dtype, promoted with
@@ -107,6 +109,7 @@ def vocab_parallel_cross_entropy(
             loss_dtype=loss_dtype,
             empty=empty,
             statistics=False,
+            dim=dim,
         ),
     )[0]
 
@@ -128,6 +131,7 @@ def vocab_parallel_cross_entropy_with_stats(
     loss_dtype: torch.dtype | None = None,
     empty: str = "nan",
     denominator: float | Tensor | None = None,
+    dim: int = 1,
 ) -> CrossEntropyStats:
     """The same, and statistics of all classes' softmax: :class:`cross_entropy_ext.functional.CrossEntropyStats`.
 
@@ -154,6 +158,7 @@ def vocab_parallel_cross_entropy_with_stats(
                 loss_dtype=loss_dtype,
                 empty=empty,
                 statistics=True,
+                dim=dim,
             ),
         )
     )
@@ -249,6 +254,7 @@ class VocabParallelCrossEntropyLoss(CrossEntropyLoss):
         logit_scale: float = 1.0,
         loss_dtype: torch.dtype | None = None,
         empty: str = "nan",
+        dim: int = 1,
     ) -> None:
         super().__init__(
             weight,
@@ -262,6 +268,7 @@ class VocabParallelCrossEntropyLoss(CrossEntropyLoss):
             logit_scale=logit_scale,
             loss_dtype=loss_dtype,
             empty=empty,
+            dim=dim,
         )
         self.group = group
         self.shard_sizes = shard_sizes
@@ -304,6 +311,7 @@ class VocabParallelCrossEntropyLoss(CrossEntropyLoss):
             loss_dtype=self.loss_dtype,
             empty=self.empty,
             denominator=denominator,
+            dim=self.dim,
         )
 
 
@@ -463,6 +471,7 @@ class _Options:
     loss_dtype: torch.dtype | None
     empty: str
     statistics: bool
+    dim: int = 1
 
     def __str__(self) -> str:
         """What is not as it is without being asked for."""
@@ -630,6 +639,8 @@ def _eager_results(local_logits, target, others, group, shard_sizes, options, la
         raise ValueError("this process is not in the group")
     parts = None
     try:
+        if options.dim != 1:
+            local_logits, target = _classes_at_one(options.dim, local_logits=local_logits, target=target)
         if layer is not None:
             weight, sample_weight, denominator = others
             local_logits, target, sample_weight, parts = layer.flat(target, sample_weight)

@@ -68,6 +68,7 @@ def cross_entropy(
     empty: Literal["nan", "zero"] = "nan",
     denominator: float | Tensor | None = None,
     inplace: bool = False,
+    dim: int = 1,
 ) -> Tensor:
     r"""Cross entropy between logits and target: :func:`torch.nn.functional.cross_entropy` in one pass.
 
@@ -112,18 +113,22 @@ def cross_entropy(
             needs no memory of its own. Autograd raises an error where a node of the graph needs the overwritten
             values. Without effect on a leaf or a view of one, whose values the user keeps, and where it cannot be done
             (expanded logits, ``create_graph=True``, under ``torch.compile``).
+        dim: the dimension of the classes in logits and probabilities; of 1-d logits it is 0. Another one than 1 is read
+            where it is, in a view: -1 for logits (B, T, V), whose target and losses are (B, T).
 
     Returns:
         A scalar, or for ``reduction='none'`` a tensor of shape (), (N) or (N, d1, ..., dK).
 
     Raises:
-        IndexError: a target is neither a class nor ``ignore_index``.
+        IndexError: a target is neither a class nor ``ignore_index``; or there is no dimension ``dim``.
         ValueError: ``sample_weight`` of another shape; ``z_loss``, ``softcap`` or ``logit_scale`` that is not finite;
             ``softcap`` not above 0; ``denominator`` with another reduction, or not a scalar.
         RuntimeError, ValueError, TypeError: as PyTorch's own function, with its messages.
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
+    if dim != 1:
+        input, target = _classes_at_one(dim, input=input, target=target)
     extras = sample_weight is not None or softcap is not None or denominator is not None
     if extras or z_loss != 0 or logit_scale != 1:
         return _with_extras(
@@ -214,6 +219,7 @@ def cross_entropy_with_stats(
     empty: Literal["nan", "zero"] = "nan",
     denominator: float | Tensor | None = None,
     inplace: bool = False,
+    dim: int = 1,
 ) -> CrossEntropyStats:
     r"""Cross entropy and what else the same read of the logits tells: :class:`CrossEntropyStats`.
 
@@ -226,6 +232,8 @@ def cross_entropy_with_stats(
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
+    if dim != 1:
+        input, target = _classes_at_one(dim, input=input, target=target)
     results = _general(
         _ops.cross_entropy_with_stats.default,
         (input, target, weight, None, sample_weight, denominator),
@@ -259,6 +267,7 @@ def sparse_cross_entropy(
     loss_dtype: torch.dtype | None = None,
     empty: Literal["nan", "zero"] = "nan",
     denominator: float | Tensor | None = None,
+    dim: int = 1,
 ) -> Tensor:
     r"""Cross entropy against probabilities of which k are not zero: a teacher's top k, or a mixture of labels.
 
@@ -277,6 +286,7 @@ def sparse_cross_entropy(
             or the sum of their ``sample_weight``: not by class weights, as for probabilities.
         label_smoothing, sample_weight, z_loss, softcap, logit_scale, loss_dtype, empty, denominator: as for
             :func:`cross_entropy`.
+        dim: as for :func:`cross_entropy`; it is also the dimension of the k pairs.
 
     Returns:
         A scalar, or for ``reduction='none'`` a loss for each position; in the input's dtype, or ``loss_dtype``.
@@ -285,6 +295,8 @@ def sparse_cross_entropy(
         IndexError: an index is neither a class nor ``ignore_index``.
         ValueError: shapes that disagree, no pairs (k = 0), or as :func:`cross_entropy`.
     """
+    if dim != 1:
+        input, indices, probs = _classes_at_one(dim, input=input, indices=indices, probs=probs)
     return _general(
         _ops.general_cross_entropy.default,
         (input, indices, weight, probs, sample_weight, denominator),
@@ -317,6 +329,7 @@ def mixup_cross_entropy(
     loss_dtype: torch.dtype | None = None,
     empty: Literal["nan", "zero"] = "nan",
     denominator: float | Tensor | None = None,
+    dim: int = 1,
 ) -> Tensor:
     r"""The loss of MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899): :math:`\lambda\,\mathrm{ce}(x, a) + (1 -
     \lambda)\,\mathrm{ce}(x, b)`, in one pass over the logits.
@@ -330,6 +343,8 @@ def mixup_cross_entropy(
     Returns, Raises:
         As :func:`sparse_cross_entropy`.
     """
+    if dim != 1:
+        (input,) = _classes_at_one(dim, input=input)
     for name, target in (("target_a", target_a), ("target_b", target_b)):
         if target.is_floating_point() or target.is_complex():
             raise ValueError(f"{name} must be a tensor of class indices, but got {target.dtype}")
@@ -387,6 +402,7 @@ def distillation_loss(
     sample_weight: Tensor | None = None,
     ignore_index: int = -100,
     loss_dtype: torch.dtype | None = None,
+    dim: int = 1,
 ) -> Tensor:
     r"""How far a student's softmax is from a teacher's (Hinton et al., arXiv 1503.02531); neither is ever in memory.
 
@@ -407,6 +423,7 @@ def distillation_loss(
         sample_weight: a factor for each position, of the shape of ``target``.
         ignore_index: positions with this target add nothing to either part.
         loss_dtype: dtype of the result; default: that of student and teacher, promoted.
+        dim: the dimension of the classes in both, as for :func:`cross_entropy`: -1 for logits (B, T, V).
 
     Returns:
         A scalar, or for ``reduction='none'`` a loss for each position.
@@ -417,6 +434,10 @@ def distillation_loss(
     """
     if kind not in ("kl", "ce"):
         raise ValueError(f"kind must be 'kl' or 'ce', but got {kind!r}")
+    if dim != 1:
+        student_logits, teacher_logits = _classes_at_one(
+            dim, student_logits=student_logits, teacher_logits=teacher_logits
+        )
     return _general(
         _ops.general_cross_entropy.default,
         (student_logits, teacher_logits, None, target, sample_weight, None),
@@ -438,6 +459,8 @@ def nll_loss(
     ignore_index: int = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
+    *,
+    dim: int = 1,
 ) -> Tensor:
     r"""Negative log likelihood: :func:`torch.nn.functional.nll_loss`, deterministic on every device.
 
@@ -454,6 +477,7 @@ def nll_loss(
         ignore_index: target value whose positions add nothing to the loss, are not counted by ``'mean'`` and have a
             gradient of zero; their log-probabilities are not used, so they may be NaN.
         reduction: ``'none'``, ``'mean'`` or ``'sum'``.
+        dim: the dimension of the classes, as for :func:`cross_entropy`.
 
     Returns:
         A scalar, or for ``reduction='none'`` a tensor of shape (), (N) or (N, d1, ..., dK); in the input's dtype, or
@@ -465,6 +489,8 @@ def nll_loss(
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
+    if dim != 1:
+        input, target = _classes_at_one(dim, input=input, target=target)
     if not (
         type(input) in _PLAIN
         and type(target) in _PLAIN
@@ -646,6 +672,15 @@ def _divisor(denominator: float | Tensor | None, input: Tensor) -> Tensor | None
     if denominator.is_complex():
         raise ValueError(f"denominator must be a number or a tensor of a real type, but got {denominator.dtype}")
     return denominator.to(torch.float64)
+
+
+def _classes_at_one(dim: int, **tensors: Tensor) -> tuple[Tensor, ...]:
+    """Views of logits, and of what else has a dimension of classes, with that at 1, or 0 if it is the only one."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, but got {tensor!r}")
+    dims = next(iter(tensors.values())).dim()
+    return tuple(t.movedim(dim, min(1, dims - 1)) if t.dim() == dims else t for t in tensors.values())
 
 
 def _number(name: str, value: float) -> float:

@@ -101,7 +101,7 @@ def linear_cross_entropy(
             to the shapes. The other fields are of PyTorch's own implementation and without effect.
         sample_weight: a factor for each position, of the shape of class indices.
         reduction, label_smoothing, z_loss, softcap, logit_scale, loss_dtype, empty, denominator: as for
-            :func:`cross_entropy`.
+            :func:`cross_entropy`. There is no ``dim``: the classes come after the input's positions.
 
     Returns:
         A scalar, or for ``reduction='none'`` a loss for each position: (), (N), (B, ...) or (N, d1, ..., dK). In the

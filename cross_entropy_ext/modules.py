@@ -36,6 +36,13 @@ def _shown(module: nn.Module, defaults: dict[str, Any]) -> list[str]:
     return [f"{name}={value!r}" for name, value, default in values if isinstance(value, Tensor) or value != default]
 
 
+def _complete(module: nn.Module, defaults: dict[str, Any]) -> None:
+    """Give the options that it has not to a module that was pickled before there were any, as native's subclass."""
+    for name, default in defaults.items():
+        if not hasattr(module, name):
+            setattr(module, name, default)
+
+
 def _scripted_as(scripted: Callable) -> Callable:
     """Let TorchScript, which knows no keyword-only arguments, compile another method in the place of the decorated one.
 
@@ -77,6 +84,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         loss_dtype: torch.dtype | None = None,
         empty: Literal["nan", "zero"] = "nan",
         inplace: bool = False,
+        dim: int = 1,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss = z_loss
@@ -85,10 +93,11 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.loss_dtype = loss_dtype
         self.empty = empty
         self.inplace = inplace
+        self.dim = dim
 
     def _forward_of_torchscript(self, input: Tensor, target: Tensor) -> Tensor:
         assert self.empty == "nan" and self.loss_dtype is None, "TorchScript has the native loss and its arguments"
-        assert self.z_loss == 0 and self.softcap is None and self.logit_scale == 1, "TorchScript has the native loss"
+        assert self.z_loss == 0 and self.softcap is None and self.logit_scale == 1 and self.dim == 1
         return nn.functional.cross_entropy(
             input,
             target,
@@ -128,17 +137,15 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             empty=self.empty,
             denominator=denominator,
             inplace=self.inplace,
+            dim=self.dim,
         )
 
     def extra_repr(self) -> str:
         return ", ".join(_shown(self, _EXTRAS))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a module, too, that was pickled before it had the options, as when its class derived from native's."""
         super().__setstate__(state)
-        for name, default in _EXTRAS.items():
-            if not hasattr(self, name):
-                setattr(self, name, default)
+        _complete(self, _EXTRAS)
 
 
 class DistillationLoss(nn.Module):
@@ -161,6 +168,7 @@ class DistillationLoss(nn.Module):
         ignore_index: int = -100,
         *,
         loss_dtype: torch.dtype | None = None,
+        dim: int = 1,
     ) -> None:
         super().__init__()
         self.temperature = temperature
@@ -169,6 +177,7 @@ class DistillationLoss(nn.Module):
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.loss_dtype = loss_dtype
+        self.dim = dim
 
     def forward(
         self,
@@ -190,12 +199,17 @@ class DistillationLoss(nn.Module):
             sample_weight=sample_weight,
             ignore_index=self.ignore_index,
             loss_dtype=self.loss_dtype,
+            dim=self.dim,
         )
 
     def extra_repr(self) -> str:
         always = ("temperature", "alpha", "kind", "reduction")
-        others = {"ignore_index": -100, "loss_dtype": None}
+        others = {"ignore_index": -100, "loss_dtype": None, "dim": 1}
         return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in always), *_shown(self, others)])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _complete(self, {"dim": 1})
 
 
 class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.loss._WeightedLoss)):
@@ -382,12 +396,38 @@ class NLLLoss(nn.NLLLoss):
         >>> loss.backward()
     """
 
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        *,
+        dim: int = 1,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction)
+        self.dim = dim
+
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         """The loss of log-probabilities (C), (N, C) or (N, C, d1, ..., dK) against class indices."""
         if torch.jit.is_scripting():
+            assert self.dim == 1, "TorchScript has the native loss and its arguments"
             return nn.functional.nll_loss(
                 input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction
             )
         return functional.nll_loss(
-            input, target, weight=self.weight, ignore_index=self.ignore_index, reduction=self.reduction
+            input,
+            target,
+            weight=self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            dim=self.dim,
         )
+
+    def extra_repr(self) -> str:
+        return ", ".join(_shown(self, {"dim": 1}))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _complete(self, {"dim": 1})

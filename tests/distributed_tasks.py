@@ -625,6 +625,15 @@ def module(ranks: int) -> None:
     s = torch.rand(3)
     local = shard_of(logits, [4] * ranks)
     torch.testing.assert_close(criterion(local, target, sample_weight=s), plain(logits, target, sample_weight=s))
+    # Classes at another dimension, of a shard and of DTensors with the classes or the positions in shards.
+    moved = VocabParallelCrossEntropyLoss(weight, group=GROUPS[ranks], shard_sizes=[4] * ranks, dim=0, **options)
+    assert torch.equal(moved(local.T, target), criterion(local, target))
+    for dim in (0, 1):
+        whole = distribute_tensor(logits.T.contiguous(), MESHES[(ranks,)], [Shard(dim)]).requires_grad_()
+        loss = functional.cross_entropy(whole, target, weight, dim=0, **options)
+        torch.testing.assert_close(loss.full_tensor(), plain(logits, target))
+        (gradient,) = torch.autograd.grad(loss, whole)
+        assert gradient.placements == whole.placements and gradient.shape == whole.shape
     criterion.reduction = plain.reduction = "mean"
     for denominator in (5, torch.tensor(2.5)):
         loss = criterion(local, target, denominator=denominator)

@@ -19,9 +19,10 @@ import torch
 from cases import DTYPES, INTEGERS, Case, expand, generator, name_of, place
 from oracle_targets import LEAVES, Call, Upstream, check_call
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cross_entropy_ext
-from cross_entropy_ext import CrossEntropyLoss, CrossEntropyStats, DistillationLoss, LinearCrossEntropyLoss
+from cross_entropy_ext import CrossEntropyLoss, CrossEntropyStats, DistillationLoss, LinearCrossEntropyLoss, NLLLoss
 from cross_entropy_ext import functional as ext
 from cross_entropy_ext.distributed import VocabParallelCrossEntropyLoss
 
@@ -1200,6 +1201,92 @@ def test_copies_of_the_modules() -> None:
     assert torch.equal(old(logits, labels), ext.cross_entropy(logits, labels)) and repr(old) == "CrossEntropyLoss()"
     with pytest.raises(TypeError):
         CrossEntropyLoss(None, None, -100, None, "mean", 0.0, 0.1)  # the package's own are given by name
+
+
+LABELS = torch.tensor([[0, 4, -100], [3, 1, 2]])
+# Of logits (B, V, T), and of the names of what else has a dimension of classes.
+ALONG: dict[str, tuple[Callable[..., Tensor | CrossEntropyStats], tuple[str, ...]]] = {
+    "indices": (lambda x, **o: ext.cross_entropy(x, LABELS, **o), ()),
+    "extras": (lambda x, **o: ext.cross_entropy(x, LABELS, sample_weight=LABELS + 200, z_loss=0.1, **o), ()),
+    "probabilities": (lambda x, q, **o: ext.cross_entropy(x, q, label_smoothing=0.1, **o), ("probs",)),
+    "statistics": (lambda x, **o: ext.cross_entropy_with_stats(x, LABELS, **o), ()),
+    "pairs": (lambda x, i, p, **o: ext.sparse_cross_entropy(x, i, p, **o), ("indices", "probs")),
+    "MixUp": (lambda x, **o: ext.mixup_cross_entropy(x, LABELS, LABELS.flip(0), 0.3, **o), ()),
+    "teacher": (lambda x, z, **o: ext.distillation_loss(x, z, LABELS, temperature=2.0, alpha=0.5, **o), ("probs",)),
+    "nll": (lambda x, **o: ext.nll_loss(x, LABELS, **o), ()),
+    "module": (lambda x, dim=1, **o: CrossEntropyLoss(z_loss=0.1, dim=dim, **o)(x, LABELS), ()),
+    "module of a teacher": (lambda x, z, dim=1, **o: DistillationLoss(2.0, dim=dim, **o)(x, z), ("probs",)),
+    "module of nll": (lambda x, dim=1, **o: NLLLoss(dim=dim, **o)(x, LABELS), ()),
+}
+
+
+class Operators(TorchDispatchMode):
+    """Their names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ALONG)
+@pytest.mark.parametrize("dim", [-1, 2, 0, -3])
+def test_the_dimension_of_the_classes(name: str, dim: int) -> None:
+    """Equal to the bit to that of the same memory seen with the classes at 1, for nothing is copied; a gradient has the
+    logits' own layout. The other dimensions keep their order."""
+    function, others = ALONG[name]
+    drawn = {"indices": torch.arange(30).view(2, 5, 3) % 5, "probs": logits_of((2, 5, 3), torch.float32).softmax(1)}
+    tensors = [logits_of((2, 5, 3), torch.float32), *(drawn[other] for other in others)]
+    moved = [tensor.movedim(1, dim).contiguous() for tensor in tensors]
+    for reduction in ("mean", "none"):
+        results = []
+        for dims, views in ((dim, moved), (1, [tensor.movedim(dim, 1) for tensor in moved])):
+            leaf = views[0].detach().requires_grad_()
+            with Operators() as operators:
+                found = function(leaf, *views[1:], dim=dims, reduction=reduction)
+            loss = found[0] if isinstance(found, tuple) else found
+            (grad,) = torch.autograd.grad(loss.sum(), leaf)
+            results.append((found, grad, operators.names))
+        (found, grad, names), (expected, expected_grad, expected_names) = results
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert torch.equal(grad.movedim(dim, 1), expected_grad) and grad.stride() == moved[0].stride()
+        assert [other for other in names if "permute" not in other] == expected_names
+
+
+def test_the_dimension_of_few_dimensions() -> None:
+    x, q = logits_of((5,), torch.float32), logits_of((5,), torch.float32).softmax(0)
+    label = torch.tensor(3)
+    for dim in (1, 0, -1):
+        assert torch.equal(ext.cross_entropy(x, label, dim=dim), ext.cross_entropy(x, label))
+        assert torch.equal(ext.cross_entropy(x, q, dim=dim), ext.cross_entropy(x, q))
+        assert torch.equal(ext.nll_loss(x, label, dim=dim), ext.nll_loss(x, label))
+    rows, labels = logits_of((5, 4), torch.float32), torch.tensor([0, 4, 1, 2])
+    for dim in (0, -2):
+        assert torch.equal(ext.cross_entropy(rows, labels, dim=dim), ext.cross_entropy(rows.T, labels))
+    for function in (ext.cross_entropy, ext.cross_entropy_with_stats, ext.nll_loss):
+        for arguments, dim in (((x, label), -2), ((x, label), 2), ((rows, labels), 2), ((rows, labels), -3)):
+            with pytest.raises(IndexError, match="Dimension out of range"):
+                function(*arguments, dim=dim)
+        with pytest.raises(TypeError, match=r"target must be a tensor, but got \[1\]"):
+            function(rows, [1], dim=0)
+
+
+def test_the_dimension_of_the_classes_under_transforms() -> None:
+    x, labels = logits_of((4, 3, 5), torch.float32), torch.tensor([[0, 4, -100], [3, 1, 2], [1, 1, 1], [2, 0, 3]])
+
+    def loss(x: Tensor, labels: Tensor) -> Tensor:
+        return ext.cross_entropy(x, labels, dim=-1, z_loss=0.1)
+
+    each = torch.stack([loss(x[i], labels[i]) for i in range(4)])
+    torch.testing.assert_close(torch.func.vmap(loss)(x, labels), each)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, labels), loss(x, labels))
+    for module in (CrossEntropyLoss(dim=-1), NLLLoss(dim=-1)):
+        with pytest.raises(Exception, match="TorchScript"):
+            torch.jit.script(module)(x, labels)
 
 
 def test_what_the_modules_show() -> None:
