@@ -69,7 +69,7 @@ sanitize: $(VENV)/installed
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 SANITIZE=$(SANITIZE) \
 	    $(abspath $(BIN))/python -m pytest --capture=sys $(SANITIZE_TESTS)
 
-# Needs a CUDA torch, nvcc and pytest, and neither a network nor $(VENV). Results go to the folder OUT.
+# Needs a CUDA torch, nvcc and pytest, and neither a network nor $(VENV). The script says where results go.
 gpu:
 	PYTHON=$(PYTHON) bash benchmarks/gpu_acceptance.sh
 

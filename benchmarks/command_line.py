@@ -17,12 +17,12 @@ NEUTRAL = {"device", "json", "part", "counters"}  # arguments that leave nothing
 
 def parser_of(description: str, part: str, quick: str, only: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.set_defaults(part=part)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help=f"{quick}; nothing to publish")
     if only is not None:
         parser.add_argument("--only", default="", help=f"regular expression on the {only}' names")
-    place = f"{part}.json in benchmarks/results/<device>; with any other option, in benchmarks/output/<device>"
+    parser.add_argument("--part", default=part, help=f"the result's name ({part})")
+    place = "<part>.json in benchmarks/results/<device>; with any other option, in benchmarks/output/<device>"
     parser.add_argument("--json", type=Path, help=f"default: {place}; both below $OUT where that is set")
     return parser
 

@@ -82,7 +82,13 @@ def of_run(result: dict | None) -> list[Limit]:
     return found + [of_others(groups, direction) for direction in (TRAINING, EVALUATION)]
 
 
-def of_others(groups: Groups, direction: str) -> Limit:
+def of_peers(result: dict | None) -> list[Limit]:
+    """A second run of `benchmarks.run`, of those who take long to compile."""
+    groups = by_case(result)
+    return [of_others(groups, direction, "peers, ") for direction in (TRAINING, EVALUATION)] if result else []
+
+
+def of_others(groups: Groups, direction: str, which: str = "") -> Limit:
     """The case in which we are nearest to being beaten, or are; and all in which we are."""
     ratios = []
     for (case, this), providers in groups.items():
@@ -95,7 +101,8 @@ def of_others(groups: Groups, direction: str) -> Limit:
     note = f"{len(ratios)} cases" + (f", slower in {'; '.join(beaten)}" if beaten else "")
     if ratios and not beaten:
         note += f", the nearest {ratios[0][1]}"
-    return Limit(f"{direction}: ours / the quickest other, the worst case", ratios[0][0] if ratios else None, 1.0, note)
+    what = f"{which}{direction}: ours / the quickest other, the worst case"
+    return Limit(what, ratios[0][0] if ratios else None, 1.0, note)
 
 
 def of_scaling(result: dict | None) -> list[Limit]:
@@ -120,7 +127,7 @@ def of_linear(result: dict | None) -> list[Limit]:
     ]
 
 
-PARTS = {"run": of_run, "scaling": of_scaling, "linear": of_linear}
+PARTS = {"run": of_run, "peers": of_peers, "scaling": of_scaling, "linear": of_linear}
 
 
 def table(found: list[Limit]) -> Table:

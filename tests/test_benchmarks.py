@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 import pytest
+import test_gpu
 import torch
 import torch.nn.functional as F
 from cuda_on_cpu import build
@@ -487,6 +489,7 @@ def test_counters_have_a_file_of_their_own(monkeypatch):
     monkeypatch.delenv("OUT", raising=False)
     assert json_of("kernels", "--counters", "a.csv") == records.RESULTS / "nvidia-test" / "counters.json"
     assert json_of("kernels", "--counters=a.csv", "--quick").relative_to(records.OUTPUT).name == "counters.json"
+    assert json_of("run", "--part", "peers") == records.RESULTS / "cpu" / "peers.json"
 
 
 def test_what_is_not_committed_is_neither_tracked_nor_reported():
@@ -882,6 +885,9 @@ def test_limits_hold_or_do_not():
     assert not beaten.holds and math.isclose(beaten.measured, 2 / 1.9)
     assert beaten.note == "2 cases, slower in VAR, bfloat16 (quack)"
     assert [one.said for one in found if one.measured is None] == ["not measured"] * (len(limits.COPIES) - 1)
+    assert limits.of_peers(None) == []
+    peers = [record("ImageNet", name, median_ms=time) for name, time in (("ours", 2.0), ("native compiled", 1.0))]
+    assert [one.said for one in limits.of_peers({"records": peers})] == ["does not hold", "not measured"]
     calls = [
         {"curve": "overhead", "case": "MNIST", "provider": name, "direction": direction, "median_us": microseconds}
         for name, microseconds in (("ours", 2.0), ("native", 4.0))
@@ -961,34 +967,202 @@ def test_counters_are_read(tmp_path):
         kernels.counted(path)
 
 
-@pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
-def test_acceptance_goes_on_and_packs_everything(tmp_path):
-    """With a program in the place of Python that fails in one step."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$*"\ncase "$*" in *benchmarks.linear*) exit 3 ;; esac\n')
-    python.chmod(0o755)
-    steps = "build tests kernels linear tune scaling idioms accuracy training clients benchmark"
-    done = subprocess.run(
-        ["bash", ROOT / "benchmarks" / "gpu_acceptance.sh"],
-        env=os.environ
-        | {"PYTHON": str(python), "OUT": str(tmp_path / "out"), "STEPS": steps, "CASES": "one|two"}
-        | {"ARCHIVE": str(tmp_path / "all.tgz"), "TORCH_CUDA_ARCH_LIST": "9.0"},
-        capture_output=True,
-        text=True,
-        timeout=120,
+# -- the acceptance on a GPU, with a program in the place of Python ------------------------------------------
+
+CAPS = {"build": 120, "smoke": 45, "benchmark": 80, "tests": 110, "memcheck": 50, "racecheck": 30, "peers": 35}
+ACCEPTANCE = ["bash", str(ROOT / "benchmarks" / "gpu_acceptance.sh")]
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
+
+
+@pytest.fixture
+def acceptance(tmp_path):
+    """Its environment, for a Python that shows its arguments and then does as these lines of sh say."""
+
+    def with_python(script: str = "", **environment: str) -> dict[str, str]:
+        tools = tmp_path / "tools"
+        tools.mkdir()
+        for name, text in {"python": f'echo "$*"\n{script}', "compute-sanitizer": 'echo "$*"'}.items():
+            (tools / name).write_text(f"#!/bin/sh\n{text}\n")
+            (tools / name).chmod(0o755)
+        given = {"PYTHON": str(tools / "python"), "OUT": str(tmp_path / "out"), "TORCH_CUDA_ARCH_LIST": "9.0"}
+        given |= {"ARCHIVE": str(tmp_path / "packed" / "all.tgz"), "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+        return {k: v for k, v in os.environ.items() if k not in ("STEPS", "CASES", "TOTAL")} | given | environment
+
+    return with_python
+
+
+def accept(environment: dict[str, str], status: int) -> str:
+    done = subprocess.run(ACCEPTANCE, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout
+
+
+def states(shown: str) -> dict[str, str]:
+    summary = shown[shown.rindex("step ") :]
+    return dict(re.findall(r"^(\w+) +(ok|failed|out of time|no time|skipped|by a signal)", summary, re.MULTILINE))
+
+
+def packed(environment: dict[str, str]) -> set[str]:
+    with tarfile.open(environment["ARCHIVE"]) as archive:
+        return set(archive.getnames())
+
+
+@needs_bash
+def test_acceptance_has_an_order_and_470_seconds(acceptance):
+    environment = acceptance()
+    shown = accept(environment, 0)
+    caps = re.findall(r"^--- (\w+), at most (\d+) s: (.*)", shown, re.MULTILINE)
+    most = {step: int(seconds) for step, seconds, _ in caps}
+    assert list(most) == [*CAPS, "linear"] == list(states(shown)) and set(states(shown).values()) == {"ok"}
+    assert sum(CAPS.values()) <= 470
+    assert all(CAPS[step] - 1 <= most[step] <= CAPS[step] for step in CAPS)
+    commands = {step: command for step, _, command in caps}
+    assert "-x --timeout=30 --timeout-method=thread -m smoke" in commands["smoke"] and "expecttest" not in shown
+    assert "--without ^native compiled$" in commands["benchmark"]
+    seconds = int(re.search(r"--seconds (\d+)", commands["benchmark"])[1])
+    assert 40 <= seconds < CAPS["benchmark"]
+    left_out = re.search(r"--without (\S+ \S+)", commands["peers"])[1]
+    measured = [one.name for one in providers.REGISTRY if not re.search(left_out, one.name)]
+    assert {"ours", "native compiled"} <= set(measured) < {"ours", "native compiled", "liger", "liger in place"}
+    chosen = re.search(r"--only (.*) --without", commands["peers"])[1]
+    assert len([case for case in CASES if case.cuda and re.search(chosen, case.name)]) == 3
+    assert {"summary.log", "build.log", "smoke.log", "tests-1.log"} < packed(environment)
+    assert [path.name for path in Path(environment["ARCHIVE"]).parent.iterdir()] == ["all.tgz"]  # one file
+
+
+@needs_bash
+def test_acceptance_runs_each_test_on_the_gpu_in_one_process(acceptance):
+    environment = acceptance(STEPS="tests memcheck racecheck")
+    accept(environment, 0)
+    out = Path(environment["OUT"])
+    logs = sorted(out.glob("tests-*.log"), key=lambda path: int(path.stem[6:]))
+    commands = [log.read_text() for log in logs]
+    assert all("--timeout=60 --timeout-method=thread -m gpu -k" in command for command in commands)
+    chosen = [re.search(r" -k (.*) tests/test_gpu.py", command)[1] for command in commands]
+
+    def runs(expression: str, test: str) -> bool:
+        return eval(re.sub(r"\b(?!(?:and|or|not)\b)\w+", lambda word: str(word[0] in test), expression))
+
+    for test in filter(re.compile("test_").match, vars(test_gpu)):
+        assert sum(runs(expression, test) for expression in chosen) == 1, test
+    first = (
+        "kernels_that_overlap captured_in_a_graph the_same_bits_of_large_sums several_streams a_target_out_of_bounds"
     )
-    assert done.returncode == 1, done.stdout + done.stderr
-    summary = done.stdout[done.stdout.rindex("step ") :]
-    assert dict(re.findall(r"^(\w+) +(ok|failed|out of time|skipped)", summary, re.MULTILINE)) == {
-        step: "failed" if step == "linear" else "ok" for step in steps.split()
+    for expression, test in zip(chosen, first.split(), strict=False):
+        assert runs(expression, f"test_{test}"), expression
+    sanitized = (out / "racecheck.log").read_text()
+    assert re.findall(r"test_sanitizer\[(.*?)-index-bfloat16\]", sanitized) == RACED
+    assert set(RACED) <= test_gpu.KERNELS.keys()
+    memchecked = re.search(r" -k (.*) tests/test_gpu.py", (out / "memcheck.log").read_text())[1]
+    kinds = {f"sanitizer {kind} {dtype}" for kind in ("index", "smoothed", "soft") for dtype in ("bfloat16", "float32")}
+    assert {kind for kind in kinds if runs(memchecked, kind)} == {"sanitizer index bfloat16", "sanitizer soft float32"}
+
+
+RACED = ["small rows", "rows of a warp", "rows of a block", "rows of a cluster", "image"]
+
+
+@needs_bash
+def test_acceptance_goes_on_and_packs_everything(acceptance):
+    """After a step that fails."""
+    steps = "build tests kernels linear tune scaling idioms accuracy training clients benchmark"
+    environment = acceptance('case "$*" in *benchmarks.linear*) exit 3 ;; esac', STEPS=steps, CASES="one|two")
+    found = states(accept(environment, 1))
+    assert found == {step: "failed" if step == "linear" else "ok" for step in found} and found.keys() == {
+        *steps.split()
     }
-    with tarfile.open(tmp_path / "all.tgz") as packed:
-        logs = {f"{step}.log" for step in steps.split() if step != "tests"} | {f"tests-{i}.log" for i in range(1, 7)}
-        assert set(packed.getnames()) == logs
-    # Each test on the GPU runs in one of the six.
-    chosen = [
-        re.search(r" -k (.*) --durations", (tmp_path / "out" / f"tests-{i}.log").read_text())[1] for i in range(1, 7)
-    ]
-    others = [part.removeprefix("not test_values and ").strip("()") for part in chosen[:-2]]
-    assert chosen[-2:] == ["test_values", f"not test_values and not ({' or '.join(others)})"]
-    assert "--only one|two" in (tmp_path / "out" / "benchmark.log").read_text()
+    logs = {f"{step}.log" for step in steps.split() if step != "tests"} | {"summary.log"}
+    assert {name for name in packed(environment) if not name.startswith("tests-")} == logs
+    assert "--only one|two" in (Path(environment["OUT"]) / "benchmark.log").read_text()
+
+
+HANGS = """
+case "$*" in *'-m smoke'*)
+  printf 'tests/test_gpu.py::test_smoke[rows of a warp-index-bfloat16] PASSED [ 10%%]\n'
+  printf 'tests/test_gpu.py::test_smoke[rows of a block-index-bfloat16] '
+  echo $$ >"$OUT/hanging.pid"
+  sleep 100 ;;
+esac
+"""
+
+
+@needs_bash
+def test_acceptance_names_a_kernel_that_hangs_or_fails(acceptance, tmp_path):
+    """And leaves the other steps their time."""
+    environment = acceptance(HANGS, STEPS="smoke linear", TOTAL="20")
+    began = time.monotonic()
+    shown = accept(environment, 1)
+    assert time.monotonic() - began < 15
+    assert states(shown) == {"smoke": "out of time", "linear": "ok"}
+    assert re.search(r"^smoke .* test_smoke\[rows of a block-index-bfloat16\] \|", shown, re.MULTILINE)
+    failed = "tests/test_gpu.py::test_smoke[image-soft-float32] FAILED [ 20%]"
+    shutil.rmtree(tmp_path / "tools")
+    environment = acceptance(f"case \"$*\" in *smoke*) echo '{failed}'; echo '1 failed'; exit 1 ;; esac", STEPS="smoke")
+    shown = accept(environment, 1)
+    assert re.search(r"^smoke +failed .* test_smoke\[image-soft-float32\] \| 1 failed", shown, re.MULTILINE)
+
+
+@needs_bash
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=lambda end: end.name)
+def test_acceptance_leaves_an_archive_when_it_is_cut_short(acceptance, end):
+    environment = acceptance(HANGS, STEPS="build smoke linear")
+    hanging = Path(environment["OUT"]) / "hanging.pid"
+    with subprocess.Popen(ACCEPTANCE, env=environment, stdout=subprocess.PIPE, text=True) as running:
+        deadline = time.monotonic() + 60
+        while not (hanging.exists() and hanging.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running.send_signal(end)
+        if end == signal.SIGKILL:
+            os.kill(int(hanging.read_text()), signal.SIGTERM)
+        shown = running.communicate(timeout=60)[0]
+    assert {"build.log", "summary.log"} <= packed(environment)
+    if end == signal.SIGTERM:
+        assert running.returncode == 1 and states(shown) == {"build": "ok", "stopped": "by a signal"}
+        assert "smoke.log" in packed(environment)
+
+
+@needs_bash
+def test_acceptance_without_a_gpu_says_so(acceptance):
+    environment = acceptance("exit 1", PATH=f"/usr/bin{os.pathsep}/bin")
+    assert "No Python here has a torch that finds a GPU" in accept(environment, 1)
+    assert packed(environment) == {"summary.log"}
+
+
+def test_smoke_runs_each_kernel(monkeypatch):
+    """Against itself, on the CPU: a mistake in it does not wait for a GPU to be found."""
+    monkeypatch.setattr(test_gpu, "DEVICE", torch.device("cpu"))
+    for kernel, kind in itertools.product(test_gpu.KERNELS, ("index", "smoothed", "soft", "general")):
+        test_gpu.test_smoke(kernel, kind, torch.bfloat16)
+    for name in test_gpu.TARGETS:
+        test_gpu.test_every_target(name, "image", torch.float32)
+
+
+SMOKE = {
+    "small rows": {"family": "small_rows"},
+    "small rows, odd": {"family": "small_rows"},
+    "small rows, strided": {"family": "small_rows"},
+    "rows of a warp": {"family": "rows", "team": "warp", "copied": True},
+    "rows of a warp, odd": {"family": "rows", "team": "warp", "copied": True},
+    "rows of a block": {"family": "rows", "team": "block", "copied": True},
+    "rows of a cluster": {"family": "rows", "team": "cluster", "copied": True},
+    "rows past shared memory": {"family": "rows", "team": "block", "copied": False},
+    "image": {"family": "spatial", "vectors": True, "copied": True},
+    "image of many classes": {"family": "spatial", "vectors": True, "copied": True},
+    "image of classes past shared memory": {"family": "spatial", "vectors": True, "copied": False},
+    "odd image": {"family": "spatial", "vectors": False},
+    "odd image of many classes": {"family": "spatial", "vectors": False},
+    "channels_last": {"family": "small_rows"},
+    "strided": {"family": "strided", "team": "warp"},
+    "strided, many classes": {"family": "strided", "team": "block"},
+}
+
+
+@pytest.mark.skipif(build.compiler() is None, reason="the emulated kernels need a C++ compiler")
+def test_smoke_reaches_the_kernels_that_it_names():
+    emulated = build.load()
+    emulated.set_device(132, 228 << 10, 227 << 10, 8)
+    assert SMOKE.keys() == test_gpu.KERNELS.keys()
+    for name, (shape, placed) in test_gpu.KERNELS.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            logits = placed(torch.zeros(shape, dtype=dtype))
+            chosen = emulated.plan(logits, torch.empty((shape[0], *shape[2:]), dtype=torch.long))
+            assert {key: chosen[key] for key in SMOKE[name]} == SMOKE[name], (name, dtype)

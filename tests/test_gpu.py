@@ -2,7 +2,8 @@
 late, more elements than 32 bits count.
 
 `test_values` is reused as it is, with the tensors moved to the GPU and back. Larger inputs are compared where they are,
-with the oracle evaluated in float64 on the GPU. Tests named 'sanitizer' are few and small: for compute-sanitizer.
+with the oracle evaluated in float64 on the GPU. Tests named 'sanitizer' are few and small: for compute-sanitizer. Those
+marked smoke have every kernel, by its name: `pytest -m smoke -v -x` says which one fails or hangs.
 """
 
 from __future__ import annotations
@@ -178,11 +179,10 @@ def check_objective(objective: Objective, logits: Tensor, reason: str = "") -> N
         check(logits, target, weight, grad_output=one, reason=reason, **objective.options())
 
 
+# Around the borders between kernels; the emulator has the others (test_cuda_on_cpu.py).
 CLASSES = [
-    *range(1, 101),
-    *(127, 128, 129, 255, 256, 257),
-    *range(500, 521),
-    *(1000, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193),
+    *(1, 2, 3, 4, 5, 7, 8, 9, 10, 16, 17, 31, 33, 64, 65, 100, 127, 128, 255, 256, 257, 511, 512, 513),
+    *(1000, 1024, 2049, 4096, 4097, 8193),
     *(12288, 24576, 49152),  # a row, or a block's part of it, is 48 KB: with the kernel's own arrays a little more
     *(32000, 50257, 128256, 262144, 1_000_003),
 ]
@@ -1175,9 +1175,10 @@ def test_in_a_process_of_its_own(name: str, processes: dict[str, subprocess.Pope
 
 
 # ------------------------------------------------------------------------------------------------------------
-# For compute-sanitizer: every kernel, once. Nothing but the kernels under test runs on the GPU, beside copies.
+# Every kernel, once, against the CPU's; and for compute-sanitizer. Nothing but the kernels under test runs on the GPU,
+# beside copies.
 
-SANITIZED = {
+KERNELS = {
     "small rows": ((70, 10), Tensor.contiguous),
     "small rows, odd": ((35, 33), lambda v: place(v, margin={1: 1}, offset=1)),
     "small rows, strided": ((5, 37), lambda v: place(v, order=(1, 0))),
@@ -1197,11 +1198,9 @@ SANITIZED = {
 }
 
 
-@two_dtypes
-@pytest.mark.parametrize("kind", ["index", "smoothed", "soft"])
-@pytest.mark.parametrize("layout", SANITIZED)
-def test_sanitizer(layout: str, kind: str, dtype: torch.dtype) -> None:
-    shape, place_ = SANITIZED[layout]
+def compare_with_cpu(layout: str, kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Loss and gradient, made in the forward, handed on for another grad_output, and made in the backward."""
+    shape, place_ = KERNELS[layout]
     random_ = torch.Generator().manual_seed(0)
     logits = place_(torch.randn(shape, generator=random_).to(dtype))
     target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=random_)
@@ -1209,21 +1208,36 @@ def test_sanitizer(layout: str, kind: str, dtype: torch.dtype) -> None:
     if kind == "soft":
         target = torch.empty_like(logits).copy_(torch.randn(shape, generator=random_).softmax(1))
     weight = torch.rand(shape[1], generator=random_).to(dtype) if kind == "smoothed" else None
-    e = 0.1 if kind == "smoothed" else 0.0
+    options = {"smoothed": {"label_smoothing": 0.1}, "general": {"softcap": 5.0}}.get(kind, {})
     passes = [("mean", 1.0), ("mean", 0.5), ("none", 1.0)] if logits.numel() < 10**6 else [("mean", 0.5)]
     for reduction, factor in passes:
         results = []
         for device in (DEVICE, "cpu"):
             x, t, w = (moved(v, device) for v in (logits, target, weight))
             x.requires_grad_()
-            loss = ext.cross_entropy(x, t, w, reduction=reduction, label_smoothing=e)
+            loss = ext.cross_entropy(x, t, w, reduction=reduction, **options)
             grad_output = torch.full(loss.shape, factor, dtype=loss.dtype).to(device)
             results.append((loss.detach().cpu(), moved(torch.autograd.grad(loss, x, grad_output)[0], "cpu")))
-        tolerance = 4 * torch.finfo(dtype).eps
         for ours, expected in zip(*results, strict=True):
             torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
+@pytest.mark.smoke
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32, FP64], ids=name_of)
+@pytest.mark.parametrize("kind", ["index", "smoothed", "soft", "general"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_smoke(kernel: str, kind: str, dtype: torch.dtype) -> None:
+    compare_with_cpu(kernel, kind, dtype, 4 * max(torch.finfo(dtype).eps, 1e-12 if dtype == FP64 else 1e-6))
+
+
+@two_dtypes
+@pytest.mark.parametrize("kind", ["index", "smoothed", "soft"])
+@pytest.mark.parametrize("layout", KERNELS)
+def test_sanitizer(layout: str, kind: str, dtype: torch.dtype) -> None:
+    compare_with_cpu(layout, kind, dtype, 4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.smoke
 def test_sanitizer_other_passes() -> None:
     """Inference, a gradient in the logits' place, double arithmetic on half logits, and a target out of bounds."""
     x = torch.randn(9, 1000, generator=torch.Generator().manual_seed(0)).to(BF16).to(DEVICE).requires_grad_()
@@ -1302,6 +1316,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @two_dtypes
@@ -1382,6 +1397,7 @@ def linear_loss(name: str, leaves: list[Tensor], target: Tensor, chunk: int | No
     return loss.sum() * 0.7
 
 
+@pytest.mark.smoke
 @chunks
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=name_of)
 @pytest.mark.parametrize("name", LINEAR)
