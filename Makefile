@@ -17,6 +17,7 @@ help:
 	@echo 'make sanitize   run the tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer (Linux, gcc)'
 	@echo 'make benchmarks measure everything on this CPU and write docs/benchmarks.md. Half an hour'
 	@echo 'make gpu        on a machine with a CUDA GPU: build, test, check and measure with the Python there is'
+	@echo 'make kernels    compile every CUDA kernel for every architecture, and check what nvcc made: a quarter of an hour'
 	@echo 'make build      only set up and build    DEBUG=1 with symbols, CXX=clang++ another compiler'
 	@echo 'make wheel      write a wheel to dist/'
 	@echo 'make lint       check style              make format mends it'
@@ -73,6 +74,10 @@ sanitize: $(VENV)/installed
 gpu:
 	PYTHON=$(PYTHON) bash benchmarks/gpu_acceptance.sh
 
+# Needs nvcc, and no GPU.
+kernels: $(VENV)/installed
+	XENT_COMPILE_ALL=1 $(BIN)/python -m pytest $(PYTEST) tests/test_cuda_compile.py
+
 # With `pip install '.[peers]'` the accuracy table has Liger in it. A result stands for the machine it was measured on.
 benchmarks: build
 	$(BIN)/python -m benchmarks.run
@@ -93,4 +98,4 @@ distclean: clean
 	rm -rf $(VENV)
 
 always:
-.PHONY: help demo test build wheel lint format sanitize gpu benchmarks clean distclean always
+.PHONY: help demo test build wheel lint format sanitize gpu kernels benchmarks clean distclean always

@@ -72,7 +72,8 @@ CHECKS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-wrapv"] i
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", *(f"-isystem{path}" for path in cpp.include_paths())]
 FLAGS = {
     "cxx": ["-std=c++20", "-fvisibility=hidden", *OPTIMIZATION, *CHECKS, *WARNINGS],
-    "nvcc": ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden,-Wno-psabi"],
+    # A spill is local memory, as dear as the logits: every kernel that is built is looked at.
+    "nvcc": ["-std=c++20", "-O3", "-Xcompiler=-fvisibility=hidden,-Wno-psabi", "-Xptxas=-warn-spills"],
 }
 
 # Each torch and each kind of build has its own objects. What goes into the wheel is

@@ -287,6 +287,7 @@ results() {
   wanted benchmark && [ -e "$OUT/benchmark.log" ] && sed -n '/Medians; copies/,/What has to hold/p' "$OUT/benchmark.log" |
     sed '$d'
   timeout 30 "$python" -m benchmarks.limits
+  wanted build && grep -a 'Registers are spilled' "$OUT/build.log"
   printf '%-10s  %-11s  %5s  %s\n' step result s note
   for i in "${!names[@]}"; do
     printf '%-10s  %-11s  %5d  %s\n' "${names[$i]}" "${states[$i]}" "${times[$i]}" "${notes[$i]}"

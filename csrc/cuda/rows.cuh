@@ -42,7 +42,8 @@ struct Members {
 
   int thread;
   int rank = 0, blocks = 1;  // of a cluster
-  int64_t first, step;       // positions: this team's first, and from one to the next
+  int64_t first;             // positions: this team's first,
+  int step;                  // and from one to the next
 
   XENT_DEVICE Members() : thread(int(threadIdx.x) % kThreads) {
     constexpr int kTeams = kBlockThreads<team> / kThreads;  // in one block
@@ -51,7 +52,7 @@ struct Members {
       blocks = int(cluster_blocks());
     }
     first = int64_t(blockIdx.x / blocks) * kTeams + int(threadIdx.x) / kThreads;
-    step = int64_t(gridDim.x / blocks) * kTeams;
+    step = int(gridDim.x) / blocks * kTeams;
   }
 
   XENT_DEVICE bool leads() const { return rank == 0 && thread == 0; }
@@ -74,7 +75,7 @@ struct Members {
   // take its place. `exchange` has two halves, taken in turn: a warp may be one barrier ahead of another that still
   // reads.
   template <class S>
-  XENT_DEVICE void join(const Task& task, S& statistics, S* exchange, int64_t round) const {
+  XENT_DEVICE void join(const Task& task, S& statistics, S* exchange, uint32_t round) const {
     join_lanes(statistics, kWarp);
     if constexpr (team == Team::kWarp) {
       barrier();
@@ -332,7 +333,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
   A scale_of_all = 0;
   const bool forward = task.pass != Pass::kBackward, backward = task.pass != Pass::kForward;
   Sums sums{0, 0};
-  int64_t round = 0;
+  uint32_t round = 0;
 
   // Whether a row is copied depends on its label, which is therefore read one row ahead.
   const auto label_at = [&](int64_t position) {
