@@ -22,7 +22,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import _EMPTY, _LOSS_DTYPES, _REDUCTIONS, CrossEntropyStats, _classes_at_one, _divisor, _number
+from .functional import (
+    _EMPTY,
+    _LOSS_DTYPES,
+    _REDUCTIONS,
+    CrossEntropyStats,
+    _classes_at_one,
+    _divisor,
+    _number,
+    check_loss_dtype,
+    check_tensors,
+    loss_type,
+)
 from .linear import LinearCrossEntropyOptions, size_of_chunk
 from .modules import _EXTRAS, CrossEntropyLoss, _shown
 
@@ -441,23 +452,6 @@ def class_dim(logits: Tensor) -> int:
     return 1 if logits.dim() > 1 else 0
 
 
-def widened(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def loss_type(logits: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
-    """Of the loss, where it is not asked for: as of `functional.cross_entropy`."""
-    types = [logits.dtype]
-    if target.is_floating_point():
-        types += [target.dtype] if weight is None else [target.dtype, weight.dtype]
-    if torch.is_autocast_enabled(logits.device.type):
-        types = [widened(dtype) for dtype in types]
-    result = types[0]
-    for dtype in types[1:]:
-        result = torch.promote_types(result, dtype)
-    return result
-
-
 @dataclass(frozen=True)
 class _Options:
     """What is no tensor."""
@@ -489,14 +483,13 @@ class _Options:
         F._Reduction.get_enum(self.reduction)
         if not 0 <= _number("label_smoothing", self.label_smoothing) <= 1:
             raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {self.label_smoothing}")
-        for name in ("z_loss", "logit_scale"):
-            value = _number(name, getattr(self, name))
-            if not abs(value) < float("inf"):
-                raise ValueError(f"{name} must be a finite number, but got {value}")
+        if not 0 <= _number("z_loss", self.z_loss) < float("inf"):
+            raise ValueError(f"z_loss must be a finite number of at least 0, but got {self.z_loss}")
+        if not abs(_number("logit_scale", self.logit_scale)) < float("inf"):
+            raise ValueError(f"logit_scale must be a finite number, but got {self.logit_scale}")
         if self.softcap is not None and not 0 < _number("softcap", self.softcap) < float("inf"):
             raise ValueError(f"softcap must be None or a finite number above 0, but got {self.softcap}")
-        if self.loss_dtype not in _LOSS_DTYPES:
-            raise RuntimeError(f"loss_dtype must be float16, bfloat16, float32 or float64. Got: {self.loss_dtype}")
+        check_loss_dtype(self.loss_dtype)
         if self.empty not in _EMPTY:
             raise ValueError(f"empty must be 'nan' or 'zero', but got {self.empty!r}")
 
@@ -707,9 +700,7 @@ class _Layer:
 
 def _checked(local_logits, target, weight, sample_weight, denominator, group, shard_sizes, options, layer, rank, ranks):
     """The problem, and the tensors as the kernels take them. Raises for everything but targets out of range."""
-    for name, tensor in (("local_logits", local_logits), ("target", target)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, but got {tensor!r}")
+    check_tensors(local_logits=local_logits, target=target)
     for name, tensor in (("target", target), ("weight", weight), ("sample_weight", sample_weight)):
         if isinstance(tensor, Tensor) and tensor.device != local_logits.device:
             raise ValueError(f"{name} must be on the device of the logits, {local_logits.device}, not {tensor.device}")

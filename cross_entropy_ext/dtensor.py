@@ -20,7 +20,6 @@ from .distributed import (
     class_dim,
     denominator_of_mean,
     exchange,
-    loss_type,
     positions_of,
     positions_that_count,
     vocab_parallel_cross_entropy,
@@ -28,7 +27,7 @@ from .distributed import (
     vocab_parallel_linear_cross_entropy,
     zero_is_one,
 )
-from .functional import _EMPTY, _LOSS_DTYPES, CrossEntropyStats, cross_entropy, cross_entropy_with_stats
+from .functional import _EMPTY, CrossEntropyStats, check_loss_dtype, cross_entropy, cross_entropy_with_stats, loss_type
 
 __all__ = ["linear_loss", "on_mesh", "results"]
 
@@ -121,8 +120,7 @@ def _results(
     reduction = _REDUCTIONS[F._Reduction.get_enum(reduction)]
     if empty not in _EMPTY:
         raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
-    if loss_dtype not in _LOSS_DTYPES:
-        raise RuntimeError(f"loss_dtype must be float16, bfloat16, float32 or float64. Got: {loss_dtype}")
+    check_loss_dtype(loss_dtype)
     layout = _Layout.of(input)
     positions = positions_of(input)
     _check_shape("sample_weight", sample_weight, positions)

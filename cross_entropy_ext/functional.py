@@ -163,6 +163,7 @@ def cross_entropy(
         # The operator without its general parser, which takes longer than a small loss, where no compiler and no mode
         # is to see it.
         return _call(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
+    check_loss_dtype(loss_dtype)
     return _cross_entropy(
         input,
         target,
@@ -345,6 +346,7 @@ def mixup_cross_entropy(
     """
     if dim != 1:
         (input,) = _classes_at_one(dim, input=input)
+    check_tensors(input=input, target_a=target_a, target_b=target_b)
     for name, target in (("target_a", target_a), ("target_b", target_b)):
         if target.is_floating_point() or target.is_complex():
             raise ValueError(f"{name} must be a tensor of class indices, but got {target.dtype}")
@@ -396,11 +398,13 @@ def distillation_loss(
     target: Tensor | None = None,
     *,
     temperature: float = 1.0,
-    alpha: float = 1.0,
+    alpha: float | None = None,
     kind: Literal["kl", "ce"] = "kl",
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    weight: Tensor | None = None,
     loss_dtype: torch.dtype | None = None,
     dim: int = 1,
 ) -> Tensor:
@@ -409,19 +413,22 @@ def distillation_loss(
     With :math:`p = \mathrm{softmax}(\mathrm{student} / T)` and :math:`q = \mathrm{softmax}(\mathrm{teacher} / T)`, the
     loss of a position is :math:`T^2 \sum_c q_c (\log q_c - \log p_c)`, or for ``kind='ce'``
     :math:`-T^2 \sum_c q_c \log p_c`. With a ``target`` it is :math:`\alpha` times that and :math:`1 - \alpha` times the
-    cross entropy of the student's logits at temperature 1, from the same read of them.
+    cross entropy of the student's logits at temperature 1, from the same read of them; ``label_smoothing`` and
+    ``weight`` take another.
 
     Args:
         student_logits, teacher_logits: (C), (N, C) or (N, C, d1, ..., dK), in any floating dtypes and strides. Both may
             require a gradient.
         target: class indices of shape (), (N) or (N, d1, ..., dK), or None.
         temperature: :math:`T > 0`.
-        alpha: the share of the distillation, where there is a target.
+        alpha: the share of the distillation, in [0, 1]; to be given where there is a target, else without effect.
         kind: ``'kl'`` or ``'ce'``. Their gradients of the student are the same.
         reduction: ``'none'``, ``'sum'``, or ``'mean'``: over the positions that count, by the sum of their
             ``sample_weight``; the ``'batchmean'`` of :func:`torch.nn.functional.kl_div` for logits (N, C).
         sample_weight: a factor for each position, of the shape of ``target``.
         ignore_index: positions with this target add nothing to either part.
+        label_smoothing, weight: of the labels' cross entropy alone, as for :func:`cross_entropy`. Its ``'mean'``
+            divides by class weights, where there are some; that of the distillation stays over positions.
         loss_dtype: dtype of the result; default: that of student and teacher, promoted.
         dim: the dimension of the classes in both, as for :func:`cross_entropy`: -1 for logits (B, T, V).
 
@@ -430,7 +437,8 @@ def distillation_loss(
 
     Raises:
         IndexError: a target is neither a class nor ``ignore_index``.
-        ValueError: shapes that disagree, an unknown ``kind``, or a ``temperature`` or ``alpha`` out of range.
+        ValueError: shapes that disagree, an unknown ``kind``, a ``temperature`` or ``alpha`` out of range, or a target
+            without an ``alpha``.
     """
     if kind not in ("kl", "ce"):
         raise ValueError(f"kind must be 'kl' or 'ce', but got {kind!r}")
@@ -438,6 +446,26 @@ def distillation_loss(
         student_logits, teacher_logits = _classes_at_one(
             dim, student_logits=student_logits, teacher_logits=teacher_logits
         )
+    if target is not None and alpha is None:
+        raise ValueError("alpha, the share of the distillation beside the labels, must be given with a target")
+    if target is not None and (weight is not None or label_smoothing != 0):
+        # Two passes, each with its own denominator. In that of the teacher the labels tell no more than who is ignored.
+        check_tensors(student_logits=student_logits, teacher_logits=teacher_logits, target=target)
+        alpha = _number("alpha", alpha)
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be between 0 and 1, but got {alpha}")
+        if weight is not None:
+            check_tensors(weight=weight)
+            weight = weight.to(widened(student_logits.dtype))
+        options = {"reduction": reduction, "sample_weight": sample_weight, "ignore_index": ignore_index}
+        options["loss_dtype"] = widened(torch.promote_types(student_logits.dtype, teacher_logits.dtype))
+        distilled = distillation_loss(
+            student_logits, teacher_logits, target, temperature=temperature, alpha=1.0, kind=kind, **options
+        )
+        of_labels = cross_entropy(student_logits, target, weight, label_smoothing=label_smoothing, **options)
+        check_loss_dtype(loss_dtype)
+        loss = of_labels if alpha == 0 else distilled if alpha == 1 else alpha * distilled + (1 - alpha) * of_labels
+        return loss.to(loss_dtype or loss_type(student_logits, teacher_logits, None))
     return _general(
         _ops.general_cross_entropy.default,
         (student_logits, teacher_logits, None, target, sample_weight, None),
@@ -445,7 +473,7 @@ def distillation_loss(
         reduction=reduction,
         ignore_index=ignore_index,
         temperature=temperature,
-        alpha=alpha,
+        alpha=1.0 if alpha is None else alpha,
         kl=kind == "kl",
         loss_dtype=loss_dtype,
     )
@@ -630,14 +658,15 @@ def _arguments(
     tensors = (*tensors[:-1], _divisor(tensors[-1], tensors[0]))
     for place, (name, tensor) in enumerate(zip(_NAMES[form], tensors, strict=True)):
         optional = tensor is None and place >= 2 and name != "probs"
-        if not (optional or isinstance(tensor, Tensor) or hasattr(type(tensor), "__torch_function__")):
-            raise TypeError(f"{name} must be a tensor, but got {tensor!r}")
+        if not optional:
+            check_tensors(**{name: tensor})
+    if isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an integer, but got {ignore_index}")
     if not -(2**63) <= operator.index(ignore_index) < 2**63:
         raise ValueError(f"ignore_index must be an integer of 64 bits, but got {ignore_index}")
     if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap must be None or a finite number above 0, but got {softcap}")
-    if loss_dtype not in _LOSS_DTYPES:
-        raise RuntimeError(f"loss_dtype must be float16, bfloat16, float32 or float64. Got: {loss_dtype}")
+    check_loss_dtype(loss_dtype)
     sample_weight = tensors[4]
     if isinstance(sample_weight, Tensor) and not (sample_weight.is_floating_point() or sample_weight.is_complex()):
         wide = tensors[0].dtype == torch.float64
@@ -666,24 +695,65 @@ def _divisor(denominator: float | Tensor | None, input: Tensor) -> Tensor | None
     if denominator is None:
         return None
     if not isinstance(denominator, Tensor):
-        if hasattr(type(denominator), "__torch_function__"):  # stands for one, as for torch.fx
+        if is_tensor(denominator):  # stands for one, as for torch.fx
             return denominator
-        return torch.ones((), dtype=torch.float64, device=input.device) * _number("denominator", denominator)
+        denominator = _number("denominator", denominator)
+        if denominator == 0 or not abs(denominator) < math.inf:
+            raise ValueError(f"denominator must be a finite number other than 0, or a tensor, but got {denominator}")
+        return torch.ones((), dtype=torch.float64, device=input.device) * denominator
     if denominator.is_complex():
         raise ValueError(f"denominator must be a number or a tensor of a real type, but got {denominator.dtype}")
     return denominator.to(torch.float64)
 
 
+def widened(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def loss_type(logits: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    """Of the loss, where it is not asked for: as of `functional.cross_entropy`."""
+    types = [logits.dtype]
+    if target.is_floating_point():
+        types += [target.dtype] if weight is None else [target.dtype, weight.dtype]
+    if torch.is_autocast_enabled(logits.device.type):
+        types = [widened(dtype) for dtype in types]
+    result = types[0]
+    for dtype in types[1:]:
+        result = torch.promote_types(result, dtype)
+    return result
+
+
+def is_tensor(value: object) -> bool:
+    """Whether it is one, or stands for one, as for torch.fx."""
+    return isinstance(value, Tensor) or hasattr(type(value), "__torch_function__")
+
+
+def check_tensors(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if not is_tensor(tensor):
+            raise TypeError(f"{name} must be a tensor, but got {tensor!r}")
+
+
+def check_loss_dtype(loss_dtype: torch.dtype | None) -> None:
+    if loss_dtype is not None and not isinstance(loss_dtype, torch.dtype):
+        raise TypeError(
+            f"loss_dtype must be None, torch.float16, torch.bfloat16, torch.float32 or torch.float64, "
+            f"but got {loss_dtype!r}"
+        )
+    if loss_dtype not in _LOSS_DTYPES:
+        raise RuntimeError(f"loss_dtype must be float16, bfloat16, float32 or float64. Got: {loss_dtype}")
+
+
 def _classes_at_one(dim: int, **tensors: Tensor) -> tuple[Tensor, ...]:
     """Views of logits, and of what else has a dimension of classes, with that at 1, or 0 if it is the only one."""
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, but got {tensor!r}")
+    check_tensors(**tensors)
     dims = next(iter(tensors.values())).dim()
     return tuple(t.movedim(dim, min(1, dims - 1)) if t.dim() == dims else t for t in tensors.values())
 
 
 def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) and name != "label_smoothing":  # which native takes
+        raise TypeError(f"{name} must be a number, but got {value}")
     if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         return value + 0.0
     if isinstance(value, numbers.Real):  # of NumPy
@@ -758,8 +828,7 @@ def _native(input, target, weight, ignore_index, reduction, label_smoothing, los
     indices = input.shape != target.shape
     if indices and target.dtype in (torch.int8, torch.int16, torch.int32, torch.uint8):
         target = target.long()
-    if loss_dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise RuntimeError(f"loss_dtype must be float16, bfloat16, float32 or float64. Got: {loss_dtype}")
+    check_loss_dtype(loss_dtype)
     if empty_is_zero and reduction == "mean":  # 0 / 0 is to be 0, for the gradient too: divide by one there
         total = _native_cross_entropy(input, target, weight, None, ignore_index, None, "sum", label_smoothing)
         if indices:

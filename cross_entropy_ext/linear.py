@@ -16,6 +16,7 @@ from .functional import (
     _arguments,
     _is_dtensor,
     _ops,
+    check_tensors,
     cross_entropy,
     cross_entropy_with_stats,
     sparse_cross_entropy,
@@ -224,6 +225,8 @@ def size_of_chunk(options: LinearCrossEntropyOptions | None, positions: int, cla
     """What the options say of it, in positions; 0 where it is left to the operator."""
     if options is None:
         return 0
+    if not isinstance(options, LinearCrossEntropyOptions):
+        raise TypeError(f"options must be None or LinearCrossEntropyOptions, but got {options!r}")
     method, size = options.chunking_method, options.batch_chunk_size
     if method is None:
         return size or positions
@@ -244,6 +247,11 @@ class _Layer:
     """What the logits are made of, checked as PyTorch's function checks it."""
 
     def __init__(self, input, linear_weight, linear_bias, target, options) -> None:
+        if isinstance(linear_weight, nn.Module):
+            raise TypeError(f"linear_weight must be a tensor, as the layer's weight is, but got {linear_weight!r}")
+        optional = {"linear_bias": linear_bias, "target": target}
+        given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+        check_tensors(input=input, linear_weight=linear_weight, **given)
         if input.dim() < 1 or (input.dim() > 2 and linear_weight.dim() > 2):
             raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
         if linear_weight.dim() < 2:

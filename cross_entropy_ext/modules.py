@@ -162,20 +162,24 @@ class DistillationLoss(nn.Module):
     def __init__(
         self,
         temperature: float = 1.0,
-        alpha: float = 1.0,
+        alpha: float | None = None,
         kind: Literal["kl", "ce"] = "kl",
         reduction: str = "mean",
         ignore_index: int = -100,
         *,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
         loss_dtype: torch.dtype | None = None,
         dim: int = 1,
     ) -> None:
         super().__init__()
+        self.register_buffer("weight", weight)
         self.temperature = temperature
         self.alpha = alpha
         self.kind = kind
         self.reduction = reduction
         self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
         self.loss_dtype = loss_dtype
         self.dim = dim
 
@@ -198,18 +202,20 @@ class DistillationLoss(nn.Module):
             reduction=self.reduction,
             sample_weight=sample_weight,
             ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            weight=self.weight,
             loss_dtype=self.loss_dtype,
             dim=self.dim,
         )
 
     def extra_repr(self) -> str:
         always = ("temperature", "alpha", "kind", "reduction")
-        others = {"ignore_index": -100, "loss_dtype": None, "dim": 1}
+        others = {"ignore_index": -100, "label_smoothing": 0.0, "loss_dtype": None, "dim": 1}
         return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in always), *_shown(self, others)])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _complete(self, {"dim": 1})
+        _complete(self, {"label_smoothing": 0.0, "weight": None, "dim": 1})
 
 
 class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.loss._WeightedLoss)):

@@ -1,7 +1,8 @@
 """`patch_torch()`: programs that know nothing of this package compute their losses with it.
 
-What is replaced is two functions, `F.cross_entropy` and `F.nll_loss`, under every name that a module has for them.
-The classes stay what they are: `nn.CrossEntropyLoss` and `nn.NLLLoss` look the functions up whenever they are called.
+What is replaced is functions, `F.cross_entropy`, `F.nll_loss` and `F.linear_cross_entropy`, under every name that a
+module has for them. The classes stay what they are: `nn.CrossEntropyLoss` and its like look the functions up whenever
+they are called.
 So instances that exist already, subclasses, and classes kept where no search would find them are patched with the
 functions, and `isinstance`, `type`, pickles and checkpoints notice nothing.
 """
@@ -13,12 +14,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.functional import cross_entropy as native_cross_entropy
 from torch.nn.functional import nll_loss as native_nll_loss
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import functional
+from .linear import LinearCrossEntropyOptions
+
+native_linear_cross_entropy = getattr(F, "linear_cross_entropy", None)  # of torch 2.13 and later
 
 __all__ = ["is_patched", "patch_torch", "unpatch_torch"]
 
@@ -84,10 +89,39 @@ def nll_loss(
     return loss(input, target, weight, size_average, ignore_index, reduce, reduction)
 
 
-cross_entropy.__doc__ = native_cross_entropy.__doc__
-nll_loss.__doc__ = native_nll_loss.__doc__
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: "LinearCrossEntropyOptions | None" = None,
+) -> Tensor:
+    tensors = (input, linear_weight, target, linear_bias, weight)
+    given = {
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "options": options,
+    }
+    if _patched and _is_intercepted(*tensors):
+        public = _public(linear_cross_entropy, native_linear_cross_entropy, *tensors)
+        return handle_torch_function(public, tensors, input, linear_weight, target, **given)
+    loss = functional.linear_cross_entropy if _patched else native_linear_cross_entropy
+    return loss(input, linear_weight, target, **given)
+
 
 _REPLACEMENTS = {native_cross_entropy: cross_entropy, native_nll_loss: nll_loss}
+if native_linear_cross_entropy is not None:
+    _REPLACEMENTS[native_linear_cross_entropy] = linear_cross_entropy
+for _native, _replacement in _REPLACEMENTS.items():
+    _replacement.__doc__ = _native.__doc__
 
 
 class _Level:
@@ -113,10 +147,14 @@ _patched = False  # whether there are any: a constant for torch.compile, which w
 def patch_torch() -> _Level:
     """Let everything that calls PyTorch's cross entropy, or its negative log-likelihood loss, run this package's.
 
-    :func:`torch.nn.functional.cross_entropy` and :func:`torch.nn.functional.nll_loss` are replaced there and in every
-    module that imported them, before or after; :class:`torch.nn.CrossEntropyLoss` and :class:`torch.nn.NLLLoss`, their
-    instances and their subclasses follow, because they call these functions. The arguments are native's, and so are the
-    values, but for what this package does differently on purpose.
+    :func:`torch.nn.functional.cross_entropy`, :func:`torch.nn.functional.nll_loss` and, where torch has it,
+    :func:`torch.nn.functional.linear_cross_entropy` are replaced there and in every module that imported them, before
+    or after. :class:`torch.nn.CrossEntropyLoss`, :class:`torch.nn.NLLLoss`, :class:`torch.nn.LinearCrossEntropyLoss`,
+    their instances and their subclasses follow, because they call these functions. The arguments are native's, and so
+    are the values, but for what this package does differently on purpose.
+
+    Libraries that look a loss up by its exact type, as BackPACK does, refuse this package's classes. With the patch
+    they get :class:`torch.nn.CrossEntropyLoss` itself, which computes its loss here.
 
     The patch is for the whole process and all its threads, and lasts until :func:`unpatch_torch`, or to the end of a
     ``with`` statement. Called twice, as by a cell of a notebook that runs again, it is undone by one

@@ -162,7 +162,8 @@ void check_options(const Options& options) {
   if (options.is_plain()) return;
   TORCH_CHECK(options.label_smoothing <= 1,
               "label_smoothing must be between 0.0 and 1.0. Got: ", options.label_smoothing);
-  TORCH_CHECK_VALUE(std::isfinite(options.z_loss), "z_loss must be a finite number, but got ", options.z_loss);
+  TORCH_CHECK_VALUE(std::isfinite(options.z_loss) && options.z_loss >= 0,
+                    "z_loss must be a finite number of at least 0, but got ", options.z_loss);
   TORCH_CHECK_VALUE(std::isfinite(options.softcap) && options.softcap >= 0,
                     "softcap must be None or a finite number above 0, but got ", options.softcap);
   TORCH_CHECK_VALUE(std::isfinite(options.logit_scale), "logit_scale must be a finite number, but got ",
@@ -170,7 +171,8 @@ void check_options(const Options& options) {
   if (options.form == Form::kTeacher) {
     TORCH_CHECK_VALUE(std::isfinite(options.temperature) && options.temperature > 0,
                       "temperature must be a finite number above 0, but got ", options.temperature);
-    TORCH_CHECK_VALUE(std::isfinite(options.alpha), "alpha must be a finite number, but got ", options.alpha);
+    TORCH_CHECK_VALUE(options.alpha >= 0 && options.alpha <= 1, "alpha must be between 0 and 1, but got ",
+                      options.alpha);
   }
 }
 

@@ -28,6 +28,8 @@ from cross_entropy_ext import functional, is_patched, patch_torch, unpatch_torch
 
 # In a tuple, where the patch does not reach them.
 NATIVE = (F.cross_entropy, F.nll_loss)
+NATIVE_LINEAR = (getattr(F, "linear_cross_entropy", None),)  # of torch 2.13
+has_linear = pytest.mark.skipif(NATIVE_LINEAR == (None,), reason="this torch has no linear_cross_entropy")
 FROM_IMPORTS = (
     "from torch.nn import CrossEntropyLoss, NLLLoss\nfrom torch.nn.functional import cross_entropy, nll_loss\n"
 )
@@ -45,7 +47,7 @@ def unpatched() -> Iterator[None]:
 
 
 def is_native() -> bool:
-    return (F.cross_entropy, F.nll_loss) == NATIVE
+    return (F.cross_entropy, F.nll_loss) == NATIVE and (getattr(F, "linear_cross_entropy", None),) == NATIVE_LINEAR
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return record
 
-    for name in ("cross_entropy", "nll_loss"):
+    for name in ("cross_entropy", "nll_loss", "linear_cross_entropy"):
         monkeypatch.setattr(functional, name, recorded(name))
     return made
 
@@ -129,12 +131,64 @@ def test_everything_that_looks_them_up(lookup: str, calls: list[str]) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this torch has no linear_cross_entropy")
-def test_functions_of_torch_that_call_them(calls: list[str]) -> None:
+@has_linear
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_output_layer_and_its_loss(chunked: bool, calls: list[str]) -> None:
+    """The function and the class, made before or while patched; with native's options, and its gradients."""
+    options = nn.LinearCrossEntropyOptions(batch_chunk_size=2, chunking_method=None) if chunked else None
     x, target = problem()
+    before = nn.LinearCrossEntropyLoss(9, 5, bias=True, options=options)
+    inputs = [x.requires_grad_(), before.linear.weight, before.linear.bias]
+
+    def losses() -> list[Tensor]:
+        function = F.linear_cross_entropy(x, inputs[1], target % 5, linear_bias=inputs[2], options=options)
+        since = nn.LinearCrossEntropyLoss(9, 5, bias=True, options=options)
+        since.load_state_dict(before.state_dict())
+        found = [function, before(x, target % 5), since(x, target % 5)]
+        return [*found, *torch.autograd.grad(function, inputs)]
+
+    expected = losses()
     with patch_torch():
-        F.linear_cross_entropy(x, torch.ones(5, 9), target % 5)
-    assert calls == ["cross_entropy"]
+        found = losses()
+        assert calls == ["linear_cross_entropy"] * 3 and type(before) is nn.LinearCrossEntropyLoss
+        assert F.linear_cross_entropy.__module__ == "cross_entropy_ext.patch"
+        with pytest.raises(RuntimeError, match="ignore_index cannot be specified"):
+            F.linear_cross_entropy(x, inputs[1], x[:, :5], ignore_index=0)
+    torch.testing.assert_close(found, expected)
+
+
+@has_linear
+def test_the_output_layer_is_intercepted_recorded_and_compiled() -> None:
+    """As the losses: a mode and a subclass see what F has, a graph of torch.fx records native's, and one compilation
+    each is enough."""
+    x, target = problem()
+    weight = torch.randn(5, 9)
+    expected = F.linear_cross_entropy(x, weight, target % 5)
+
+    def step(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        return F.linear_cross_entropy(x, weight, target, reduction="sum")
+
+    class Module(nn.Module):
+        def forward(self, x, weight, target):
+            return step(x, weight, target)
+
+    class Halving(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            return result / 2 if function is F.linear_cross_entropy else result
+
+    with patch_torch():
+        with Halving():
+            torch.testing.assert_close(F.linear_cross_entropy(x, weight, target % 5), expected / 2)
+        found = F.linear_cross_entropy(x.as_subclass(Named), weight, target % 5)
+        assert type(found) is Named
+        torch.testing.assert_close(found.as_subclass(Tensor), expected)
+        graph = torch.fx.symbolic_trace(Module())
+        assert NATIVE_LINEAR[0] in [node.target for node in graph.graph.nodes]
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, weight, target % 5), 6 * expected)
+    torch.testing.assert_close(graph(x, weight, target % 5), 6 * expected)
+    torch.testing.assert_close(compiled(x, weight, target % 5), 6 * expected)
 
 
 @pytest.mark.parametrize("imported", ["before", "while patched"])
@@ -214,7 +268,7 @@ def test_values_and_gradients(sample) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss"])
+@pytest.mark.parametrize("name", ["cross_entropy", "nll_loss", pytest.param("linear_cross_entropy", marks=has_linear)])
 def test_the_functions_look_the_same(name: str) -> None:
     def look() -> tuple[inspect.Signature, str, str]:
         function = getattr(F, name)

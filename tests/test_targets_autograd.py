@@ -743,7 +743,7 @@ def test_compiled_errors(compiler: Callable) -> None:
         lambda x, y: ext.cross_entropy(x, y, z_loss=0.1),
         lambda x, y: ext.cross_entropy_with_stats(x, y).loss,
         lambda x, y: ext.mixup_cross_entropy(x, y, y, 0.5),
-        lambda x, y: ext.distillation_loss(x, x, y),
+        lambda x, y: ext.distillation_loss(x, x, y, alpha=0.5),
     ):
         with pytest.raises(IndexError, match=r"Target 7 is out of bounds\."):
             compiler(call)(x, bad)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from cross_entropy_ext import CrossEntropyLoss, DistillationLoss
@@ -52,14 +52,15 @@ def shape(*sizes: int) -> str:
     return rf"[\[(]{text},?[\])]"
 
 
-NUMBERS = {0.0: "0", -1.0: "-1", nan: "nan", inf: "inf", -inf: "-inf"}
+NUMBERS = {0.0: "0", -1.0: "-1", 2.0: "2", nan: "nan", inf: "inf", -inf: "-inf"}
 # argument: what it may not be, and the functions that have it
 REFUSED = {
     "softcap": (0.0, -1.0, nan, inf, -inf),
-    "z_loss": (nan, inf, -inf),
+    "z_loss": (-1.0, nan, inf, -inf),
     "logit_scale": (nan, inf, -inf),
     "temperature": (0.0, -1.0, nan, inf, -inf),
-    "alpha": (nan, inf, -inf),
+    "alpha": (-1.0, 2.0, nan, inf, -inf),
+    "denominator": (0.0, nan, inf, -inf),
 }
 CALLS = {
     "cross_entropy": lambda **o: ext.cross_entropy(logits(3, 4), labels(3), **o),
@@ -67,10 +68,20 @@ CALLS = {
     "cross_entropy_with_stats": lambda **o: ext.cross_entropy_with_stats(logits(3, 4), labels(3), **o),
     "sparse_cross_entropy": lambda **o: ext.sparse_cross_entropy(logits(3, 4), *pairs(3, 2), **o),
     "mixup_cross_entropy": lambda **o: ext.mixup_cross_entropy(logits(3, 4), labels(3), labels(3), 0.5, **o),
-    "CrossEntropyLoss": lambda **o: CrossEntropyLoss(**o)(logits(3, 4), labels(3)),
+    "linear_cross_entropy": lambda **o: ext.linear_cross_entropy(logits(3, 5), logits(4, 5), labels(3), **o),
+    "CrossEntropyLoss": lambda denominator=None, **o: CrossEntropyLoss(**o)(
+        logits(3, 4), labels(3), denominator=denominator
+    ),
     "distillation_loss": lambda **o: ext.distillation_loss(logits(3, 4), logits(3, 4), **o),
-    "labelled distillation_loss": lambda **o: ext.distillation_loss(logits(3, 4), logits(3, 4), labels(3), **o),
-    "DistillationLoss": lambda **o: DistillationLoss(**o)(logits(3, 4), logits(3, 4), labels(3)),
+    "labelled distillation_loss": lambda alpha=0.5, **o: ext.distillation_loss(
+        logits(3, 4), logits(3, 4), labels(3), alpha=alpha, **o
+    ),
+    "smoothed distillation_loss": lambda alpha=0.5, **o: ext.distillation_loss(
+        logits(3, 4), logits(3, 4), labels(3), alpha=alpha, label_smoothing=0.1, **o
+    ),
+    "DistillationLoss": lambda alpha=0.5, **o: DistillationLoss(alpha=alpha, **o)(
+        logits(3, 4), logits(3, 4), labels(3)
+    ),
 }
 
 
@@ -87,15 +98,35 @@ def test_numbers_that_mean_nothing(call: str, argument: str, value: float) -> No
         CALLS[call](**{argument: value})
 
 
+@pytest.mark.parametrize(
+    ("call", "argument"), [(c, a) for a in REFUSED for c in CALLS if has(c, a) and a != "logit_scale"]
+)
+def test_no_number_is_true(call: str, argument: str) -> None:
+    with pytest.raises(TypeError, match=f"{argument} must be a number, but got True"):
+        CALLS[call](**{argument: True})
+
+
+def test_a_share_of_the_teacher_is_given_with_labels() -> None:
+    for call in (
+        lambda: ext.distillation_loss(logits(3, 4), logits(3, 4), labels(3), temperature=2.0),
+        lambda: ext.distillation_loss(logits(3, 4), logits(3, 4), labels(3), label_smoothing=0.1),
+        lambda: DistillationLoss(2.0)(logits(3, 4), logits(3, 4), labels(3)),
+    ):
+        with pytest.raises(ValueError, match="alpha, the share of the distillation"):
+            call()
+    assert DistillationLoss(2.0, label_smoothing=0.1)(logits(3, 4), logits(3, 4)).isfinite()  # as there are no labels
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_numbers_that_mean_something(call: str) -> None:
     """Negative ones, integers, zeros: what is unusual is no error."""
     for argument, values in {
         "softcap": (None, 1, 1e-3, 1e30),
-        "z_loss": (0, -1.0, 1),
+        "z_loss": (0, 1e-9, 1),
         "logit_scale": (0.0, -2, 1),
         "temperature": (1, 1e-2, 100),
-        "alpha": (0, -1.0, 2),
+        "alpha": (0, 0.5, 1),
+        "denominator": (-1, 1e-3, 7),
     }.items():
         if has(call, argument):
             for value in values:
@@ -160,9 +191,9 @@ SHAPES = [
     Bad("teacher_logits", shape(3, 5), lambda: ext.distillation_loss(logits(3, 4), logits(3, 5))),
     Bad("teacher_logits", shape(2, 4), lambda: ext.distillation_loss(logits(3, 4), logits(2, 4))),
     Bad("teacher_logits", shape(4), lambda: ext.distillation_loss(logits(3, 4), logits(4))),
-    Bad("target", shape(2), lambda: ext.distillation_loss(logits(3, 4), logits(3, 4), labels(2))),
-    Bad("target", shape(3, 4), lambda: ext.distillation_loss(logits(3, 4), logits(3, 4), labels(3, 4))),
-    Bad("target", shape(3, 1), lambda: ext.distillation_loss(logits(3, 4), logits(3, 4), labels(3, 1))),
+    Bad("target", shape(2), lambda: ext.distillation_loss(logits(3, 4), logits(3, 4), labels(2), alpha=0.5)),
+    Bad("target", shape(3, 4), lambda: ext.distillation_loss(logits(3, 4), logits(3, 4), labels(3, 4), alpha=0.5)),
+    Bad("target", shape(3, 1), lambda: ext.distillation_loss(logits(3, 4), logits(3, 4), labels(3, 1), alpha=0.5)),
     Bad("student_logits", "scalar", lambda: ext.distillation_loss(logits(), logits())),
 ]
 
@@ -201,7 +232,7 @@ TYPES = [
     Bad("input", "int|Long", lambda: ext.sparse_cross_entropy(labels(3, 4), *pairs(3, 2))),
     Bad("student_logits", "int|Long", lambda: ext.distillation_loss(labels(3, 4), logits(3, 4))),
     Bad("teacher_logits", "int|Long", lambda: ext.distillation_loss(logits(3, 4), labels(3, 4))),
-    Bad("target", "float|Float", lambda: ext.distillation_loss(logits(3, 4), logits(3, 4), logits(3))),
+    Bad("target", "float|Float", lambda: ext.distillation_loss(logits(3, 4), logits(3, 4), logits(3), alpha=0.5)),
     Bad("kind", "'js'", lambda: ext.distillation_loss(logits(3, 4), logits(3, 4), kind="js")),
     Bad("kind", "None", lambda: ext.distillation_loss(logits(3, 4), logits(3, 4), kind=None)),
     Bad("kind", "'KL'", lambda: DistillationLoss(kind="KL")(logits(3, 4), logits(3, 4))),
@@ -252,7 +283,7 @@ def test_targets_that_are_no_class(bad: int, layout: str) -> None:
         lambda x: ext.sparse_cross_entropy(x, *two),
         lambda x: ext.mixup_cross_entropy(x, target, good, 0.5),
         lambda x: ext.mixup_cross_entropy(x, good, target, 1.0, label_smoothing=0.1),
-        lambda x: ext.distillation_loss(x, x, target),
+        lambda x: ext.distillation_loss(x, x, target, alpha=0.5),
         lambda x: ext.distillation_loss(x, x, target, alpha=1.0, temperature=2.0, reduction="none"),
     ]
     for call in calls:
@@ -301,11 +332,49 @@ X, Y = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
         (ValueError, "lam must be .* real type, but got torch.complex64", lambda: mixed(torch.tensor(0.5j))),
         (ValueError, "weight must be .* real type, but got ComplexFloat", lambda: mixed(0.5, torch.ones(6) * 1j)),
         (ValueError, f"ignore_index must be .* 64 bits, but got {2**63}", lambda: mixed(0.5, ignore_index=2**63)),
+        (TypeError, "ignore_index must be an integer, but got True", lambda: mixed(0.5, ignore_index=True)),
+        (TypeError, "target_a must be a tensor, but got", lambda: ext.mixup_cross_entropy(X, [0, 1, 2, 3], Y, 0.5)),
+        (TypeError, "weight must be a tensor, but got", lambda: distilled(weight=[1.0] * 6)),
+        (TypeError, "teacher_logits must be a tensor", lambda: ext.distillation_loss(X, [1], Y, alpha=0.5, weight=X)),
+        (TypeError, "input must be a tensor, but got", lambda: linear(input=X.tolist())),
+        (TypeError, "linear_weight .* the layer's weight .* got Linear", lambda: linear(linear_weight=nn.Linear(6, 9))),
+        (TypeError, "target must be a tensor, but got", lambda: linear(target=[0, 1, 2, 3])),
+        (TypeError, "linear_bias must be a tensor, but got 1.0", lambda: linear(linear_bias=1.0)),
+        (TypeError, "options must be None or LinearCross.*, but got 512", lambda: linear(options=512)),
     ],
 )
 def test_what_is_no_tensor_no_class_and_no_number(error: type[Exception], said: str, call) -> None:
     with pytest.raises(error, match=said):
         call()
+
+
+def linear(**arguments) -> Tensor:
+    return ext.linear_cross_entropy(**{"input": X, "linear_weight": X, "target": Y, **arguments})
+
+
+def distilled(**options) -> Tensor:
+    return ext.distillation_loss(X, X, Y, alpha=0.5, **options)
+
+
+LOSS_DTYPES = {
+    "plain": lambda dtype: ext.cross_entropy(X, Y, loss_dtype=dtype),
+    "extras": lambda dtype: ext.cross_entropy(X, Y, z_loss=0.1, loss_dtype=dtype),
+    "statistics": lambda dtype: ext.cross_entropy_with_stats(X, Y, loss_dtype=dtype),
+    "MixUp": lambda dtype: mixed(0.5, loss_dtype=dtype),
+    "teacher": lambda dtype: distilled(loss_dtype=dtype),
+    "smoothed teacher": lambda dtype: distilled(loss_dtype=dtype, label_smoothing=0.1),
+    "linear": lambda dtype: linear(loss_dtype=dtype),
+    "module": lambda dtype: CrossEntropyLoss(loss_dtype=dtype)(X, Y),
+    "subclass": lambda dtype: ext.cross_entropy(X.as_subclass(type("Named", (Tensor,), {})), Y, loss_dtype=dtype),
+}
+
+
+@pytest.mark.parametrize("call", LOSS_DTYPES)
+def test_what_is_no_dtype_of_a_loss(call: str) -> None:
+    with pytest.raises(TypeError, match=r"loss_dtype must be None, torch.float16, .*, but got 'float32'"):
+        LOSS_DTYPES[call]("float32")
+    with pytest.raises(RuntimeError, match=r"loss_dtype must be float16, .* Got: torch.int64"):
+        LOSS_DTYPES[call](torch.int64)
 
 
 def mixed(lam, weight=None, **options) -> Tensor:
