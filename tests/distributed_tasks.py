@@ -7,7 +7,6 @@ import copy
 import os
 import sys
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import processes
 import torch
@@ -22,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cross_entropy_ext
-from cross_entropy_ext import distributed, functional
+from cross_entropy_ext import LinearCrossEntropyOptions, distributed, functional
 from cross_entropy_ext.distributed import (
     VocabParallelCrossEntropyLoss,
     vocab_parallel_cross_entropy,
@@ -500,7 +499,7 @@ def failing_linear(ranks: int, kind: str, culprit: int) -> str | None:
         "type": {"local_weight": torch.ones(4, 5, dtype=torch.double)},
         "bias": {"local_bias": torch.ones(3)},
         "no target": {"target": None},
-        "chunk": {"options": SimpleNamespace(batch_chunk_size=2, chunking_method="aspect_ratio")},
+        "chunk": {"options": LinearCrossEntropyOptions(batch_chunk_size=2, chunking_method="aspect_ratio")},
         "a gradient": {"input": torch.ones(3, 5, requires_grad=True)},
     }
     message = None

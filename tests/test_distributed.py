@@ -462,7 +462,7 @@ ERRORS = {
     "sample_weight": "ValueError: sample_weight must have the shape (3,), but got (4,)",
     "denominator": "ValueError: denominator is what reduction 'mean' divides by, but got another one",
     "softcap": "ValueError: softcap must be None or a finite number above 0, but got -1.0",
-    "z_loss": "ValueError: z_loss must be a finite number, but got nan",
+    "z_loss": "ValueError: z_loss must be a finite number of at least 0, but got nan",
     "smoothing": "RuntimeError: label_smoothing must be between 0.0 and 1.0. Got: 1.5",
     "reduction": "ValueError: median is not a valid value for reduction",
     "empty": "ValueError: empty must be 'nan' or 'zero', but got 'one'",
