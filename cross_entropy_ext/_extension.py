@@ -54,7 +54,7 @@ def tag_compile_caches() -> None:
     import torch
 
     names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{__package__}::"))
-    schemas = "".join(str(torch._C._get_schema(name, "")) for name in names)
+    schemas = "".join(str(torch._C._get_schema(*name.partition(".")[::2])) for name in names)
     torch.compiler.config.cache_key_tag += f"{__package__}-{hashlib.sha256(schemas.encode()).hexdigest()[:16]}"
 
 

@@ -27,6 +27,7 @@ from .functional import (
     _LOSS_DTYPES,
     _REDUCTIONS,
     CrossEntropyStats,
+    _as_list,
     _classes_at_one,
     _divisor,
     _number,
@@ -581,12 +582,12 @@ def zero_is_one(denominator: Tensor, total: Tensor, empty: str) -> Tensor:
 
 
 def _forward(logits, target, weight, numbered):
-    return _ops._forward.default(logits, target, weight, None, None, None, *numbered)
+    return _ops._forward.default(logits, target, _as_list(weight), *numbered)
 
 
 def _backward(grad_output, grad_statistics, logits, target, weight, sample_weight, lse, denominator, numbered, wanted):
-    inputs = logits, target, weight, None, sample_weight, None
-    return _ops._backward.default(grad_output, grad_statistics, *inputs, lse, denominator, *numbered, wanted)
+    inputs = logits, target, _as_list(weight, None, sample_weight)
+    return _ops._backward.default(grad_output, _as_list(grad_statistics), *inputs, lse, denominator, *numbered, wanted)
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
@@ -1020,8 +1021,8 @@ class _VocabParallelLinear(torch.autograd.Function):
         def fill(rows: Tensor) -> None:
             if problem.shard.size == 0:
                 return _fill_rows(rows, problem, logits, target, weight)
-            others = target, weight, None, None, None
-            losses, saved, _ = _ops._linear_forward.default(*layer, *others, *problem.numbered("none"), chunk)
+            given = input, linear_weight, _as_list(linear_bias), target, _as_list(weight)
+            losses, saved, _ = _ops._linear_forward.default(*given, *problem.numbered("none"), chunk)
             rows[:3].copy_(saved)
             rows[3].copy_(losses.view(-1))
 
@@ -1054,9 +1055,12 @@ class _VocabParallelLinear(torch.autograd.Function):
                 torch.zeros_like(of) if want else None for of, want in zip((*layer, target), wanted, strict=True)
             ]
         else:
-            others = target, weight, None, sample_weight, None, saved, denominator
+            given = input, linear_weight, _as_list(linear_bias), target, _as_list(weight, None, sample_weight)
             numbered = problem.numbered(problem.options.reduction, z_loss=True)
-            gradients = list(_ops._linear_backward.default(grad, None, *layer, *others, *numbered, ctx.chunk, wanted))
+            gradients = _ops._linear_backward.default(
+                grad, [], *given, saved, denominator, *numbered, ctx.chunk, wanted
+            )
+            gradients = list(gradients)
         if wanted[0]:  # of which each rank has what its classes contribute
             total = gradients[0].to(torch.promote_types(input.dtype, torch.float32))
             dist.all_reduce(total, group=problem.group)

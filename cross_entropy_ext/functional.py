@@ -39,8 +39,10 @@ __all__ = [
 
 _ops = torch.ops.cross_entropy_ext
 _cross_entropy = _ops.cross_entropy.default
+_weighted_cross_entropy = _ops.cross_entropy.weight
 _native_cross_entropy = F.cross_entropy
 _nll_loss = _ops.nll_loss.default
+_weighted_nll_loss = _ops.nll_loss.weight
 _native_nll_loss = F.nll_loss
 
 # What the operators understand: plain tensors and those that compilers trace with. Any other subclass means something
@@ -164,17 +166,11 @@ def cross_entropy(
         # is to see it.
         return _call(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
     check_loss_dtype(loss_dtype)
-    return _cross_entropy(
-        input,
-        target,
-        weight,
-        _REDUCTIONS[reduction],
-        ignore_index,
-        label_smoothing,
-        loss_dtype=loss_dtype,
-        empty_is_zero=empty == "zero",
-        inplace=inplace,
-    )
+    options = (_REDUCTIONS[reduction], ignore_index, label_smoothing)
+    named = {"loss_dtype": loss_dtype, "empty_is_zero": empty == "zero", "inplace": inplace}
+    if weight is None:
+        return _cross_entropy(input, target, *options, **named)
+    return _weighted_cross_entropy(input, target, weight, *options, **named)
 
 
 class CrossEntropyStats(NamedTuple):
@@ -530,7 +526,9 @@ def nll_loss(
         return _unusual_nll_loss(input, target, weight, ignore_index, reduction)
     if not _is_dynamo_compiling() and not _is_torch_function_mode_enabled():  # as in cross_entropy
         return _call_nll_loss(input, target, weight, _REDUCTIONS[reduction], ignore_index)
-    return _nll_loss(input, target, weight, _REDUCTIONS[reduction], ignore_index)
+    if weight is None:
+        return _nll_loss(input, target, _REDUCTIONS[reduction], ignore_index)
+    return _weighted_nll_loss(input, target, weight, _REDUCTIONS[reduction], ignore_index)
 
 
 def _unusual_nll_loss(input, target, weight, ignore_index, reduction) -> Tensor:
@@ -620,7 +618,7 @@ def _general(op, tensors, **options):
     tensors, integers, values = _arguments(tensors, **options)
     # What is no tensor but stands for one, as for torch.fx, records the operator.
     if all(tensor is None or type(tensor) in _PLAIN or not isinstance(tensor, Tensor) for tensor in tensors):
-        return op(*tensors, integers, values)
+        return op(*tensors[:2], _as_list(*tensors[2:]), integers, values)
     if options.get("form") is None and _is_dtensor(tensors[0]):
         from . import dtensor  # the one look at a layer above, whose import takes as long as its tensors are rare
 
@@ -630,7 +628,7 @@ def _general(op, tensors, **options):
         return dtensor.results(
             input, target, weight=weight, sample_weight=sample_weight, denominator=denominator, **options
         )
-    results = _ops._composite.default(*tensors, integers, values)
+    results = _ops._composite.default(*tensors[:2], _as_list(*tensors[2:]), integers, values)
     return results if options.get("statistics") else results[0]
 
 
@@ -682,6 +680,14 @@ def _arguments(
         _number("alpha", alpha),
     ]
     return tensors, integers, values
+
+
+def _as_list(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Optional tensors as the operators take them: up to the last that there is."""
+    others = [*tensors]
+    while others and others[-1] is None:
+        others.pop()
+    return others
 
 
 def _is_dtensor(tensor: Tensor) -> bool:

@@ -14,6 +14,7 @@ from .functional import (
     _PLAIN,
     CrossEntropyStats,
     _arguments,
+    _as_list,
     _is_dtensor,
     _ops,
     check_tensors,
@@ -306,7 +307,9 @@ class _Layer:
         layer = (self.weight, self.bias)
         if all(type(tensor) in _PLAIN for tensor in (*layer, *named) if isinstance(tensor, Tensor)):
             arguments, integers, values = _arguments(named, **options)
-            return self.unflat(op(input, *layer, *arguments[1:], integers, values, self.chunk))
+            others = _as_list(*arguments[2:])
+            bias = _as_list(self.bias)
+            return self.unflat(op(input, self.weight, bias, arguments[1], others, integers, values, self.chunk))
         matrix, bias = self.weight, self.bias
         if _is_dtensor(matrix):
             from . import dtensor

@@ -75,6 +75,35 @@ Form Inputs::form(const Options& options) const {
 
 const OptionalTensor Inputs::kNothing;
 
+OptionalTensors as_list(std::initializer_list<std::reference_wrapper<const OptionalTensor>> tensors) {
+  size_t size = tensors.size();
+  while (size > 0 && !has_value(tensors.begin()[size - 1].get())) --size;
+  static const OptionalTensors none;  // what most calls have, without an allocation
+  if (size == 0) return none;
+  OptionalTensors list;
+  list.reserve(size);
+  for (size_t i = 0; i < size; ++i) list.push_back(tensors.begin()[i].get());
+  return list;
+}
+
+OptionalTensor element_of(const OptionalTensors& list, size_t place) {
+  if (place >= list.size()) return std::nullopt;
+  OptionalTensor tensor = list.get(place);
+  return has_value(tensor) ? tensor : std::nullopt;
+}
+
+Others::Others(const OptionalTensors& list)
+    : weight(element_of(list, 0)),
+      companion(element_of(list, 1)),
+      sample_weight(element_of(list, 2)),
+      divisor(element_of(list, 3)) {
+  TORCH_CHECK(list.size() <= 4, "cross_entropy_ext: got ", list.size(), " optional tensors, but there are 4");
+}
+
+OptionalTensors Others::of(const Inputs& in) {
+  return as_list({in.weight, in.companion, in.sample_weight, in.divisor});
+}
+
 const at::Tensor& Inputs::probabilities(const Options& options) const {
   return options.form == Form::kPairs ? *companion : target;
 }

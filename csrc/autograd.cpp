@@ -420,16 +420,18 @@ Results results_autograd(const Inputs& inputs, const Options& options) {
 
 BackwardResult backward_autograd(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
   const Options options = Options::of(integers, numbers);
-  if (has_tangent(grad_output) || has_tangent(grad_statistics)) {
+  const Others unpacked(others);
+  const Inputs inputs = unpacked.with(logits, target);
+  const OptionalTensor statistics = element_of(grad_statistics, 0);
+  if (has_tangent(grad_output) || has_tangent(statistics)) {
     // Function has no forward mode; but the gradients are linear in those of the results.
     const auto unpack = [](const at::Tensor& grad) {
       const auto [primal, tangent] = at::_unpack_dual(grad, 0);
       return std::make_pair(primal, tangent.defined() ? tangent : at::zeros_like(primal));
     };
-    const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
     const auto [primal, tangent] = unpack(grad_output);
     std::pair<OptionalTensor, OptionalTensor> of_statistics;
-    if (has_value(grad_statistics)) of_statistics = unpack(*grad_statistics);
+    if (statistics) of_statistics = unpack(*statistics);
     auto [for_logits, for_target] =
         xent::backward({primal, of_statistics.first, lse, denominator}, inputs, options, wanted);
     const auto [logits_tangent, target_tangent] =
@@ -438,8 +440,8 @@ BackwardResult backward_autograd(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_O
     if (wanted[1]) for_target = at::_make_dual(for_target, target_tangent, 0);
     return {for_logits, for_target};
   }
-  auto results = BackwardFunction::apply(grad_output, grad_statistics, logits, target, weight, companion, sample_weight,
-                                         divisor, lse, denominator, options, wanted);
+  auto results = BackwardFunction::apply(grad_output, statistics, logits, target, inputs.weight, inputs.companion,
+                                         inputs.sample_weight, inputs.divisor, lse, denominator, options, wanted);
   return {results[0], results[1]};
 }
 
@@ -447,6 +449,7 @@ BackwardResult backward_autograd(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_O
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, Autograd, m) {
   m.impl("cross_entropy", TORCH_FN((from_plain<at::Tensor, loss_autograd>)));
+  m.impl("cross_entropy.weight", TORCH_FN((from_weighted<at::Tensor, loss_autograd>)));
   m.impl("general_cross_entropy", TORCH_FN((from_lists<at::Tensor, loss_autograd>)));
   m.impl("cross_entropy_with_stats", TORCH_FN((from_lists<Results, results_autograd>)));
   m.impl("_backward", &backward_autograd);

@@ -2,9 +2,12 @@
 // Schemas are in operators.cpp, checks in arguments.cpp, derivatives in autograd.cpp, kernels behind cpu/ and cuda/.
 #pragma once
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <functional>
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -18,6 +21,12 @@ namespace xent {
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
 using OptionalTensor = std::optional<at::Tensor>;
+
+// How optional tensors travel through the dispatcher: in order, up to the last that there is. A list, since PyTorch's
+// checks of operators take the None of a single optional tensor for one that was written to.
+using OptionalTensors = c10::List<OptionalTensor>;
+OptionalTensors as_list(std::initializer_list<std::reference_wrapper<const OptionalTensor>> tensors);
+OptionalTensor element_of(const OptionalTensors& list, size_t place);
 
 // Everything a loss is made of that is a tensor. What the arguments mean is said in cross_entropy_ext/functional.py.
 struct Inputs {
@@ -35,6 +44,18 @@ struct Inputs {
 
  private:
   static const OptionalTensor kNothing;
+};
+
+// The optional ones of Inputs, as an operator gets them.
+struct Others {
+  OptionalTensor weight, companion, sample_weight, divisor;
+
+  explicit Others(const OptionalTensors& list);
+  static OptionalTensors of(const Inputs& inputs);
+
+  Inputs with(const at::Tensor& logits, const at::Tensor& target) const {
+    return {logits, target, weight, companion, sample_weight, divisor};
+  }
 };
 
 // And what is none. Operators pass it on as two lists of numbers.
@@ -114,7 +135,8 @@ at::Tensor backward_(const Gradients& gradients, const Inputs& inputs, const Opt
 void adapt_gradient_(const Gradients& gradients, at::Tensor& grad_logits, const Inputs& inputs, const Options& options);
 bool adapts_gradient(const at::Tensor& logits);
 
-// cross_entropy_ext::cross_entropy, with its defaults; general_cross_entropy; cross_entropy_with_stats.
+// cross_entropy_ext::cross_entropy, or with a weight cross_entropy.weight; general_cross_entropy;
+// cross_entropy_with_stats.
 at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                          int64_t reduction, int64_t ignore_index, double label_smoothing,
                          std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace);
@@ -126,22 +148,20 @@ Results cross_entropy_with_stats(const Inputs& inputs, const Options& options);
 
 // ---- the same operators as the dispatcher has them, for the files that register kernels -----------------------------
 
-#define XENT_PLAIN                                                                                                \
-  const at::Tensor &logits, const at::Tensor &target, const OptionalTensor &weight, int64_t reduction,            \
-      int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, \
-      bool inplace
-#define XENT_OTHER_INPUTS                                                                                     \
-  [[maybe_unused]] const at::Tensor &target, [[maybe_unused]] const OptionalTensor &weight,                   \
-      [[maybe_unused]] const OptionalTensor &companion, [[maybe_unused]] const OptionalTensor &sample_weight, \
-      [[maybe_unused]] const OptionalTensor &divisor
+#define XENT_PLAIN_OPTIONS                                                                                   \
+  int64_t reduction, int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> loss_dtype, \
+      bool empty_is_zero, bool inplace
+#define XENT_OTHER_INPUTS [[maybe_unused]] const at::Tensor &target, [[maybe_unused]] const OptionalTensors &others
 #define XENT_INPUTS [[maybe_unused]] const at::Tensor &logits, XENT_OTHER_INPUTS
 #define XENT_OPTIONS [[maybe_unused]] at::IntArrayRef integers, [[maybe_unused]] at::ArrayRef<double> numbers
 #define XENT_GRADIENTS \
-  [[maybe_unused]] const at::Tensor &grad_output, [[maybe_unused]] const OptionalTensor &grad_statistics
+  [[maybe_unused]] const at::Tensor &grad_output, [[maybe_unused]] const OptionalTensors &grad_statistics
 #define XENT_SAVED [[maybe_unused]] const at::Tensor &lse, [[maybe_unused]] const at::Tensor &denominator
 
 namespace schema {
-using CrossEntropy = at::Tensor(XENT_PLAIN);
+using CrossEntropy = at::Tensor(const at::Tensor& logits, const at::Tensor& target, XENT_PLAIN_OPTIONS);
+using WeightedCrossEntropy = at::Tensor(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& weight,
+                                        XENT_PLAIN_OPTIONS);
 using General = at::Tensor(XENT_INPUTS, XENT_OPTIONS);
 using WithStats = Results(XENT_INPUTS, XENT_OPTIONS);
 using Forward = ForwardResult(XENT_INPUTS, XENT_OPTIONS);
@@ -155,14 +175,20 @@ using AdaptGradient = void(XENT_GRADIENTS, at::Tensor& grad_logits, XENT_INPUTS,
 
 // Kernels that are written with Inputs and Options, as the dispatcher calls them.
 template <class Result, Result (*function)(const Inputs&, const Options&)>
-Result from_plain(XENT_PLAIN) {
+Result from_plain(const at::Tensor& logits, const at::Tensor& target, XENT_PLAIN_OPTIONS) {
+  return function({logits, target, std::nullopt},
+                  {reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace});
+}
+
+template <class Result, Result (*function)(const Inputs&, const Options&)>
+Result from_weighted(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& weight, XENT_PLAIN_OPTIONS) {
   return function({logits, target, weight},
                   {reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace});
 }
 
 template <class Result, Result (*function)(const Inputs&, const Options&)>
 Result from_lists(XENT_INPUTS, XENT_OPTIONS) {
-  return function({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers));
+  return function(Others(others).with(logits, target), Options::of(integers, numbers));
 }
 
 // ---- decisions ------------------------------------------------------------------------------------------------------

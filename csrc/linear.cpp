@@ -46,8 +46,8 @@ using torch::autograd::variable_list;
 template <class Signature, class... Arguments>
 auto call(const c10::TypedOperatorHandle<Signature>& op, const Layer& layer, const Inputs& in, const Options& options,
           Arguments&&... arguments) {
-  return op.call(layer.input, layer.weight, layer.bias, in.target, in.weight, in.companion, in.sample_weight,
-                 in.divisor, options.integers(), options.numbers(), std::forward<Arguments>(arguments)...);
+  return op.call(layer.input, layer.weight, as_list({layer.bias}), in.target, Others::of(in), options.integers(),
+                 options.numbers(), std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace
@@ -76,8 +76,8 @@ ForwardBackwardResult forward_backward(const Layer& layer, const Inputs& in, con
 BackwardResult backward(const Layer& layer, const Gradients& gradients, const Inputs& in, const Options& options,
                         int64_t chunk, std::array<bool, 4> wanted) {
   static const auto op = find_operator<schema::Backward>("cross_entropy_ext::_linear_backward");
-  return op.call(gradients.grad_output, gradients.grad_statistics, layer.input, layer.weight, layer.bias, in.target,
-                 in.weight, in.companion, in.sample_weight, in.divisor, gradients.lse, gradients.denominator,
+  return op.call(gradients.grad_output, as_list({gradients.grad_statistics}), layer.input, layer.weight,
+                 as_list({layer.bias}), in.target, Others::of(in), gradients.lse, gradients.denominator,
                  options.integers(), options.numbers(), chunk, wanted);
 }
 
@@ -397,44 +397,48 @@ Outputs outputs_autocast(const Layer& layer, const Inputs& in, const Options& gi
 
 template <Function function>
 at::Tensor loss_by(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t chunk) {
-  const Layer layer{input, linear_weight, linear_bias};
+  const OptionalTensor bias = element_of(linear_bias, 0);
+  const Layer layer{input, linear_weight, bias};
   const at::Tensor logits = stand_in(layer);
-  return function(layer, {logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers),
-                  chunk)[0];
+  return function(layer, Others(others).with(logits, target), Options::of(integers, numbers), chunk)[0];
 }
 
 template <Function function>
 Results results_by(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t chunk) {
-  const Layer layer{input, linear_weight, linear_bias};
+  const OptionalTensor bias = element_of(linear_bias, 0);
+  const Layer layer{input, linear_weight, bias};
   const at::Tensor logits = stand_in(layer);
-  return as_tuple(function(layer, {logits, target, weight, companion, sample_weight, divisor},
-                           Options::of(integers, numbers), chunk));
+  return as_tuple(function(layer, Others(others).with(logits, target), Options::of(integers, numbers), chunk));
 }
 
 // ---- Meta: shapes and types -----------------------------------------------------------------------------------------
 
 ForwardResult forward_meta(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t) {
-  const at::Tensor logits = stand_in({input, linear_weight, linear_bias});
-  return xent::forward({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers));
+  const at::Tensor logits = stand_in({input, linear_weight, std::nullopt});
+  return xent::forward(Others(others).with(logits, target), Options::of(integers, numbers));
 }
 
 at::Tensor gradient_meta(const at::Tensor& tensor, bool wanted) {
   return wanted ? at::empty_symint(tensor.sym_sizes(), tensor.options()) : at::empty({0}, tensor.options());
 }
 
+at::Tensor gradient_of_bias_meta(const OptionalTensors& linear_bias, const at::Tensor& input, bool wanted) {
+  return wanted ? gradient_meta(*element_of(linear_bias, 0), true) : at::empty({0}, input.options());
+}
+
 ForwardBackwardResult forward_backward_meta(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t,
                                             std::array<bool, 3> wanted) {
   const Options options = Options::of(integers, numbers);
   return {at::empty({}, input.options().dtype(*options.loss_dtype)), gradient_meta(input, wanted[0]),
-          gradient_meta(linear_weight, wanted[1]),
-          wanted[2] ? gradient_meta(*linear_bias, true) : at::empty({0}, input.options())};
+          gradient_meta(linear_weight, wanted[1]), gradient_of_bias_meta(linear_bias, input, wanted[2])};
 }
 
 BackwardResult backward_meta(XENT_GRADIENTS, XENT_LAYER, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS, int64_t,
                              std::array<bool, 4> wanted) {
-  const Inputs inputs{input, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs inputs = unpacked.with(input, target);
   return {gradient_meta(input, wanted[0]), gradient_meta(linear_weight, wanted[1]),
-          wanted[2] ? gradient_meta(*linear_bias, true) : at::empty({0}, input.options()),
+          gradient_of_bias_meta(linear_bias, input, wanted[2]),
           gradient_meta(inputs.probabilities(Options::of(integers, numbers)), wanted[3])};
 }
 
@@ -455,9 +459,8 @@ void register_function(torch::Library& m) {
 // ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(cross_entropy_ext, m) {
-  const std::string layer = "Tensor input, Tensor linear_weight, Tensor? linear_bias, ";
-  const std::string inputs =
-      "Tensor target, Tensor? weight, Tensor? companion, Tensor? sample_weight, Tensor? divisor, ";
+  const std::string layer = "Tensor input, Tensor linear_weight, Tensor?[] linear_bias, ";
+  const std::string inputs = "Tensor target, Tensor?[] others, ";
   const std::string options = "int[] integers, float[] numbers, int chunk";
   const std::string gradients = "Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias";
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
@@ -467,7 +470,7 @@ TORCH_LIBRARY_FRAGMENT(cross_entropy_ext, m) {
   define("_linear_forward(" + layer + inputs + options + ") -> (Tensor loss, Tensor lse, Tensor denominator)");
   define("_linear_forward_backward(" + layer + inputs + options + ", bool[3] wanted) -> (Tensor loss, " + gradients +
          ")");
-  define("_linear_backward(Tensor grad_output, Tensor? grad_statistics, " + layer + inputs +
+  define("_linear_backward(Tensor grad_output, Tensor?[] grad_statistics, " + layer + inputs +
          "Tensor lse, Tensor denominator, " + options + ", bool[4] wanted) -> (" + gradients + ", Tensor grad_target)");
 }
 

@@ -44,7 +44,7 @@ at::Tensor loss(const Layer& layer, const Inputs& others, const Options& options
 Results loss_with_stats(const Layer& layer, const Inputs& others, const Options& options, int64_t chunk);
 
 #define XENT_LAYER \
-  const at::Tensor &input, const at::Tensor &linear_weight, [[maybe_unused]] const OptionalTensor &linear_bias
+  const at::Tensor &input, const at::Tensor &linear_weight, [[maybe_unused]] const OptionalTensors &linear_bias
 
 namespace schema {
 using Loss = at::Tensor(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t chunk);

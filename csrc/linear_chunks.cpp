@@ -287,9 +287,11 @@ struct Parts {
 
 ForwardResult chunked_forward(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t chunk) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  const Layer layer{input, linear_weight, linear_bias};
+  const OptionalTensor bias = element_of(linear_bias, 0);
+  const Layer layer{input, linear_weight, bias};
   const at::Tensor shape_of_logits = stand_in(layer), matrix = as_matrix(linear_weight);
-  const Inputs all{shape_of_logits, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs all = unpacked.with(shape_of_logits, target);
   const Options options = Options::of(integers, numbers);
   check_forward(all, options);
   Parts parts(all, options);
@@ -300,7 +302,7 @@ ForwardResult chunked_forward(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64
     const auto shape = shape_of_positions(all.logits);
     loss = at::empty_symint(shape, input.options().dtype(*options.loss_dtype));
   }
-  const Inputs divided{all.logits, target, weight, companion, sample_weight, parts.divisor};
+  const Inputs divided{all.logits, target, all.weight, all.companion, all.sample_weight, parts.divisor};
   for_each_chunk(layer, matrix, divided, chunk_size(layer, chunk), [&](const Chunk& part) {
     const auto [of_chunk, saved, denominator] = xent::forward(part.inputs(), parts.options);
     lse.narrow(1, part.first * (part.positions / part.size), part.positions).copy_(saved);
@@ -313,16 +315,18 @@ ForwardResult chunked_forward(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64
 ForwardBackwardResult chunked_forward_backward(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t chunk,
                                                std::array<bool, 3> wanted) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  const Layer layer{input, linear_weight, linear_bias};
+  const OptionalTensor bias = element_of(linear_bias, 0);
+  const Layer layer{input, linear_weight, bias};
   const at::Tensor shape_of_logits = stand_in(layer), matrix = as_matrix(linear_weight);
-  const Inputs all{shape_of_logits, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs all = unpacked.with(shape_of_logits, target);
   const Options options = Options::of(integers, numbers);
   check_forward(all, options);
   TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_linear_forward_backward: needs a reduction");
   Parts parts(all, options);
   const int64_t size = chunk_size(layer, chunk, wanted[1]);
   LayerGradients gradients(layer, matrix, wanted, count_chunks(layer, size));
-  const Inputs divided{all.logits, target, weight, companion, sample_weight, parts.divisor};
+  const Inputs divided{all.logits, target, all.weight, all.companion, all.sample_weight, parts.divisor};
   const at::Tensor one = at::ones({}, input.options().dtype(at::kFloat));
   for_each_chunk(layer, matrix, divided, size, [&](const Chunk& part) {
     const Inputs inputs = part.inputs();
@@ -346,10 +350,13 @@ ForwardBackwardResult chunked_forward_backward(XENT_LAYER, XENT_OTHER_INPUTS, XE
 BackwardResult chunked_backward(XENT_GRADIENTS, XENT_LAYER, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS, int64_t chunk,
                                 std::array<bool, 4> wanted) {
   const at::AutoDispatchBelowADInplaceOrView below;
-  const Layer layer{input, linear_weight, linear_bias};
+  const OptionalTensor bias = element_of(linear_bias, 0);
+  const Layer layer{input, linear_weight, bias};
   const at::Tensor shape_of_logits = stand_in(layer), matrix = as_matrix(linear_weight);
-  const Inputs all{shape_of_logits, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs all = unpacked.with(shape_of_logits, target);
   const Options options = Options::of(integers, numbers);
+  const OptionalTensor statistics = element_of(grad_statistics, 0);
   const bool pairs = all.form(options) == Form::kPairs;
   const int64_t size = chunk_size(layer, chunk, wanted[1]);
   LayerGradients gradients(layer, matrix, {wanted[0], wanted[1], wanted[2]}, count_chunks(layer, size));
@@ -360,7 +367,7 @@ BackwardResult chunked_backward(XENT_GRADIENTS, XENT_LAYER, XENT_OTHER_INPUTS, X
     const int64_t begin = part.first * (part.positions / part.size);
     const auto columns = [&](const at::Tensor& rows) { return rows.narrow(1, begin, part.positions).contiguous(); };
     OptionalTensor of_statistics;
-    if (has_value(grad_statistics)) of_statistics = columns(*grad_statistics);
+    if (statistics) of_statistics = columns(*statistics);
     const at::Tensor of_loss = options.reduction == kNone ? grad_output.narrow(0, part.first, part.size) : grad_output,
                      saved = columns(lse);
     const Gradients given{of_loss, of_statistics, saved, denominator};

@@ -24,12 +24,12 @@ using torch::autograd::variable_list;
 
 ForwardResult forward(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
   static const auto op = find_operator<schema::Forward>("cross_entropy_ext::_nll_loss_forward");
-  return op.call(input, target, weight, reduction, ignore_index, loss_dtype);
+  return op.call(input, target, as_list({weight}), reduction, ignore_index, loss_dtype);
 }
 
 at::Tensor backward(const at::Tensor& grad_output, XENT_NLL_INPUTS, const at::Tensor& denominator, XENT_NLL_OPTIONS) {
   static const auto op = find_operator<schema::Backward>("cross_entropy_ext::_nll_loss_backward");
-  return op.call(grad_output, input, target, weight, denominator, reduction, ignore_index);
+  return op.call(grad_output, input, target, as_list({weight}), denominator, reduction, ignore_index);
 }
 
 // What has no kernel, and whose errors are native's.
@@ -54,14 +54,14 @@ at::Tensor loss_without_grad(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at
   return std::get<0>(forward(input, target, weight, reduction, ignore_index, loss_dtype.value_or(input.scalar_type())));
 }
 
-ForwardResult forward_meta(const at::Tensor& input, const at::Tensor&, const OptionalTensor&, int64_t reduction,
+ForwardResult forward_meta(const at::Tensor& input, const at::Tensor&, const OptionalTensors&, int64_t reduction,
                            int64_t, at::ScalarType loss_dtype) {
   const auto shape = reduction == kNone ? shape_of_positions(input) : c10::SymDimVector();
   return {at::empty_symint(shape, input.options().dtype(loss_dtype)),
           at::empty({}, input.options().dtype(at::kDouble))};
 }
 
-at::Tensor backward_meta(const at::Tensor&, const at::Tensor& input, const at::Tensor&, const OptionalTensor&,
+at::Tensor backward_meta(const at::Tensor&, const at::Tensor& input, const at::Tensor&, const OptionalTensors&,
                          const at::Tensor&, int64_t, int64_t) {
   return at::empty_like(input);
 }
@@ -175,8 +175,9 @@ at::Tensor loss_autograd(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::Sc
   return std::get<0>(forward(input, target, weight, reduction, ignore_index, type));
 }
 
-at::Tensor backward_autograd(const at::Tensor& grad_output, XENT_NLL_INPUTS, const at::Tensor& denominator,
+at::Tensor backward_autograd(const at::Tensor& grad_output, XENT_NLL_TENSORS, const at::Tensor& denominator,
                              XENT_NLL_OPTIONS) {
+  const OptionalTensor weight = element_of(weights, 0);
   if (has_tangent(grad_output)) {
     return with_tangent(grad_output, [&](const at::Tensor& g) {
       return backward(g, input, target, weight, denominator, reduction, ignore_index);
@@ -189,31 +190,57 @@ at::Tensor backward_autograd(const at::Tensor& grad_output, XENT_NLL_INPUTS, con
   return backward(grad_output, input, target, weight, denominator, reduction, ignore_index);
 }
 
-static_assert(std::is_same_v<decltype(loss_autograd), schema::Loss>);
 static_assert(std::is_same_v<decltype(backward_autograd), schema::Backward>);
+
+using Function = decltype(loss_autograd);
+
+template <Function function>
+at::Tensor plain(const at::Tensor& input, const at::Tensor& target, XENT_NLL_OPTIONS,
+                 std::optional<at::ScalarType> loss_dtype) {
+  return function(input, target, std::nullopt, reduction, ignore_index, loss_dtype);
+}
+
+template <Function function>
+at::Tensor weighted(const at::Tensor& input, const at::Tensor& target, const at::Tensor& weight, XENT_NLL_OPTIONS,
+                    std::optional<at::ScalarType> loss_dtype) {
+  return function(input, target, weight, reduction, ignore_index, loss_dtype);
+}
+
+static_assert(std::is_same_v<decltype(plain<loss_autograd>), schema::Loss>);
+static_assert(std::is_same_v<decltype(weighted<loss_autograd>), schema::WeightedLoss>);
+
+template <Function function>
+void register_function(torch::Library& m) {
+  m.impl("nll_loss", &plain<function>);
+  m.impl("nll_loss.weight", &weighted<function>);
+}
 
 }  // namespace
 
 at::Tensor loss(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
+  if (has_value(weight)) {
+    static const auto op = find_operator<schema::WeightedLoss>("cross_entropy_ext::nll_loss", "weight");
+    return op.call(input, target, *weight, reduction, ignore_index, loss_dtype);
+  }
   static const auto op = find_operator<schema::Loss>("cross_entropy_ext::nll_loss");
-  return op.call(input, target, weight, reduction, ignore_index, loss_dtype);
+  return op.call(input, target, reduction, ignore_index, loss_dtype);
 }
 
 // ---- registration ---------------------------------------------------------------------------------------------------
 
 TORCH_LIBRARY_FRAGMENT(cross_entropy_ext, m) {
+  const std::string options = "int reduction=1, int ignore_index=-100, *, ScalarType? loss_dtype=None) -> Tensor";
+  m.def(("nll_loss(Tensor input, Tensor target, " + options).c_str());
+  m.def(("nll_loss.weight(Tensor input, Tensor target, Tensor weight, " + options).c_str());
   m.def(
-      "nll_loss(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, *, "
-      "ScalarType? loss_dtype=None) -> Tensor");
-  m.def(
-      "_nll_loss_forward(Tensor input, Tensor target, Tensor? weight, int reduction, int ignore_index, "
+      "_nll_loss_forward(Tensor input, Tensor target, Tensor?[] weight, int reduction, int ignore_index, "
       "ScalarType loss_dtype) -> (Tensor loss, Tensor denominator)");
   m.def(
-      "_nll_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor? weight, Tensor denominator, "
+      "_nll_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor?[] weight, Tensor denominator, "
       "int reduction, int ignore_index) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) { m.impl("nll_loss", &loss_without_grad); }
+TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) { register_function<loss_without_grad>(m); }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, Meta, m) {
   m.impl("_nll_loss_forward", &forward_meta);
@@ -221,19 +248,19 @@ TORCH_LIBRARY_IMPL(cross_entropy_ext, Meta, m) {
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, AutocastCPU, m) {
-  m.impl("nll_loss", &loss_autocast<c10::kCPU, c10::DispatchKey::AutocastCPU>);
+  register_function<loss_autocast<c10::kCPU, c10::DispatchKey::AutocastCPU>>(m);
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, AutocastCUDA, m) {
-  m.impl("nll_loss", &loss_autocast<c10::kCUDA, c10::DispatchKey::AutocastCUDA>);
+  register_function<loss_autocast<c10::kCUDA, c10::DispatchKey::AutocastCUDA>>(m);
 }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, Autograd, m) {
-  m.impl("nll_loss", &loss_autograd);
+  register_function<loss_autograd>(m);
   m.impl("_nll_loss_backward", &backward_autograd);
 }
 
 // torch.func: vmap, grad, jvp and their compositions.
-TORCH_LIBRARY_IMPL(cross_entropy_ext, FuncTorchDynamicLayerFrontMode, m) { m.impl("nll_loss", &native); }
+TORCH_LIBRARY_IMPL(cross_entropy_ext, FuncTorchDynamicLayerFrontMode, m) { register_function<native>(m); }
 
 }  // namespace xent::nll

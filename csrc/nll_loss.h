@@ -8,20 +8,24 @@
 #include "cross_entropy.h"
 
 #define XENT_NLL_INPUTS const at::Tensor &input, const at::Tensor &target, const OptionalTensor &weight
+#define XENT_NLL_TENSORS const at::Tensor &input, const at::Tensor &target, const OptionalTensors &weights
 #define XENT_NLL_OPTIONS int64_t reduction, int64_t ignore_index
 
 namespace xent::nll {
 
-// cross_entropy_ext::nll_loss, with its defaults.
+// cross_entropy_ext::nll_loss, or with a weight nll_loss.weight.
 at::Tensor loss(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype);
 
 // cross_entropy_ext::_nll_loss_forward -> loss, denominator (a float64 scalar; 1 unless the loss is a mean).
 using ForwardResult = std::tuple<at::Tensor, at::Tensor>;
 
 namespace schema {
-using Loss = at::Tensor(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype);
-using Forward = ForwardResult(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype);
-using Backward = at::Tensor(const at::Tensor& grad_output, XENT_NLL_INPUTS, const at::Tensor& denominator,
+using Loss = at::Tensor(const at::Tensor& input, const at::Tensor& target, XENT_NLL_OPTIONS,
+                        std::optional<at::ScalarType> loss_dtype);
+using WeightedLoss = at::Tensor(const at::Tensor& input, const at::Tensor& target, const at::Tensor& weight,
+                                XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype);
+using Forward = ForwardResult(XENT_NLL_TENSORS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype);
+using Backward = at::Tensor(const at::Tensor& grad_output, XENT_NLL_TENSORS, const at::Tensor& denominator,
                             XENT_NLL_OPTIONS);
 }  // namespace schema
 

@@ -33,61 +33,59 @@ bool one_pass_pays(const at::Tensor& logits, int64_t reduction) {
 at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                          int64_t reduction, int64_t ignore_index, double label_smoothing,
                          std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace) {
+  if (has_value(weight)) {
+    static const auto op = find_operator<schema::WeightedCrossEntropy>("cross_entropy_ext::cross_entropy", "weight");
+    return op.call(logits, target, *weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero,
+                   inplace);
+  }
   static const auto op = find_operator<schema::CrossEntropy>("cross_entropy_ext::cross_entropy");
-  return op.call(logits, target, weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace);
+  return op.call(logits, target, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace);
 }
 
 at::Tensor general_cross_entropy(const Inputs& in, const Options& options) {
   static const auto op = find_operator<schema::General>("cross_entropy_ext::general_cross_entropy");
-  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
-                 options.numbers());
+  return op.call(in.logits, in.target, Others::of(in), options.integers(), options.numbers());
 }
 
 Results cross_entropy_with_stats(const Inputs& in, const Options& options) {
   static const auto op = find_operator<schema::WithStats>("cross_entropy_ext::cross_entropy_with_stats");
-  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
-                 options.numbers());
+  return op.call(in.logits, in.target, Others::of(in), options.integers(), options.numbers());
 }
 
 ForwardResult forward(const Inputs& in, const Options& options) {
   static const auto op = find_operator<schema::Forward>("cross_entropy_ext::_forward");
-  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
-                 options.numbers());
+  return op.call(in.logits, in.target, Others::of(in), options.integers(), options.numbers());
 }
 
 ForwardBackwardResult forward_backward(const Inputs& in, const Options& options) {
   static const auto op = find_operator<schema::ForwardBackward>("cross_entropy_ext::_forward_backward");
-  return op.call(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
-                 options.numbers());
+  return op.call(in.logits, in.target, Others::of(in), options.integers(), options.numbers());
 }
 
 ForwardResult forward_backward_(const Inputs& in, const Options& options) {
   static const auto op = find_operator<schema::ForwardBackwardInplace>("cross_entropy_ext::_forward_backward_");
   at::Tensor logits = in.logits;
-  return op.call(logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options.integers(),
-                 options.numbers());
+  return op.call(logits, in.target, Others::of(in), options.integers(), options.numbers());
 }
 
 BackwardResult backward(const Gradients& gradients, const Inputs& in, const Options& options,
                         std::array<bool, 2> wanted) {
   static const auto op = find_operator<schema::Backward>("cross_entropy_ext::_backward");
-  return op.call(gradients.grad_output, gradients.grad_statistics, in.logits, in.target, in.weight, in.companion,
-                 in.sample_weight, in.divisor, gradients.lse, gradients.denominator, options.integers(),
-                 options.numbers(), wanted);
+  return op.call(gradients.grad_output, as_list({gradients.grad_statistics}), in.logits, in.target, Others::of(in),
+                 gradients.lse, gradients.denominator, options.integers(), options.numbers(), wanted);
 }
 
 at::Tensor backward_(const Gradients& gradients, const Inputs& in, const Options& options, bool target_wanted) {
   static const auto op = find_operator<schema::BackwardInplace>("cross_entropy_ext::_backward_");
   at::Tensor logits = in.logits;
-  return op.call(gradients.grad_output, gradients.grad_statistics, logits, in.target, in.weight, in.companion,
-                 in.sample_weight, in.divisor, gradients.lse, gradients.denominator, options.integers(),
-                 options.numbers(), target_wanted);
+  return op.call(gradients.grad_output, as_list({gradients.grad_statistics}), logits, in.target, Others::of(in),
+                 gradients.lse, gradients.denominator, options.integers(), options.numbers(), target_wanted);
 }
 
 void adapt_gradient_(const Gradients& gradients, at::Tensor& grad_logits, const Inputs& in, const Options& options) {
-  adapt_gradient_operator().call(gradients.grad_output, gradients.grad_statistics, grad_logits, in.logits, in.target,
-                                 in.weight, in.companion, in.sample_weight, in.divisor, gradients.lse,
-                                 gradients.denominator, options.integers(), options.numbers());
+  adapt_gradient_operator().call(gradients.grad_output, as_list({gradients.grad_statistics}), grad_logits, in.logits,
+                                 in.target, Others::of(in), gradients.lse, gradients.denominator, options.integers(),
+                                 options.numbers());
 }
 
 void correct_target_log_prob(Outputs& outputs, const Inputs& in, const Options& options) {
@@ -128,7 +126,8 @@ Results results_without_grad(const Inputs& inputs, const Options& options) {
 // ---- Meta: shapes, types and strides --------------------------------------------------------------------------------
 
 ForwardResult forward_meta(XENT_INPUTS, XENT_OPTIONS) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs inputs = unpacked.with(logits, target);
   const Options options = Options::of(integers, numbers);
   c10::SymDimVector shape = shape_of_positions(logits);
   c10::SymInt positions = 1;
@@ -145,24 +144,25 @@ at::Tensor gradient_meta(const at::Tensor& tensor, bool wanted) {
 }
 
 ForwardBackwardResult forward_backward_meta(XENT_INPUTS, XENT_OPTIONS) {
-  auto [loss, lse, denominator] =
-      forward_meta(logits, target, weight, companion, sample_weight, divisor, integers, numbers);
+  auto [loss, lse, denominator] = forward_meta(logits, target, others, integers, numbers);
   return {loss, lse, denominator, at::empty_like(logits)};
 }
 
 ForwardResult forward_backward_meta_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
-  return forward_meta(logits, target, weight, companion, sample_weight, divisor, integers, numbers);
+  return forward_meta(logits, target, others, integers, numbers);
 }
 
 BackwardResult backward_meta(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs inputs = unpacked.with(logits, target);
   return {gradient_meta(logits, wanted[0]),
           gradient_meta(inputs.probabilities(Options::of(integers, numbers)), wanted[1])};
 }
 
 at::Tensor backward_meta_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
                           bool target_wanted) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs inputs = unpacked.with(logits, target);
   return gradient_meta(inputs.probabilities(Options::of(integers, numbers)), target_wanted);
 }
 
@@ -202,20 +202,19 @@ auto with_autocast(const Inputs& inputs, const Options& given, c10::DeviceType d
 }
 
 template <c10::DeviceType device, c10::DispatchKey key>
-at::Tensor cross_entropy_autocast(XENT_PLAIN) {
-  const Options given{reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace};
-  return with_autocast({logits, target, weight}, given, device, [&](const Inputs& in, const Options& options) {
-    if (!is_supported(in, options)) return native_cross_entropy({logits, target, weight}, given);
+at::Tensor plain_autocast(const Inputs& inputs, const Options& given) {
+  return with_autocast(inputs, given, device, [&](const Inputs& in, const Options& options) {
+    if (!is_supported(in, options)) return native_cross_entropy(inputs, given);
     const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
-    return cross_entropy(in.logits, in.target, in.weight, reduction, ignore_index, label_smoothing, options.loss_dtype,
-                         empty_is_zero, inplace);
+    return cross_entropy(in.logits, in.target, in.weight, options.reduction, options.ignore_index,
+                         options.label_smoothing, options.loss_dtype, options.empty_is_zero, options.inplace);
   });
 }
 
 template <c10::DeviceType device, c10::DispatchKey key>
 at::Tensor general_autocast(XENT_INPUTS, XENT_OPTIONS) {
-  return with_autocast({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers),
-                       device, [](const Inputs& inputs, const Options& options) {
+  return with_autocast(Others(others).with(logits, target), Options::of(integers, numbers), device,
+                       [](const Inputs& inputs, const Options& options) {
                          const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
                          return general_cross_entropy(inputs, options);
                        });
@@ -223,8 +222,8 @@ at::Tensor general_autocast(XENT_INPUTS, XENT_OPTIONS) {
 
 template <c10::DeviceType device, c10::DispatchKey key>
 Results stats_autocast(XENT_INPUTS, XENT_OPTIONS) {
-  return with_autocast({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers),
-                       device, [](const Inputs& inputs, const Options& options) {
+  return with_autocast(Others(others).with(logits, target), Options::of(integers, numbers), device,
+                       [](const Inputs& inputs, const Options& options) {
                          const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
                          return cross_entropy_with_stats(inputs, options);
                        });
@@ -232,7 +231,8 @@ Results stats_autocast(XENT_INPUTS, XENT_OPTIONS) {
 
 template <c10::DeviceType device, c10::DispatchKey key>
 void register_autocast(torch::Library& m) {
-  m.impl("cross_entropy", &cross_entropy_autocast<device, key>);
+  m.impl("cross_entropy", TORCH_FN((from_plain<at::Tensor, plain_autocast<device, key>>)));
+  m.impl("cross_entropy.weight", TORCH_FN((from_weighted<at::Tensor, plain_autocast<device, key>>)));
   m.impl("general_cross_entropy", &general_autocast<device, key>);
   m.impl("cross_entropy_with_stats", &stats_autocast<device, key>);
 }
@@ -252,7 +252,8 @@ Results results_functorch(const Inputs& inputs, const Options& options) {
 // The same for tensors of another kind, for which each operation means something of its own: it is none to them, but
 // what it is made of.
 std::vector<at::Tensor> composite_of(XENT_INPUTS, XENT_OPTIONS) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs inputs = unpacked.with(logits, target);
   const Options options = Options::of(integers, numbers);
   check(inputs, options);
   Outputs outputs = composite(inputs, options);
@@ -263,15 +264,16 @@ std::vector<at::Tensor> composite_of(XENT_INPUTS, XENT_OPTIONS) {
 }  // namespace
 
 TORCH_LIBRARY(cross_entropy_ext, m) {
-  const std::string inputs = "Tensor target, Tensor? weight, Tensor? companion, Tensor? sample_weight, Tensor? divisor";
+  const std::string inputs = "Tensor target, Tensor?[] others";
   const std::string saved = "Tensor lse, Tensor denominator", options = "int[] integers, float[] numbers";
   const std::string loss = "(Tensor logits, " + inputs + ", " + options + ") -> ";
-  const std::string gradients = "(Tensor grad_output, Tensor? grad_statistics, ";
+  const std::string gradients = "(Tensor grad_output, Tensor?[] grad_statistics, ";
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
-  define(
-      "cross_entropy(Tensor logits, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100, "
-      "float label_smoothing=0.0, *, ScalarType? loss_dtype=None, bool empty_is_zero=False, bool inplace=False) "
-      "-> Tensor");
+  const std::string plain =
+      "int reduction=1, int ignore_index=-100, float label_smoothing=0.0, *, ScalarType? loss_dtype=None, "
+      "bool empty_is_zero=False, bool inplace=False) -> Tensor";
+  define("cross_entropy(Tensor logits, Tensor target, " + plain);
+  define("cross_entropy.weight(Tensor logits, Tensor target, Tensor weight, " + plain);
   define("general_cross_entropy" + loss + "Tensor");
   define("cross_entropy_with_stats" + loss +
          "(Tensor loss, Tensor lse, Tensor target_log_prob, Tensor entropy, Tensor z_loss, Tensor argmax)");
@@ -292,6 +294,7 @@ TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeImplicitAutograd, m) { m.impl("_c
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) {
   m.impl("cross_entropy", TORCH_FN((from_plain<at::Tensor, loss_without_grad>)));
+  m.impl("cross_entropy.weight", TORCH_FN((from_weighted<at::Tensor, loss_without_grad>)));
   m.impl("general_cross_entropy", TORCH_FN((from_lists<at::Tensor, loss_without_grad>)));
   m.impl("cross_entropy_with_stats", TORCH_FN((from_lists<Results, results_without_grad>)));
 }
@@ -315,6 +318,7 @@ TORCH_LIBRARY_IMPL(cross_entropy_ext, AutocastCUDA, m) {
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, FuncTorchDynamicLayerFrontMode, m) {
   m.impl("cross_entropy", TORCH_FN((from_plain<at::Tensor, loss_functorch>)));
+  m.impl("cross_entropy.weight", TORCH_FN((from_weighted<at::Tensor, loss_functorch>)));
   m.impl("general_cross_entropy", TORCH_FN((from_lists<at::Tensor, loss_functorch>)));
   m.impl("cross_entropy_with_stats", TORCH_FN((from_lists<Results, results_functorch>)));
 }

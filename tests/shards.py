@@ -84,7 +84,7 @@ class Sharded(torch.autograd.Function):
         for begin, size in zip(begins, sizes, strict=True):
             part = local(target, begin, size) if soft else target
             loss, saved, _ = ops._forward(
-                local(input, begin, size), part, weight, companion, None, None, *numbered(begin, classes, **options)
+                local(input, begin, size), part, [weight, companion], *numbered(begin, classes, **options)
             )
             assert loss.dtype == torch.float64 and loss.shape == positions
             assert saved.size(0) == (6 if options["statistics"] else 3)
@@ -163,13 +163,10 @@ class Sharded(torch.autograd.Function):
             part = target.narrow(axis, begin, size) if soft else target
             of_logits, of_target = ops._backward(
                 grad_output,
-                grad_statistics,
+                [grad_statistics],
                 input.narrow(axis, begin, size),
                 part,
-                weight,
-                companion,
-                sample_weight,
-                None,
+                [weight, companion, sample_weight],
                 saved,
                 divide_by,
                 *numbered(begin, input.size(axis), **options),

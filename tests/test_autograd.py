@@ -211,10 +211,10 @@ def test_gradient_of_a_mean_whose_targets_weigh_nothing():
 
 def test_class_indices_have_no_gradient():
     logits, target = normal(3, 4), labels(4, 3)
-    inputs, options = (logits, target, None, None, None, None), numbered(loss_dtype=7)
+    inputs, options = (logits, target, []), numbered(loss_dtype=7)
     loss, lse, denominator = torch.ops.cross_entropy_ext._forward(*inputs, *options)
     with pytest.raises(RuntimeError, match="class indices have no gradient"):
-        torch.ops.cross_entropy_ext._backward(loss, None, *inputs, lse, denominator, *options, [True, True])
+        torch.ops.cross_entropy_ext._backward(loss, [], *inputs, lse, denominator, *options, [True, True])
 
 
 def test_inplace_leaves_a_lazy_copys_source_alone():

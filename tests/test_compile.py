@@ -32,9 +32,10 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from cross_entropy_ext import CrossEntropyLoss
+from cross_entropy_ext import CrossEntropyLoss, functional
 
 OP = torch.ops.cross_entropy_ext.cross_entropy.default
+WEIGHTED = torch.ops.cross_entropy_ext.cross_entropy.weight
 FORWARD = torch.ops.cross_entropy_ext._forward.default
 BACKWARD = torch.ops.cross_entropy_ext._backward.default
 
@@ -472,7 +473,7 @@ def test_export(name, strict):
     batch = torch.export.Dim("batch", min=2, max=1024)
     program = torch.export.export(model, (inputs(4), target(4)), dynamic_shapes=({0: batch}, {0: batch}), strict=strict)
     found = [node.target for node in program.graph.nodes if node.op == "call_function"]
-    assert found.count(OP) == 1
+    assert found.count(WEIGHTED if "weight" in options else OP) == 1
     assert not any("softmax" in str(t) or "nll_loss" in str(t) or "aten.cross_entropy" in str(t) for t in found)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
@@ -497,11 +498,9 @@ def test_export_for_inference_names():
     """The operator in an exported graph has the arguments that a reader expects."""
     program = torch.export.export(Head(5, ignore_index=2), (normal(4, 6), labels(5, 4)))
     (node,) = (n for n in program.graph.nodes if n.target is OP)
-    names = [argument.name for argument in OP._schema.arguments]
-    assert names == [
-        "logits", "target", "weight", "reduction", "ignore_index", "label_smoothing",
-        "loss_dtype", "empty_is_zero", "inplace",
-    ]  # fmt: skip
+    options = ["reduction", "ignore_index", "label_smoothing", "loss_dtype", "empty_is_zero", "inplace"]
+    for op, tensors in ((OP, ["logits", "target"]), (WEIGHTED, ["logits", "target", "weight"])):
+        assert [argument.name for argument in op._schema.arguments] == [*tensors, *options]
     assert 2 in (*node.args, *node.kwargs.values())
 
 
@@ -526,6 +525,73 @@ def test_aot_inductor(tmp_path):
             close(run(x, t), model(x, t))
 
 
+# -- with real tensors beside the fake ones, where PyTorch checks what operators do ---------------------------
+
+
+def checked_calls():
+    """A loss of every kind, with and without what is optional: (function, its tensors)."""
+    x, h, w = normal(6, 5), normal(6, 4), normal(5, 4)
+    y, pairs = labels(5, 6, ignored=True), labels(5, 6, 2)
+    s, c = torch.rand(6).double(), weights(5)
+    ext = functional
+    return {
+        "cross_entropy": (ext.cross_entropy, (x, y)),
+        "none": (lambda x, y: ext.cross_entropy(x, y, reduction="none"), (x, y)),
+        "weight": (lambda x, y, c: ext.cross_entropy(x, y, c, label_smoothing=0.1), (x, y, c)),
+        "probabilities": (lambda x, q: ext.cross_entropy(x, q, label_smoothing=0.1), (x, soft(6, 5))),
+        "sample_weight": (lambda x, y, s: ext.cross_entropy(x, y, sample_weight=s, z_loss=0.1), (x, y, s)),
+        "stats": (ext.cross_entropy_with_stats, (x, y)),
+        "stats_weight": (ext.cross_entropy_with_stats, (x, y, c)),
+        "sparse": (ext.sparse_cross_entropy, (x, pairs, torch.rand(6, 2).double())),
+        "distillation": (ext.distillation_loss, (x, normal(6, 5))),
+        "nll_loss": (ext.nll_loss, (x, y)),
+        "nll_loss_weight": (ext.nll_loss, (x, y, c)),
+        "linear": (ext.linear_cross_entropy, (h, w, y)),
+        "linear_bias": (lambda h, w, y, b: ext.linear_cross_entropy(h, w, y, linear_bias=b), (h, w, y, normal(5))),
+        "linear_stats": (ext.linear_cross_entropy_with_stats, (h, w, y)),
+    }
+
+
+CHECKED = list(checked_calls())
+
+
+def losses_and_gradient(function, tensors):
+    """Its differentiable results, and the gradient of the first tensor for a one of each."""
+    leaf = tensors[0].detach().requires_grad_()
+    results = function(leaf, *tensors[1:])
+    results = [r for r in (results if isinstance(results, tuple) else (results,)) if r.requires_grad]
+    return [*results, *torch.autograd.grad(sum(r.sum() for r in results), leaf)]
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_propagated_real_tensors(name):
+    """The operators of a forward and of a backward are run as they are traced, and write to nothing."""
+    function, tensors = checked_calls()[name]
+    expected = losses_and_gradient(function, tensors)
+    with torch._functorch.config.patch(fake_tensor_propagate_real_tensors=True):
+        found = losses_and_gradient(compiled(function, dynamic=None), tensors)
+        with torch.inference_mode():
+            alone = compiled(function, dynamic=None)(*tensors)
+    close(found, expected)
+    close((alone if isinstance(alone, tuple) else (alone,))[0], expected[0].detach())
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_draft_export(name):
+    """A program with one operator of ours, and nothing to report about it."""
+
+    class Model(nn.Module):
+        def forward(self, *tensors):
+            results = function(*tensors)
+            return tuple(results) if isinstance(results, tuple) else results
+
+    function, tensors = checked_calls()[name]
+    program = torch.export.draft_export(Model(), tensors)
+    assert program._report.successful()
+    assert sum("cross_entropy_ext" in str(node.target) for node in program.graph.nodes) == 1
+    same(program.module()(*tensors), Model()(*tensors))
+
+
 # -- the operators themselves --------------------------------------------------------------------------------
 
 
@@ -535,9 +601,10 @@ def test_opcheck_public(sample):
     logits, target, options = sample.make(torch.float32)
     reduction = {"none": 0, "mean": 1, "sum": 2}[options.pop("reduction", "mean")]
     arguments = {"reduction": reduction, **options}
-    torch.library.opcheck(OP, (logits.detach().requires_grad_(), target), arguments)
+    op = WEIGHTED if "weight" in options else OP
+    torch.library.opcheck(op, (logits.detach().requires_grad_(), target), arguments)
     if target.is_floating_point():
-        torch.library.opcheck(OP, (logits, target.requires_grad_()), arguments)
+        torch.library.opcheck(op, (logits, target.requires_grad_()), arguments)
 
 
 @few
@@ -547,25 +614,29 @@ def test_opcheck_private(sample):
     reduction = {"none": 0, "mean": 1, "sum": 2}[options.pop("reduction", "mean")]
     weight, smoothing = options.get("weight"), options.get("label_smoothing", 0.0)
     options = numbered(reduction, -100, smoothing, loss_dtype=7)
-    others = (target, weight, None, None, None)
+    others = (target, [weight])
     loss, lse, denominator = FORWARD(logits, *others, *options)
     torch.library.opcheck(FORWARD, (logits, *others, *options))
     saved = (*others, lse, denominator, *options)
     for wanted in ([True, False], [True, True], [False, True]):
         if wanted[1] and not target.is_floating_point():
             continue
-        torch.library.opcheck(BACKWARD, (torch.rand_like(loss), None, logits, *saved, wanted))
+        torch.library.opcheck(BACKWARD, (torch.rand_like(loss), [], logits, *saved, wanted))
     if wanted[0] or not target.is_floating_point():
         upstream = torch.rand_like(loss).requires_grad_()
-        torch.library.opcheck(BACKWARD, (upstream, None, logits.detach().requires_grad_(), *saved, [True, False]))
+        torch.library.opcheck(BACKWARD, (upstream, [], logits.detach().requires_grad_(), *saved, [True, False]))
     inplace = torch.ops.cross_entropy_ext._backward_.default
     copy = logits.clone(memory_format=torch.preserve_format)
-    torch.library.opcheck(inplace, (torch.rand_like(loss), None, copy, *saved, False))
+    torch.library.opcheck(inplace, (torch.rand_like(loss), [], copy, *saved, False))
 
 
 def test_operators_are_named():
     """Profiles and graphs show the package's name, and nothing else is registered there."""
-    names = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("cross_entropy_ext::")}
+    names = {
+        n.split("::")[1].partition(".")[0]
+        for n in torch._C._dispatch_get_all_op_names()
+        if n.startswith("cross_entropy_ext::")
+    }
     public = {"cross_entropy", "general_cross_entropy", "cross_entropy_with_stats", "nll_loss"}
     public |= {"linear_cross_entropy", "linear_cross_entropy_with_stats"}
     assert names >= public | {"_forward", "_backward"}

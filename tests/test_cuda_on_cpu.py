@@ -204,7 +204,7 @@ def test_one_pass(kernels: ModuleType, device: str, dtype: torch.dtype, shape, o
     for objective in objectives:
         target, weight = objective.target(logits, shape), objective.weight(logits, shape)
         options = numbered(0, 0, reduction=objective.reduction, label_smoothing=objective.label_smoothing, loss_dtype=6)
-        others = (target, weight, None, None, None, *options)
+        others = (target, [weight], *options)
         loss, lse, denominator, gradient = ops._forward_backward(logits, *others)
         assert lse.numel() == 0
         overwritten = logits.clone(memory_format=torch.preserve_format)
@@ -218,8 +218,8 @@ def test_one_pass(kernels: ModuleType, device: str, dtype: torch.dtype, shape, o
         grad_output = torch.tensor(0.75)
         _, saved, _ = ops._forward(logits, *others)
         assert saved.numel() > 0
-        expected, _ = ops._backward(grad_output, None, logits, *others[:5], saved, denominator, *options, [True, False])
-        ops._adapt_gradient_(grad_output, None, gradient, logits, *others[:5], lse, denominator, *options)
+        expected, _ = ops._backward(grad_output, [], logits, *others[:2], saved, denominator, *options, [True, False])
+        ops._adapt_gradient_(grad_output, [], gradient, logits, *others[:2], lse, denominator, *options)
         assert_close(gradient, expected, rtol=16 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
 
 
@@ -434,7 +434,7 @@ def test_schedules_in_place(kernels: ModuleType, order: str, seed: int) -> None:
         logits = logits_of(shape, dtype, layout)
         for objective in OBJECTIVES_HERE[1:4:2]:
             options = numbered(0, 0, reduction="mean", label_smoothing=objective.label_smoothing, loss_dtype=6)
-            others = objective.target(logits, shape), objective.weight(logits, shape), None, None, None, *options
+            others = objective.target(logits, shape), [objective.weight(logits, shape)], *options
             kernels.set_schedule("in_order", 0)
             loss, _, _, gradient = ops._forward_backward(logits, *others)
             kernels.set_schedule(order, seed)
@@ -452,7 +452,7 @@ def test_in_place_with_a_denominator_of_zero(kernels: ModuleType) -> None:
     for sample_weight, divisor in [(None, torch.zeros((), dtype=torch.double)), (torch.tensor([1.0, -1] * 3), None)]:
         integers, numbers = numbered(0, 0, reduction="mean", loss_dtype=6)
         integers[3] |= 1  # empty='zero'
-        others = (target, None, None, sample_weight, divisor, integers, numbers)
+        others = (target, [None, None, sample_weight, divisor], integers, numbers)
         ops._forward_backward_(overwritten := logits.clone(), *others)
         assert not overwritten.isfinite().all(1).any()
 
@@ -609,16 +609,16 @@ def test_bad_classes_of_shards(kernels: ModuleType, shape: tuple[int, ...]) -> N
         for bad in (total, -1):
             labels = torch.full(positions, total - 1)
             arguments = numbered(begin, total)
-            ops._forward(logits, labels, None, None, None, None, *arguments)
+            ops._forward(logits, labels, [], *arguments)
             kernels.check_errors()
             labels[0] = bad
-            loss, saved, one = ops._forward(logits, labels, None, None, None, None, *arguments)
+            loss, saved, one = ops._forward(logits, labels, [], *arguments)
             with pytest.raises(IndexError, match=rf"Target {bad} is out of bounds\. .* over {total} classes"):
                 kernels.check_errors()
             assert torch.equal(loss.isnan(), first)
             g = torch.ones(positions, dtype=double)
-            rest = (logits, labels, None, None, None, None, saved, one, *arguments, [True, False])
-            gradient, _ = ops._backward(g, None, *rest)
+            rest = (logits, labels, [], saved, one, *arguments, [True, False])
+            gradient, _ = ops._backward(g, [], *rest)
             assert gradient.isfinite().all() and not gradient[0].any()
             with pytest.raises(IndexError):
                 kernels.check_errors()

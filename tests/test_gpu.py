@@ -872,9 +872,10 @@ def test_inplace_writes_the_logits_and_nothing_else(layout: str, reduction: str)
 @pytest.mark.parametrize("name", ["mean", "none", "weights_smoothing_ignored", "kdim", "soft_weights_smoothing"])
 def test_opcheck(name: str) -> None:
     pytest.importorskip("expecttest")
-    op = torch.ops.cross_entropy_ext.cross_entropy.default
+    op = torch.ops.cross_entropy_ext.cross_entropy
     logits, target, options = on_device(next(s for s in SAMPLES if s.name == name), FP32)
     options["reduction"] = {"none": 0, "mean": 1, "sum": 2}[options.pop("reduction", "mean")]
+    op = op.weight if "weight" in options else op.default
     torch.library.opcheck(op, (logits.requires_grad_(), target), options)
 
 

@@ -28,7 +28,7 @@ from cross_entropy_ext import functional as ext
 nan = float("nan")
 REDUCTIONS = ["none", "mean", "sum"]
 SHAPES = [(7,), (6, 5), (3, 5, 4), (2, 5, 3, 4), (2, 5, 3, 2, 2)]
-OP = torch.ops.cross_entropy_ext.nll_loss.default
+OP = torch.ops.cross_entropy_ext.nll_loss
 FORWARD = torch.ops.cross_entropy_ext._nll_loss_forward.default
 BACKWARD = torch.ops.cross_entropy_ext._nll_loss_backward.default
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -385,18 +385,18 @@ def test_nll_names_the_first_bad_target() -> None:
 def test_nll_private_operators_check_their_arguments() -> None:
     target, one = long(2), torch.ones((), dtype=torch.double)
     for op, arguments in [
-        (FORWARD, (x2, long(3), None, 1, -100, torch.float32)),
-        (FORWARD, (x2, target, torch.ones(2), 1, -100, torch.float32)),
-        (FORWARD, (x2, target, None, 5, -100, torch.float32)),
-        (BACKWARD, (torch.ones(()), x2, long(3), None, one, 1, -100)),
-        (BACKWARD, (torch.ones(3), x2, target, None, one, 0, -100)),
-        (BACKWARD, (torch.ones(2), x2, target, None, one, 1, -100)),
-        (BACKWARD, (torch.ones(()), x2, target, None, torch.ones(()), 1, -100)),
+        (FORWARD, (x2, long(3), [], 1, -100, torch.float32)),
+        (FORWARD, (x2, target, [torch.ones(2)], 1, -100, torch.float32)),
+        (FORWARD, (x2, target, [], 5, -100, torch.float32)),
+        (BACKWARD, (torch.ones(()), x2, long(3), [], one, 1, -100)),
+        (BACKWARD, (torch.ones(3), x2, target, [], one, 0, -100)),
+        (BACKWARD, (torch.ones(2), x2, target, [], one, 1, -100)),
+        (BACKWARD, (torch.ones(()), x2, target, [], torch.ones(()), 1, -100)),
     ]:
         with pytest.raises(RuntimeError):
             op(*arguments)
     with pytest.raises(IndexError, match="Target 9 is out of bounds"):
-        BACKWARD(torch.ones(()), x4.permute(0, 1, 3, 2), torch.full((2, 5, 4), 9), None, one, 1, -100)
+        BACKWARD(torch.ones(()), x4.permute(0, 1, 3, 2), torch.full((2, 5, 4), 9), [], one, 1, -100)
 
 
 # ---- derivatives -----------------------------------------------------------------------------------------------------
@@ -522,13 +522,14 @@ def test_nll_opcheck() -> None:
         target, weight = target_for(input, dtype=torch.int32), weight_for(input)
         for reduction in range(3):
             leaf = input.detach().requires_grad_()
-            torch.library.opcheck(OP, (leaf, target, weight, reduction))
-            torch.library.opcheck(FORWARD, (input, target, None, reduction, -100, torch.float32))
-            loss, denominator = FORWARD(input, target, weight, reduction, -100, torch.float64)
+            torch.library.opcheck(OP.default, (leaf, target, reduction))
+            torch.library.opcheck(OP.weight, (leaf, target, weight, reduction))
+            torch.library.opcheck(FORWARD, (input, target, [], reduction, -100, torch.float32))
+            loss, denominator = FORWARD(input, target, [weight], reduction, -100, torch.float64)
             g = torch.rand_like(loss).requires_grad_()
-            torch.library.opcheck(BACKWARD, (g, input, target, weight, denominator, reduction, -100))
+            torch.library.opcheck(BACKWARD, (g, input, target, [weight], denominator, reduction, -100))
     strided = log_probabilities(2, 5, 3, 4).contiguous(memory_format=torch.channels_last)
-    arguments = (target_for(strided), None, torch.ones((), dtype=torch.double), 1, -100)
+    arguments = (target_for(strided), [], torch.ones((), dtype=torch.double), 1, -100)
     torch.library.opcheck(BACKWARD, (torch.ones(()), strided, *arguments))
 
 

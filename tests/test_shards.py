@@ -188,7 +188,7 @@ def test_a_shard_of_nothing_but_infinities(form: str, shape: tuple[int, ...]) ->
             here = here if form == "indices" else here.any(1) if form == "pairs" else torch.ones_like(here[:, 0])
             for options in ({}, {"label_smoothing": 0.1}):
                 arguments = numbered(begin, shape[1] * 2, form=name, statistics=True, **options)
-                loss, saved, _ = ops._forward(logits, part, None, companion, None, None, *arguments)
+                loss, saved, _ = ops._forward(logits, part, [None, companion], *arguments)
                 saved = saved.view(-1, *loss.shape)
                 assert (saved[LSE] == -inf).all() and not saved[LSE_LOST].any() and not saved[ENTROPY].any()
                 assert ((saved[MASS] > 0) == (here | bool(options))).all()
@@ -198,7 +198,7 @@ def test_a_shard_of_nothing_but_infinities(form: str, shape: tuple[int, ...]) ->
                 assert (saved[TARGET_LOG_PROB] == torch.where(q, -inf, 0.0)).all()
                 poisoned = logits.clone()
                 poisoned[:, 1] = nan
-                loss, saved, _ = ops._forward(poisoned, part, None, companion, None, None, *arguments)
+                loss, saved, _ = ops._forward(poisoned, part, [None, companion], *arguments)
                 assert (saved[LSE] + saved[LSE_LOST]).isnan().all() and loss[here].isnan().all()
 
 
@@ -292,7 +292,7 @@ def test_wide_probabilities_of_shards() -> None:
 
 
 def call_forward(logits: Tensor, target: Tensor, weight: Tensor | None = None, *numbers, **options):
-    return ops._forward(logits, target, weight, None, None, None, *numbered(*numbers, **options))
+    return ops._forward(logits, target, [weight], *numbered(*numbers, **options))
 
 
 def test_every_shard_knows_the_denominator() -> None:
@@ -305,7 +305,7 @@ def test_every_shard_knows_the_denominator() -> None:
         begin = 0
         for size in sizes_of(shape[1], 3):
             options = numbered(begin, shape[1], reduction="mean")
-            _, _, denominator = ops._forward(logits.narrow(1, begin, size), labels, weight, None, s, None, *options)
+            _, _, denominator = ops._forward(logits.narrow(1, begin, size), labels, [weight, None, s], *options)
             torch.testing.assert_close(denominator, expected, rtol=1e-6, atol=0)
             begin += size
 
@@ -328,12 +328,12 @@ def test_what_a_shard_has_of_the_target() -> None:
             for statistics in (False, True):
                 options = numbered(begin, 12, form=name, label_smoothing=e, statistics=statistics)
                 x = logits[:, begin : begin + size]
-                loss, saved, _ = ops._forward(x, part, weight, companion, None, None, *options)
+                loss, saved, _ = ops._forward(x, part, [weight, companion], *options)
                 here = a[:, begin : begin + size]
                 gaps = x.double().logsumexp(1, keepdim=True) - x.double()
                 torch.testing.assert_close(saved[MASS].double(), here.sum(1), rtol=1e-6, atol=0)
                 torch.testing.assert_close(loss, (here * gaps).sum(1), rtol=1e-6, atol=1e-7)
-                fake = ops._forward(x.to("meta"), part.to("meta"), None, companion, None, None, *options)
+                fake = ops._forward(x.to("meta"), part.to("meta"), [None, companion], *options)
                 assert fake[1].shape == saved.shape
 
 
@@ -348,12 +348,12 @@ def test_bad_targets_of_shards() -> None:
             pairs = torch.stack([labels, labels * 0], 1)
             with pytest.raises(IndexError, match=f"^Target {bad} is out of bounds.$"):
                 probs = torch.ones(4, 2)
-                ops._forward(logits, pairs, None, probs, None, None, *numbered(begin, 12, form="pairs"))
+                ops._forward(logits, pairs, [None, probs], *numbered(begin, 12, form="pairs"))
             saved, one = torch.zeros(3, 4), torch.ones((), dtype=torch.double)
             memory = logits.clone()
             with pytest.raises(IndexError, match=f"^Target {bad} is out of bounds.$"):
                 options = numbered(begin, 12, reduction="sum")
-                ops._backward_(one, None, memory, labels, None, None, None, None, saved, one, *options, False)
+                ops._backward_(one, [], memory, labels, [], saved, one, *options, False)
             assert torch.equal(memory, logits)
 
 
@@ -369,9 +369,9 @@ def test_the_gradient_of_a_shard_in_its_place(form: str, shape: tuple[int, ...])
         g = draw.normal("g", draw.positions)
         options = numbered(begin, shape[1], label_smoothing=0.1, softcap=5.0, z_loss=0.1)
         logits = whole.narrow(1, begin, size).clone(memory_format=torch.contiguous_format)
-        _, saved, one = ops._forward(logits, part, None, None, None, None, *options)
-        gradient, _ = ops._backward(g, None, logits, part, None, None, s, None, saved, one, *options, [True, False])
-        ops._backward_(g, None, logits, part, None, None, s, None, saved, one, *options, False)
+        _, saved, one = ops._forward(logits, part, [], *options)
+        gradient, _ = ops._backward(g, [], logits, part, [None, None, s], saved, one, *options, [True, False])
+        ops._backward_(g, [], logits, part, [None, None, s], saved, one, *options, False)
         assert torch.equal(gradient, logits)
 
 
@@ -387,15 +387,15 @@ def test_errors_of_shards() -> None:
         call_forward(logits, logits, None, 0, 12, form="teacher")
     options = numbered(0, 12, reduction="sum")
     with pytest.raises(ValueError, match="needs the lse of all classes"):
-        ops._forward_backward(logits, labels, None, None, None, None, *options)
+        ops._forward_backward(logits, labels, [], *options)
     for op in (ops.general_cross_entropy, ops.cross_entropy_with_stats, ops._composite):
         with pytest.raises(ValueError, match="only _forward and _backward take a shard"):
-            op(logits, labels, None, None, None, None, *options)
-    _, saved, one = ops._forward(logits, labels, None, None, None, None, *options)
+            op(logits, labels, [], *options)
+    _, saved, one = ops._forward(logits, labels, [], *options)
     with pytest.raises(RuntimeError, match="lse is not what _forward returned"):
-        ops._backward(one, None, logits, labels, None, None, None, None, saved[:2], one, *options, [True, False])
+        ops._backward(one, [], logits, labels, [], saved[:2], one, *options, [True, False])
     leaf = logits.clone().requires_grad_()
-    gradient, _ = ops._backward(one, None, leaf, labels, None, None, None, None, saved, one, *options, [True, False])
+    gradient, _ = ops._backward(one, [], leaf, labels, [], saved, one, *options, [True, False])
     with pytest.raises(NotImplementedError, match="it has no derivative"):
         gradient.sum().backward()
 
@@ -411,14 +411,14 @@ def test_one_shard_is_the_whole() -> None:
             as_shard, plain = numbered(0, shape[1], **options), numbered(0, 0, **options)
             kind = torch.float64 if dtype == torch.float64 else torch.float32
             weight = weight.to(kind) if dtype == kind else None
-            loss, saved, one = ops._forward(logits, labels, weight, None, None, None, *as_shard)
-            expected, rows, _ = ops._forward(logits, labels, weight, None, None, None, *plain)
+            loss, saved, one = ops._forward(logits, labels, [weight], *as_shard)
+            expected, rows, _ = ops._forward(logits, labels, [weight], *plain)
             assert torch.equal(loss, expected)
             for row in (LSE, LSE_LOST, ENTROPY, TARGET_LOG_PROB, ARGMAX):
                 assert torch.equal(saved[row].view(torch.uint8), rows[row].view(torch.uint8))
             g = draw.normal("g", draw.positions)
             gradients = [
-                ops._backward(g, None, logits, labels, weight, None, None, None, lse, one, *numbers, [True, False])[0]
+                ops._backward(g, [], logits, labels, [weight], lse, one, *numbers, [True, False])[0]
                 for lse, numbers in ((saved, as_shard), (rows, plain))
             ]
             assert torch.equal(*gradients)

@@ -173,19 +173,20 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
 }
 
 ForwardResult forward_cpu(XENT_INPUTS, XENT_OPTIONS) {
-  auto [loss, lse, denominator, grad_logits] = run_forward({logits, target, weight, companion, sample_weight, divisor},
-                                                           Options::of(integers, numbers), GradientOfForward::kNone);
+  auto [loss, lse, denominator, grad_logits] =
+      run_forward(Others(others).with(logits, target), Options::of(integers, numbers), GradientOfForward::kNone);
   return {loss, lse, denominator};
 }
 
 ForwardBackwardResult forward_backward_cpu(XENT_INPUTS, XENT_OPTIONS) {
   const Options options = Options::of(integers, numbers);
   TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
-  return run_forward({logits, target, weight, companion, sample_weight, divisor}, options, GradientOfForward::kNew);
+  return run_forward(Others(others).with(logits, target), options, GradientOfForward::kNew);
 }
 
 ForwardResult forward_backward_cpu_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs inputs = unpacked.with(logits, target);
   const Options options = Options::of(integers, numbers);
   TORCH_CHECK(options.reduction != kNone && inputs.form(options) != Form::kPairs,
               "cross_entropy_ext::_forward_backward_: needs a reduction, and no pairs");
@@ -227,22 +228,25 @@ at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
 }
 
 BackwardResult backward_cpu(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs inputs = unpacked.with(logits, target);
   const Options options = Options::of(integers, numbers);
   const at::Tensor& probabilities = inputs.probabilities(options);
   const at::Tensor grad_logits = wanted[0] ? empty_gradient(logits) : at::Tensor();
   const at::Tensor grad_target = wanted[1] ? empty_gradient(probabilities) : at::Tensor();
-  backward_into(grad_logits, grad_target, {grad_output, grad_statistics, lse, denominator}, inputs, options);
+  backward_into(grad_logits, grad_target, {grad_output, element_of(grad_statistics, 0), lse, denominator}, inputs,
+                options);
   return {or_empty(grad_logits, logits), or_empty(grad_target, probabilities)};
 }
 
 at::Tensor backward_cpu_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
                          bool target_wanted) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs inputs = unpacked.with(logits, target);
   const Options options = Options::of(integers, numbers);
   const at::Tensor& probabilities = inputs.probabilities(options);
   const at::Tensor grad_target = target_wanted ? empty_gradient(probabilities) : at::Tensor();
-  backward_into(logits, grad_target, {grad_output, grad_statistics, lse, denominator}, inputs, options);
+  backward_into(logits, grad_target, {grad_output, element_of(grad_statistics, 0), lse, denominator}, inputs, options);
   return or_empty(grad_target, probabilities);
 }
 

@@ -7,15 +7,16 @@
 namespace xent::nll {
 namespace {
 
-ForwardResult forward_cpu(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
+ForwardResult forward_cpu(XENT_NLL_TENSORS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
+  const OptionalTensor weight = element_of(weights, 0);
   const Inputs inputs{input, target, weight};
   const Options options = options_of(reduction, ignore_index, loss_dtype);
   check_nll_forward(inputs, options);
   const auto arithmetic = arithmetic_type(inputs, options);
-  const auto weights = weight_for_kernel(weight, arithmetic);
+  const auto kernel_weight = weight_for_kernel(weight, arithmetic);
   const at::Tensor denominator = new_tensor({}, at::kDouble);
   Forward problem;
-  describe(problem, inputs, options, weights, arithmetic, denominator);
+  describe(problem, inputs, options, kernel_weight, arithmetic, denominator);
   merge_dimensions(problem, {&problem.logits, &problem.target});
 
   at::Tensor loss;
@@ -50,20 +51,21 @@ int64_t size_of_pieces(int64_t classes, int64_t inner) {
   return (positions_worth_a_piece(classes) + unit - 1) / unit * unit;
 }
 
-at::Tensor backward_cpu(const at::Tensor& grad_output, XENT_NLL_INPUTS, const at::Tensor& denominator,
+at::Tensor backward_cpu(const at::Tensor& grad_output, XENT_NLL_TENSORS, const at::Tensor& denominator,
                         XENT_NLL_OPTIONS) {
+  const OptionalTensor weight = element_of(weights, 0);
   const Inputs inputs{input, target, weight};
   const Options options = options_of(reduction, ignore_index);
   check_nll_backward(grad_output, inputs, denominator, options);
   const at::Tensor grad_input = empty_gradient(input);
   if (grad_input.numel() == 0) return grad_input;
   const auto arithmetic = arithmetic_type(inputs, options);
-  const auto weights = weight_for_kernel(weight, arithmetic);
+  const auto kernel_weight = weight_for_kernel(weight, arithmetic);
 
   const InMemoryOrder ordered(grad_input, target, grad_output);
   const Inputs in_order{ordered.gradient, ordered.target, weight};
   Backward problem;
-  describe(problem, in_order, options, weights, arithmetic, denominator);
+  describe(problem, in_order, options, kernel_weight, arithmetic, denominator);
   problem.grad_output = view_of_positions(ordered.grad_output);
   problem.scale = 1 / denominator.item<double>();
   problem.grad_logits = problem.logits;

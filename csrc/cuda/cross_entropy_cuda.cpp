@@ -173,15 +173,14 @@ ForwardResult run_forward(const Inputs& inputs, const Options& options, const at
 }
 
 ForwardResult forward_cuda(XENT_INPUTS, XENT_OPTIONS) {
-  return run_forward({logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers));
+  return run_forward(Others(others).with(logits, target), Options::of(integers, numbers));
 }
 
 ForwardBackwardResult forward_backward_cuda(XENT_INPUTS, XENT_OPTIONS) {
   const Options options = Options::of(integers, numbers);
   TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
   const at::Tensor grad_logits = at::empty_like(logits);
-  const auto [loss, lse, denominator] =
-      run_forward({logits, target, weight, companion, sample_weight, divisor}, options, grad_logits);
+  const auto [loss, lse, denominator] = run_forward(Others(others).with(logits, target), options, grad_logits);
   return {loss, lse, denominator, grad_logits};
 }
 
@@ -224,29 +223,34 @@ at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
 }
 
 BackwardResult backward_cuda(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs inputs = unpacked.with(logits, target);
   const Options options = Options::of(integers, numbers);
   const at::Tensor& of_target = inputs.probabilities(options);
   const at::Tensor grad_logits = gradient_of(logits, wanted[0]), grad_target = gradient_of(of_target, wanted[1]);
-  backward_into(grad_logits, grad_target, {grad_output, grad_statistics, lse, denominator}, inputs, options, false);
+  backward_into(grad_logits, grad_target, {grad_output, element_of(grad_statistics, 0), lse, denominator}, inputs,
+                options, false);
   return {or_empty(grad_logits, logits), or_empty(grad_target, of_target)};
 }
 
 at::Tensor backward_cuda_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
                           bool target_wanted) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs inputs = unpacked.with(logits, target);
   const Options options = Options::of(integers, numbers);
   const at::Tensor& of_target = inputs.probabilities(options);
   const at::Tensor grad_target = gradient_of(of_target, target_wanted);
   TORCH_CHECK(inputs.form(options) != Form::kPairs, "cross_entropy_ext::_backward_: not for pairs");
-  backward_into(logits, grad_target, {grad_output, grad_statistics, lse, denominator}, inputs, options, false);
+  backward_into(logits, grad_target, {grad_output, element_of(grad_statistics, 0), lse, denominator}, inputs, options,
+                false);
   return or_empty(grad_target, of_target);
 }
 
 // Where classes are neighbours, kernels read all of a row before they write to it. Else the gradient comes from a
 // second read; and where a denominator of zero may become one or not, as only the loss tells, which comes later.
 ForwardResult forward_backward_cuda_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
-  const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
+  const Others unpacked(others);
+  const Inputs inputs = unpacked.with(logits, target);
   const Options options = Options::of(integers, numbers);
   TORCH_CHECK(options.reduction != kNone && inputs.form(options) != Form::kPairs,
               "cross_entropy_ext::_forward_backward_: needs a reduction, and no pairs");
@@ -262,8 +266,8 @@ ForwardResult forward_backward_cuda_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT
 }
 
 void adapt_gradient_cuda_(XENT_GRADIENTS, at::Tensor& grad_logits, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS) {
-  backward_into(grad_logits, {}, {grad_output, grad_statistics, lse, denominator},
-                {logits, target, weight, companion, sample_weight, divisor}, Options::of(integers, numbers), true);
+  backward_into(grad_logits, {}, {grad_output, element_of(grad_statistics, 0), lse, denominator},
+                Others(others).with(logits, target), Options::of(integers, numbers), true);
 }
 
 static_assert(std::is_same_v<decltype(forward_cuda), schema::Forward>);

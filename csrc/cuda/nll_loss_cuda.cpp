@@ -36,20 +36,21 @@ void describe_nll(Task& task, const DeviceScope& device, const Inputs& inputs, c
   task.bad_targets = device.bad_targets();
 }
 
-nll::ForwardResult forward_cuda(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
+nll::ForwardResult forward_cuda(XENT_NLL_TENSORS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
+  const OptionalTensor weight = element_of(weights, 0);
   const Inputs inputs{input, target, weight};
   const Options options = options_of(reduction, ignore_index, loss_dtype);
   check_nll_forward(inputs, options);
   const DeviceScope device(input.device());
   raise_bad_target(input.device());
-  const auto weights = weight_for_kernel(weight, arithmetic_type(inputs, options));
+  const auto kernel_weight = weight_for_kernel(weight, arithmetic_type(inputs, options));
   at::DimVector shape;
   if (reduction == kNone) shape = target.sizes();
   const at::Tensor loss = at::empty(shape, input.options().dtype(loss_dtype));
   const at::Tensor denominator = at::empty({}, input.options().dtype(at::kDouble));
 
   Task task;
-  describe_nll(task, device, inputs, options, weights, denominator);
+  describe_nll(task, device, inputs, options, kernel_weight, denominator);
   merge_dimensions(task, {&task.logits, &task.target});
   const int blocks = blocks_to_count(task.positions, device.limits());
   at::Tensor sums;
@@ -71,8 +72,9 @@ nll::ForwardResult forward_cuda(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarTyp
   return {loss, denominator};
 }
 
-at::Tensor backward_cuda(const at::Tensor& grad_output, XENT_NLL_INPUTS, const at::Tensor& denominator,
+at::Tensor backward_cuda(const at::Tensor& grad_output, XENT_NLL_TENSORS, const at::Tensor& denominator,
                          XENT_NLL_OPTIONS) {
+  const OptionalTensor weight = element_of(weights, 0);
   const Inputs inputs{input, target, weight};
   const Options options = options_of(reduction, ignore_index);
   check_nll_backward(grad_output, inputs, denominator, options);
@@ -80,11 +82,11 @@ at::Tensor backward_cuda(const at::Tensor& grad_output, XENT_NLL_INPUTS, const a
   raise_bad_target(input.device());
   const at::Tensor grad_input = at::empty_like(input);
   if (grad_input.numel() == 0) return grad_input;
-  const auto weights = weight_for_kernel(weight, arithmetic_type(inputs, options));
+  const auto kernel_weight = weight_for_kernel(weight, arithmetic_type(inputs, options));
 
   const InMemoryOrder ordered(grad_input, target, grad_output);
   NllGradient task;
-  describe_nll(task, device, {ordered.gradient, ordered.target, weight}, options, weights, denominator);
+  describe_nll(task, device, {ordered.gradient, ordered.target, weight}, options, kernel_weight, denominator);
   task.grad_output = view_of_positions(ordered.grad_output);
   task.denominator = denominator.const_data_ptr<double>();
   task.grad_logits = task.logits;
