@@ -864,7 +864,7 @@ def test_nothing_that_counts(reduction: str) -> None:
                 ]
                 if empty == "nan" and more is not EVERYTHING:
                     plain = {k: v for k, v in options.items() if k != "empty"}
-                    found.append(check_call(ext.distillation_loss, logits, draw.teacher(), labels, **plain))
+                    found.append(check_call(ext.distillation_loss, logits, draw.teacher(), labels, alpha=0.5, **plain))
                 for call in found:
                     if reduction == "mean" and empty == "nan":
                         assert call["loss"].isnan()
