@@ -46,7 +46,7 @@ _weighted_nll_loss = _ops.nll_loss.weight
 _native_nll_loss = F.nll_loss
 
 # What the operators understand: plain tensors and those that compilers trace with. Any other subclass means something
-# of its own by an operation, and gets the native one to express it in.
+# of its own by an operation, and gets the loss as a composite of ATen operations.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 _EMPTY = ("nan", "zero")
@@ -534,13 +534,17 @@ def nll_loss(
 def _unusual_nll_loss(input, target, weight, ignore_index, reduction) -> Tensor:
     """As _unusual, for nll_loss: judged by PyTorch's own parser, or made of its operations."""
     tensors = [input, target] if weight is None else [input, target, weight]
-    if all(type(tensor) in _PLAIN for tensor in tensors):
-        _native_nll_loss(torch.zeros(1, 1), torch.zeros(1).long(), None, None, ignore_index, None, reduction)
-        reduction = "mean" if reduction == "elementwise_mean" else reduction
-        return nll_loss(input, target, weight, None, operator.index(ignore_index), None, reduction)
-    if isinstance(target, Tensor) and target.dtype in (torch.int8, torch.int16, torch.int32, torch.uint8):
-        target = target.long()
-    return _native_nll_loss(input, target, weight, None, ignore_index, None, reduction)
+    if _is_dtensor(input) or not all(isinstance(tensor, Tensor) for tensor in tensors):
+        if isinstance(target, Tensor) and target.dtype in (torch.int8, torch.int16, torch.int32, torch.uint8):
+            target = target.long()
+        return _native_nll_loss(input, target, weight, None, ignore_index, None, reduction)
+    _native_nll_loss(torch.zeros(1, 1), torch.zeros(1).long(), None, None, ignore_index, None, reduction)
+    reduction, ignore_index = F._Reduction.get_enum(reduction), operator.index(ignore_index)
+    if not all(type(tensor) in _PLAIN for tensor in tensors):
+        return _ops._composite_nll_loss.default(input, target, _as_list(weight), reduction, ignore_index)
+    if weight is None:
+        return _nll_loss(input, target, reduction, ignore_index)
+    return _weighted_nll_loss(input, target, weight, reduction, ignore_index)
 
 
 # csrc/cross_entropy.h: Form, and at::ScalarType's numbers of what a loss may be.
@@ -785,69 +789,27 @@ def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
 
 def _unusual(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty, inplace) -> Tensor:
     """What the operator's own parser would refuse or misread: other types of arguments, and tensor subclasses."""
-    if empty not in _EMPTY:
-        raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
     tensors = [input, target] if weight is None else [input, target, weight]
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        # Raises PyTorch's own TypeError, or for a proxy of torch.fx records the native function.
-        if loss_dtype is not None or empty != "nan":
-            return _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero")
-        return _native_cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    if _is_dtensor(input):
-        return _general(
-            _ops.general_cross_entropy.default,
-            (input, target, weight, None, None, None),
-            reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            loss_dtype=loss_dtype,
-            empty=empty,
-            inplace=inplace,
+    if all(isinstance(tensor, Tensor) for tensor in tensors):
+        # PyTorch's own parser judges the other arguments; what it accepts (numbers of other types) is then converted.
+        _native_cross_entropy(
+            torch.zeros(1, 1), torch.zeros(1).long(), None, None, ignore_index, None, reduction, label_smoothing
         )
-    if not all(type(tensor) in _PLAIN for tensor in tensors):
-        return _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty == "zero")
-    # PyTorch's own parser judges the other arguments; what it accepts (numbers of other types) is then converted.
-    _native_cross_entropy(
-        torch.zeros(1, 1), torch.zeros(1).long(), None, None, ignore_index, None, reduction, label_smoothing
-    )
-    if reduction == "elementwise_mean":
-        reduction = "mean"
-    return cross_entropy(
-        input,
-        target,
-        weight,
-        None,
-        operator.index(ignore_index),
-        None,
-        reduction,
-        float(label_smoothing),
+        if reduction == "elementwise_mean":
+            reduction = "mean"
+    elif loss_dtype is None and empty == "nan":
+        # Raises PyTorch's own TypeError, or for a proxy of torch.fx records the native function.
+        return _native_cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    return _general(
+        _ops.general_cross_entropy.default,
+        (input, target, weight, None, None, None),
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
         loss_dtype=loss_dtype,
         empty=empty,
         inplace=inplace,
     )
-
-
-def _native(input, target, weight, ignore_index, reduction, label_smoothing, loss_dtype, empty_is_zero) -> Tensor:
-    """The composite of PyTorch's own operations, with what this package adds to it."""
-    if not label_smoothing >= 0:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
-    indices = input.shape != target.shape
-    if indices and target.dtype in (torch.int8, torch.int16, torch.int32, torch.uint8):
-        target = target.long()
-    check_loss_dtype(loss_dtype)
-    if empty_is_zero and reduction == "mean":  # 0 / 0 is to be 0, for the gradient too: divide by one there
-        total = _native_cross_entropy(input, target, weight, None, ignore_index, None, "sum", label_smoothing)
-        if indices:
-            valid = target != ignore_index
-            counts = valid.double() if weight is None else weight.double()[torch.where(valid, target, 0)]
-            denominator = torch.where(valid, counts, 0).sum()
-        else:
-            denominator = torch.as_tensor(target[:, 0].numel() if target.dim() > 1 else 1)
-        loss = total / torch.where((denominator == 0) & (total == 0), 1, denominator)
-        loss = loss.to(total.dtype)
-    else:
-        loss = _native_cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
-    return loss if loss_dtype is None else loss.to(loss_dtype)
 
 
 from .linear import linear_cross_entropy, linear_cross_entropy_with_stats, linear_sparse_cross_entropy  # noqa: E402

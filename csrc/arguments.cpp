@@ -267,10 +267,14 @@ void check(const Inputs& inputs, const Options& options) {
 }
 
 bool is_supported(const Inputs& inputs, const Options& options) {
+  return has_kernel(inputs.logits.device()) && is_valid(inputs, options);
+}
+
+bool is_valid(const Inputs& inputs, const Options& options) {
   constexpr int64_t kMostDims = kMaxDims + 1;
   const at::Tensor &logits = inputs.logits, &target = inputs.target;
   const OptionalTensor &weight = inputs.weight, &companion = inputs.companion, &sample_weight = inputs.sample_weight;
-  if (!is_plain(logits, logits) || !is_plain(target, logits) || !has_kernel(logits.device())) return false;
+  if (!is_plain(logits, logits) || !is_plain(target, logits)) return false;
   if (!is_logits_type(logits.scalar_type()) || logits.dim() < 1 || logits.dim() > kMostDims) return false;
   if (!(options.label_smoothing >= 0 && options.label_smoothing <= 1)) return false;
   const auto classes = logits.sym_size(class_dim(logits));

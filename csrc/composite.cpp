@@ -1,15 +1,15 @@
 // The same losses in PyTorch's own operations. What has no kernel is computed with them (other devices, tensor
 // subclasses, forward mode, transforms of functions), and derivatives of derivatives are theirs.
 #include <ATen/TensorOperators.h>
+#include <ATen/autocast_mode.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/cross_entropy_loss.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/gather.h>
-#include <ATen/ops/log_softmax.h>
-#include <ATen/ops/logsumexp.h>
+#include <ATen/ops/log1p.h>
 #include <ATen/ops/ne.h>
 #include <ATen/ops/ones_like.h>
+#include <ATen/ops/scatter.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros_like.h>
@@ -28,6 +28,17 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
   return a * at::where(a.eq(0).logical_and(b.isinf()), at::zeros_like(b), b);
 }
 
+// The logarithm of the softmax, and lse. A sum without the largest logit's own 1 makes what is small exact: that
+// logit's log-probability is -log1p(S), and its gradient S / (1 + S), where at::log_softmax has 0 for both.
+std::pair<at::Tensor, at::Tensor> log_softmax_and_lse(const at::Tensor& x, int64_t dim) {
+  const at::Tensor index = at::argmax(x, dim, true);
+  const at::Tensor top = at::gather(x, dim, index);
+  const at::Tensor below = at::scatter(x - top, dim, index, 0);
+  const at::Tensor others = at::scatter(below.exp(), dim, index, 0).sum(dim, true);
+  const at::Tensor log_s = at::log1p(others + (top - top));  // NaN for an infinite maximum
+  return {below - log_s, top + log_s};
+}
+
 // The error of the kernels, where values can be asked for; elsewhere whatever uses them raises its own.
 void check_classes(const at::Tensor& index, const at::Tensor& counts, int64_t classes) {
   if (!index.is_cpu() || !is_concrete(index)) return;
@@ -44,7 +55,8 @@ at::Tensor safe_denominator(const at::Tensor& denominator, const at::Tensor& sum
 // Makes the loss of every position. Class dimensions of size one are kept until the end.
 class Composite {
  public:
-  Composite(const Inputs& in, const Options& options)
+  // `are_log_probs`: the logits are normalized already, as nll_loss takes them; of such there is the loss alone.
+  Composite(const Inputs& in, const Options& options, bool are_log_probs = false)
       : in_(in),
         options_(options),
         form_(in.form(options)),
@@ -65,8 +77,11 @@ class Composite {
     if (is_dense(form_)) target_ = zero_unless(valid_, in.target.to(type_));
     logits_ = raw_ * (form_ == Form::kTeacher ? 1 / options.temperature : options.logit_scale);
     if (options.softcap > 0) logits_ = at::tanh(logits_ / options.softcap) * options.softcap;
-    log_p_ = at::log_softmax(logits_, dim_);
-    lse_ = at::logsumexp(logits_, {dim_}, true);
+    if (are_log_probs) {
+      log_p_ = logits_;
+    } else {
+      std::tie(log_p_, lse_) = log_softmax_and_lse(logits_, dim_);
+    }
     if (has_value(in.weight)) {
       std::vector<int64_t> shape(size_t(in.logits.dim()), 1);
       shape[size_t(dim_)] = -1;
@@ -74,6 +89,8 @@ class Composite {
     }
     if (has_value(in.sample_weight)) sample_weight_ = in.sample_weight->to(type_).unsqueeze(dim_);
   }
+
+  at::Tensor loss() const { return reduce(target_loss()); }
 
   Outputs outputs() const {
     const at::Tensor z_loss = lse_ * lse_ * options_.z_loss;
@@ -120,11 +137,12 @@ class Composite {
 
   at::Tensor teacher_loss() const {
     const double temperature = options_.temperature, square = temperature * temperature;
-    const at::Tensor log_q = at::log_softmax(target_ / temperature, dim_);
-    const at::Tensor terms = options_.kl ? log_q - log_p_ : -log_p_;
-    const at::Tensor loss = product(log_q.exp(), terms).sum(dim_, true) * square;
+    const at::Tensor log_q = log_softmax_and_lse(target_ / temperature, dim_).first;
+    const at::Tensor q = log_q.exp(), terms = zero_unless(q.ne(0), options_.kl ? log_q - log_p_ : -log_p_);
+    const at::Tensor loss = (q * terms).sum(dim_, true) * square;
     if (!has_labels()) return loss;
-    return loss * options_.alpha - at::gather(at::log_softmax(raw_, dim_), dim_, index_) * (1 - options_.alpha);
+    return loss * options_.alpha -
+           at::gather(log_softmax_and_lse(raw_, dim_).first, dim_, index_) * (1 - options_.alpha);
   }
 
   at::Tensor reduce(at::Tensor loss) const {
@@ -156,40 +174,39 @@ class Composite {
 
 }  // namespace
 
-at::Tensor native_cross_entropy(const Inputs& in, const Options& options) {
-  const at::Tensor &logits = in.logits, &target = in.target;
-  const bool probabilities = in.form(options) == Form::kProbabilities;
-  const bool widen = is_index_type(target.scalar_type()) && !probabilities;
-  const at::Tensor native_target = widen ? target.to(at::kLong) : target;
-  const auto native = [&](int64_t reduction) {
-    return at::cross_entropy_loss(logits, native_target, in.weight, reduction, options.ignore_index,
-                                  options.label_smoothing);
-  };
-  const auto typed = [&](const at::Tensor& loss) { return options.loss_dtype ? loss.to(*options.loss_dtype) : loss; };
-  if (!options.empty_is_zero || options.reduction != kMean) return typed(native(options.reduction));
-  at::Tensor denominator;
-  if (probabilities) {
-    denominator = at::empty({}, logits.options().dtype(at::kDouble))
-                      .fill_(target.sym_numel() / logits.sym_size(class_dim(logits)));
-  } else {
-    const at::Tensor valid = native_target.ne(options.ignore_index);
-    const at::Tensor index = zero_unless(valid, native_target);
-    const at::Tensor counts = has_value(in.weight) ? in.weight->to(at::kDouble).take(index) : valid.to(at::kDouble);
-    denominator = zero_unless(valid, counts).sum();
-  }
-  const at::Tensor sum = native(kSum);
-  return typed(sum / safe_denominator(denominator, sum, true).to(sum.scalar_type()));
-}
-
 Outputs composite(const Inputs& inputs, const Options& options) { return Composite(inputs, options).outputs(); }
 
-Outputs fallback(const Inputs& inputs, const Options& options) {
-  if (options.is_plain() && !has_value(inputs.sample_weight) && !has_value(inputs.divisor))
-    return {native_cross_entropy(inputs, options)};
-  // For native's errors, of the arguments that it has.
+at::Tensor composite_nll_loss(const Inputs& inputs, const Options& options) {
+  return Composite(inputs, options, /*are_log_probs=*/true).loss();
+}
+
+Outputs fallback(const Inputs& given, const Options& asked) {
+  // Transforms and subclasses come before autocast.
+  const auto device = given.logits.device().type();
+  const bool autocast = at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
+  const auto [weight, options] = autocast ? with_wide_loss(given, asked) : std::pair(given.weight, asked);
+  const Inputs inputs{given.logits, given.target, weight, given.companion, given.sample_weight, given.divisor};
   const Inputs natives{inputs.logits, inputs.target, inputs.weight};
-  if (options.form == Form::kNone && !is_supported(natives, options)) native_cross_entropy(natives, options);
+  if (options.form == Form::kNone && !is_valid(natives, options)) {
+    const at::Tensor loss = native_cross_entropy(natives, options);
+    if (options.is_plain() && !has_value(inputs.sample_weight) && !has_value(inputs.divisor)) return {loss};
+  }
   return composite(inputs, options);
+}
+
+at::Tensor native_cross_entropy(const Inputs& in, const Options& options) {
+  const bool widen = is_index_type(in.target.scalar_type()) && in.form(options) != Form::kProbabilities;
+  const at::Tensor target = widen ? in.target.to(at::kLong) : in.target;
+  const auto native = [&](int64_t reduction) {
+    return at::cross_entropy_loss(in.logits, target, in.weight, reduction, options.ignore_index,
+                                  options.label_smoothing);
+  };
+  at::Tensor loss = native(options.reduction);
+  if (options.empty_is_zero && options.reduction == kMean) {
+    const at::Tensor sum = native(kSum);
+    loss = at::where(loss.isnan().logical_and(sum.eq(0)), sum, loss);
+  }
+  return options.loss_dtype ? loss.to(*options.loss_dtype) : loss;
 }
 
 Outputs outputs_of(const at::Tensor& loss, const at::Tensor& lse, const at::Tensor& denominator, const Inputs& inputs,

@@ -228,8 +228,11 @@ void check_options(const Options& options);
 // The same, and for tensors of which native knows nothing: pairs, teachers, weights of samples.
 void check(const Inputs& inputs, const Options& options);
 
-// Whether the fused kernels take these arguments. Where they do not, `fallback` does, or raises native's error: there
-// is one source of truth for messages and for corners not worth a kernel.
+// Whether the arguments are those of a loss that this package defines. Native judges the others: it raises its error,
+// or accepts a corner that is not worth a kernel. So there is one source of truth for messages.
+bool is_valid(const Inputs& inputs, const Options& options);
+
+// Whether the fused kernels take these arguments: they are valid, and this build has kernels for their device.
 bool is_supported(const Inputs& inputs, const Options& options);
 
 // ---- what the results are where there is no kernel, in operations that are differentiable any number of times -------
@@ -239,11 +242,16 @@ using Outputs = std::array<at::Tensor, 6>;
 
 inline Results as_tuple(const Outputs& outputs) { return std::tuple_cat(outputs); }
 
-at::Tensor native_cross_entropy(const Inputs& inputs, const Options& options);
 Outputs composite(const Inputs& inputs, const Options& options);
 
-// native_cross_entropy where native has such a loss, else `composite`.
+// nll_loss of log-probabilities, in the place of the logits.
+at::Tensor composite_nll_loss(const Inputs& inputs, const Options& options);
+
+// The same for arguments that need not be valid: `composite`, after native's errors, or what native makes of them.
 Outputs fallback(const Inputs& inputs, const Options& options);
+
+// The loss that is PyTorch's own in everything, but for the types of targets and of the result.
+at::Tensor native_cross_entropy(const Inputs& inputs, const Options& options);
 
 // The same from what the kernels have found out.
 Outputs outputs_of(const at::Tensor& loss, const at::Tensor& lse, const at::Tensor& denominator, const Inputs& inputs,

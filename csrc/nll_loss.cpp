@@ -1,6 +1,7 @@
 // The operator cross_entropy_ext::nll_loss: its schema, the kernels that belong to no device, and its derivatives.
 #include "nll_loss.h"
 
+#include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_make_dual.h>
 #include <ATen/ops/_unpack_dual.h>
@@ -32,7 +33,7 @@ at::Tensor backward(const at::Tensor& grad_output, XENT_NLL_INPUTS, const at::Te
   return op.call(grad_output, input, target, as_list({weight}), denominator, reduction, ignore_index);
 }
 
-// What has no kernel, and whose errors are native's.
+// For errors, which are native's, and for what only native accepts.
 at::Tensor native(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
   const at::Tensor classes = is_index_type(target.scalar_type()) ? target.to(at::kLong) : target;
   const at::Tensor loss = at::nll_loss_nd(input, classes, weight, reduction, ignore_index);
@@ -45,11 +46,41 @@ bool has_kernel(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType>
   return is_supported({input, target, weight}, options);
 }
 
+// Half log-probabilities are read as they are; the loss is float32, as native's is of a copy.
+std::pair<OptionalTensor, at::ScalarType> with_wide_loss(const at::Tensor& input, const OptionalTensor& weight,
+                                                         std::optional<at::ScalarType> loss_dtype) {
+  const auto widened = [](at::ScalarType type) {
+    return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
+  };
+  return {has_value(weight) ? OptionalTensor(weight->to(widened(weight->scalar_type()))) : std::nullopt,
+          loss_dtype.value_or(widened(input.scalar_type()))};
+}
+
+// In PyTorch's operations: other devices, subclasses and transforms, which come before autocast.
+at::Tensor fallback(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
+  const auto device = input.device().type();
+  Options options = options_of(reduction, ignore_index, loss_dtype);
+  OptionalTensor class_weight = weight;
+  if (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device)) {
+    std::tie(class_weight, options.loss_dtype) = with_wide_loss(input, weight, loss_dtype);
+  }
+  check_options(options);
+  const Inputs inputs{input, target, class_weight};
+  return is_valid(inputs, options) ? composite_nll_loss(inputs, options)
+                                   : native(input, target, weight, reduction, ignore_index, loss_dtype);
+}
+
+// For tensor subclasses: it decomposes into ATen operators.
+at::Tensor composite_of(const at::Tensor& input, const at::Tensor& target, const OptionalTensors& weight,
+                        XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
+  return fallback(input, target, element_of(weight, 0), reduction, ignore_index, loss_dtype);
+}
+
 // ---- without autograd -----------------------------------------------------------------------------------------------
 
 at::Tensor loss_without_grad(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
   if (!has_kernel(input, target, weight, reduction, ignore_index, loss_dtype)) {
-    return native(input, target, weight, reduction, ignore_index, loss_dtype);
+    return fallback(input, target, weight, reduction, ignore_index, loss_dtype);
   }
   return std::get<0>(forward(input, target, weight, reduction, ignore_index, loss_dtype.value_or(input.scalar_type())));
 }
@@ -66,18 +97,13 @@ at::Tensor backward_meta(const at::Tensor&, const at::Tensor& input, const at::T
   return at::empty_like(input);
 }
 
-// Half log-probabilities are read as they are; the loss is float32, as native's is of a copy.
 template <c10::DeviceType device, c10::DispatchKey key>
 at::Tensor loss_autocast(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
-  const auto widened = [](at::ScalarType type) {
-    return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
-  };
   OptionalTensor kernel_weight = weight;
   if (input.device().type() == device) {
-    if (!loss_dtype) loss_dtype = widened(input.scalar_type());
-    if (has_value(weight)) kernel_weight = weight->to(widened(weight->scalar_type()));
+    std::tie(kernel_weight, loss_dtype) = with_wide_loss(input, weight, loss_dtype);
     if (!has_kernel(input, target, kernel_weight, reduction, ignore_index, loss_dtype)) {
-      return native(input, target, weight, reduction, ignore_index, loss_dtype);
+      return fallback(input, target, weight, reduction, ignore_index, loss_dtype);
     }
   }
   const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
@@ -159,9 +185,11 @@ at::Tensor with_tangent(const at::Tensor& x, const Function& function) {
 }
 
 at::Tensor loss_autograd(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
-  if (!has_kernel(input, target, weight, reduction, ignore_index, loss_dtype) ||
-      (has_value(weight) && has_tangent(*weight))) {
+  if (has_value(weight) && has_tangent(*weight)) {
     return native(input, target, weight, reduction, ignore_index, loss_dtype);
+  }
+  if (!has_kernel(input, target, weight, reduction, ignore_index, loss_dtype)) {
+    return fallback(input, target, weight, reduction, ignore_index, loss_dtype);
   }
   if (has_tangent(input)) {
     return with_tangent(
@@ -233,12 +261,17 @@ TORCH_LIBRARY_FRAGMENT(cross_entropy_ext, m) {
   m.def(("nll_loss(Tensor input, Tensor target, " + options).c_str());
   m.def(("nll_loss.weight(Tensor input, Tensor target, Tensor weight, " + options).c_str());
   m.def(
+      "_composite_nll_loss(Tensor input, Tensor target, Tensor?[] weight, int reduction, int ignore_index, *, "
+      "ScalarType? loss_dtype=None) -> Tensor");
+  m.def(
       "_nll_loss_forward(Tensor input, Tensor target, Tensor?[] weight, int reduction, int ignore_index, "
       "ScalarType loss_dtype) -> (Tensor loss, Tensor denominator)");
   m.def(
       "_nll_loss_backward(Tensor grad_output, Tensor input, Tensor target, Tensor?[] weight, Tensor denominator, "
       "int reduction, int ignore_index) -> Tensor");
 }
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeImplicitAutograd, m) { m.impl("_composite_nll_loss", &composite_of); }
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, CompositeExplicitAutograd, m) { register_function<loss_without_grad>(m); }
 
@@ -261,6 +294,6 @@ TORCH_LIBRARY_IMPL(cross_entropy_ext, Autograd, m) {
 }
 
 // torch.func: vmap, grad, jvp and their compositions.
-TORCH_LIBRARY_IMPL(cross_entropy_ext, FuncTorchDynamicLayerFrontMode, m) { register_function<native>(m); }
+TORCH_LIBRARY_IMPL(cross_entropy_ext, FuncTorchDynamicLayerFrontMode, m) { register_function<fallback>(m); }
 
 }  // namespace xent::nll

@@ -204,7 +204,7 @@ auto with_autocast(const Inputs& inputs, const Options& given, c10::DeviceType d
 template <c10::DeviceType device, c10::DispatchKey key>
 at::Tensor plain_autocast(const Inputs& inputs, const Options& given) {
   return with_autocast(inputs, given, device, [&](const Inputs& in, const Options& options) {
-    if (!is_supported(in, options)) return native_cross_entropy(inputs, given);
+    if (!is_valid(in, options)) return native_cross_entropy(inputs, given);
     const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
     return cross_entropy(in.logits, in.target, in.weight, options.reduction, options.ignore_index,
                          options.label_smoothing, options.loss_dtype, options.empty_is_zero, options.inplace);
@@ -249,14 +249,13 @@ Results results_functorch(const Inputs& inputs, const Options& options) {
   return as_tuple(fallback(inputs, options));
 }
 
-// The same for tensors of another kind, for which each operation means something of its own: it is none to them, but
-// what it is made of.
+// The same for tensor subclasses: it decomposes into ATen operators, so that the subclass handles each of them.
 std::vector<at::Tensor> composite_of(XENT_INPUTS, XENT_OPTIONS) {
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
   const Options options = Options::of(integers, numbers);
   check(inputs, options);
-  Outputs outputs = composite(inputs, options);
+  Outputs outputs = fallback(inputs, options);
   if (!options.statistics) return {outputs[0]};
   return {outputs.begin(), outputs.end()};
 }
