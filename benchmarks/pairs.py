@@ -1,8 +1,9 @@
 """What is written around the loss today, in PyTorch, and what it is now.
 
 A new row is two functions and a line in PAIRS. Both take the same arguments, the first of which gets the gradient, and
-return the loss and whatever else they are for. Today's is the shortest that is right. Arguments are drawn by their
-names. The lines of a function, but for the last one that returns, are what the README shows.
+return the loss and whatever else they are for. Today's is the shortest that is right, also where labels are padded with
+`ignore_index`. Arguments are drawn by their names. The lines of a function, but for the last one that returns, are what
+the README shows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ TODAY, NOW = "today", "now"
 
 
 def z_loss_today(logits, target):
-    loss = F.cross_entropy(logits, target) + 1e-4 * logits.logsumexp(1).square().mean()
+    z_loss = logits.logsumexp(1)[target != -100].square().mean()
+    loss = F.cross_entropy(logits, target) + 1e-4 * z_loss
     return loss
 
 
@@ -63,7 +65,7 @@ def logit_scale_now(logits, target):
 
 def sample_weight_today(logits, target, weight):
     losses = F.cross_entropy(logits, target, reduction="none")
-    loss = (weight * losses).sum() / weight.sum()
+    loss = (weight * losses).sum() / weight[target != -100].sum()
     return loss
 
 
@@ -73,19 +75,19 @@ def sample_weight_now(logits, target, weight):
 
 
 def statistics_today(logits, target, advantage):
-    log_p = logits.log_softmax(1)
-    log_prob = log_p.gather(1, target[:, None])[:, 0]
+    valid, log_p = target != -100, logits.log_softmax(1)
+    log_prob = log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
     entropy = -(log_p.exp() * log_p).sum(1)
-    accuracy = (logits.argmax(1) == target).float().mean()
-    loss = -(advantage * log_prob + 0.01 * entropy).mean()
+    accuracy = (logits.argmax(1) == target)[valid].float().mean()
+    loss = -(advantage * log_prob + 0.01 * entropy)[valid].mean()
     return loss, accuracy
 
 
 def statistics_now(logits, target, advantage):
-    stats = cross_entropy_with_stats(logits, target)
+    valid, stats = target != -100, cross_entropy_with_stats(logits, target)
     log_prob, entropy = stats.target_log_prob, stats.entropy
-    accuracy = (stats.argmax == target).float().mean()
-    loss = -(advantage * log_prob + 0.01 * entropy).mean()
+    accuracy = (stats.argmax == target)[valid].float().mean()
+    loss = -(advantage * log_prob + 0.01 * entropy)[valid].mean()
     return loss, accuracy
 
 
@@ -102,7 +104,7 @@ def distillation_now(student, teacher, T):
 
 def distillation_with_labels_today(student, teacher, target, T):
     log_p, q = (student / T).log_softmax(1), (teacher / T).softmax(1)
-    distilled = T**2 * F.kl_div(log_p, q, reduction="batchmean")
+    distilled = T**2 * F.kl_div(log_p, q, reduction="none").sum(1)[target != -100].mean()
     loss = 0.9 * distilled + 0.1 * F.cross_entropy(student, target)
     return loss
 
@@ -113,8 +115,9 @@ def distillation_with_labels_now(student, teacher, target, T):
 
 
 def top_k_teacher_today(student, indices, probs):
-    log_p = student.log_softmax(1)
-    loss = -(probs * log_p.gather(1, indices)).sum(1).mean()
+    valid = indices != -100
+    log_p = student.log_softmax(1).gather(1, indices.clamp(min=0))
+    loss = -(valid * probs * log_p).sum(1)[valid.any(1)].mean()
     return loss
 
 

@@ -124,7 +124,8 @@ def cross_entropy(
     Raises:
         IndexError: a target is neither a class nor ``ignore_index``; or there is no dimension ``dim``.
         ValueError: ``sample_weight`` of another shape; ``z_loss``, ``softcap`` or ``logit_scale`` that is not finite;
-            ``softcap`` not above 0; ``denominator`` with another reduction, or not a scalar.
+            ``z_loss`` below 0, ``softcap`` not above 0; ``denominator`` with another reduction, not a scalar, or the
+            number 0.
         RuntimeError, ValueError, TypeError: as PyTorch's own function, with its messages.
     """
     if size_average is not None or reduce is not None:

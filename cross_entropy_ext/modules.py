@@ -37,7 +37,7 @@ def _shown(module: nn.Module, defaults: dict[str, Any]) -> list[str]:
 
 
 def _complete(module: nn.Module, defaults: dict[str, Any]) -> None:
-    """Give the options that it has not to a module that was pickled before there were any, as native's subclass."""
+    """Give a module the options that it was pickled without, as when its class derived from native's."""
     for name, default in defaults.items():
         if not hasattr(module, name):
             setattr(module, name, default)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import itertools
@@ -17,6 +18,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import test_gpu
@@ -220,6 +222,57 @@ def test_the_code_that_is_shown_runs(pair, which):
     assert not any("return" in line for line in shown) and max(map(len, shown)) < 100
     cell = report.code_cell(shown)
     assert cell.count("`") == 2 * len(shown) and "\n" not in cell
+
+
+def columns_of_the_page(pair: Pair) -> dict[str, str]:
+    """Both pieces of code of the README's row."""
+    name = rf"\| {re.escape(pair.name)}(?:, \d+x\d+)? \| "
+    today, now = re.search(name + r"(`.*?`) \| (`.*?`) \|", (ROOT / "README.md").read_text()).groups()
+    return {TODAY: "\n".join(re.findall("`(.*?)`", today)), NOW: "\n".join(re.findall("`(.*?)`", now))}
+
+
+# The rows whose losses all take class weights.
+TAKE_WEIGHTS = (
+    "z-loss",
+    "softcap",
+    "scaled logits",
+    "distillation with labels",
+    "MixUp",
+    "negative log likelihood",
+)
+
+
+@pytest.mark.parametrize(
+    ("pair", "weighted"),
+    [(pair, weighted) for pair in PAIRS for weighted in (False, True) if not weighted or pair.name in TAKE_WEIGHTS],
+    ids=lambda value: value.name if isinstance(value, Pair) else "weighted" if value else "",
+)
+def test_the_columns_of_the_page_are_equal_where_labels_are_padded(pair, weighted):
+    """Both, as they are printed, on labels of which some are ignored; and with class weights in every loss."""
+    drawn = dict(zip(pair.arguments, pairs.draw(pair.arguments, (12, 50), "cpu"), strict=True))
+    for name, ignored in (("target", slice(0, 12, 3)), ("a", [1, 4]), ("b", [2, 4]), ("indices", [0, 7])):
+        if name in drawn:
+            drawn[name][ignored] = -100
+    if "indices" in drawn:
+        drawn["indices"][3, 5:] = -100
+    scope = {**vars(pairs)}
+    if weighted:
+        weights = torch.rand(50, generator=torch.Generator().manual_seed(9), dtype=torch.float64) * 5
+        for name in ("cross_entropy", "distillation_loss", "mixup_cross_entropy", "nll_loss"):
+            scope[name] = functools.partial(scope[name], weight=weights)
+        native = {name: functools.partial(getattr(F, name), weight=weights) for name in ("cross_entropy", "nll_loss")}
+        scope["F"] = SimpleNamespace(kl_div=F.kl_div, **native)
+    for name, value in drawn.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            drawn[name] = value.double()
+    differentiable = (pair.arguments[0], "teacher", "probs", "advantage")
+    leaves = [value.requires_grad_() for name, value in drawn.items() if name in differentiable]
+    results = []
+    for code in columns_of_the_page(pair).values():
+        ran = {**scope, **drawn}
+        exec(code, ran)
+        results.append([ran["loss"], ran.get("accuracy"), *torch.autograd.grad(ran["loss"], leaves)])
+    torch.testing.assert_close(*results, rtol=1e-11, atol=1e-14)
 
 
 # -- inputs and providers ------------------------------------------------------------------------------------

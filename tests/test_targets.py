@@ -1023,6 +1023,18 @@ def test_labels_beside_a_teacher_have_weights_and_smoothing(reduction: str, weig
         assert ext.distillation_loss(student, teacher, last, alpha=alpha, weight=torch.ones(9)).isfinite()
 
 
+def test_weighted_labels_beside_a_teacher_under_transforms() -> None:
+    student, teacher = logits_of((4, 6, 9), torch.float32), logits_of((4, 6, 9), torch.float32, key="teacher")
+    labels = torch.arange(24).view(4, 6) % 10 - 1
+    module = DistillationLoss(2.0, 0.3, ignore_index=-1, label_smoothing=0.1, weight=torch.rand(9) + 0.1)
+    each = torch.stack([module(student[i], teacher[i], labels[i]) for i in range(4)])
+    torch.testing.assert_close(torch.func.vmap(module)(student, teacher, labels), each)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(student[0], teacher[0], labels[0]), each[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(student[0].bfloat16(), teacher[0].bfloat16(), labels[0]).dtype == torch.float32
+
+
 def test_statistics_are_what_they_are_called() -> None:
     for shape in [(9,), (5, 9), (2, 9, 6)]:
         logits = logits_of(shape, torch.float64)
