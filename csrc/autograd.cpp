@@ -289,7 +289,9 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     } else {
       std::tie(loss, lse, denominator) = xent::forward(inputs, options);
     }
-    ctx->save_for_backward(to_save(inputs, lse, denominator));
+    // Hooks may lose precision, of which lse can spare none: the backward makes it anew, from the logits they return.
+    const bool hooked = at::SavedTensorDefaultHooks::get_hooks() && is_concrete(logits);
+    ctx->save_for_backward(hooked ? to_save(inputs, {}, {}) : to_save(inputs, lse, denominator));
     save_options(ctx, options);
     if (!options.statistics) return {loss};
     ctx->set_materialize_grads(false);
@@ -307,19 +309,20 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     return std::get<3>(forward_backward(inputs, options));
   }
 
-  // What the forward left out with the gradient that it made.
-  static at::Tensor lse_of(const Inputs& inputs, const Options& options) {
+  // lse and the denominator once more, where the forward left them out.
+  static std::pair<at::Tensor, at::Tensor> lse_of(const Inputs& inputs, const Options& options) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    return std::get<1>(xent::forward(inputs, options));
+    auto [loss, lse, denominator] = xent::forward(inputs, options);
+    return {lse, denominator};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     SavedInputs in(saved);
     const Inputs inputs = in.inputs();
-    at::Tensor lse = saved[6];
-    const at::Tensor& denominator = saved[7];
+    at::Tensor lse = saved[6], denominator = saved[7];
     const Options options = saved_options(ctx);
+    if (!lse.defined()) std::tie(lse, denominator) = lse_of(inputs, options);
     const bool pairs = options.form == Form::kPairs;
     // One edge for each tensor that forward was given.
     const bool has_weight = has_value(in.weight), wanted_weight = has_weight && ctx->needs_input_grad(2);
@@ -358,7 +361,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     }
     if (ctx->saved_data.count("grad_logits")) {
       ctx->saved_data["grad_logits"] = at::IValue();  // of no use: free it
-      if (lse.sym_numel() == 0) lse = lse_of(inputs, options);
+      if (lse.sym_numel() == 0) lse = lse_of(inputs, options).first;
     }
     if (wanted_weight) result[2] = weight_gradient(grad, inputs, denominator, options);
     if (wanted_logits && options.inplace && can_overwrite(inputs, grad, options)) {

@@ -167,12 +167,12 @@ struct Saved {
   Inputs inputs() const { return {logits, target, class_weight, companion, sample_weight, divisor}; }
 };
 
-// Whether to make the gradients in the forward, where the logits are: if they are those of the layer alone. float16
-// comes with a loss scale, without which gradients may be too small for it. Hooks on saved tensors mean to save memory.
+// Whether to make the gradients together with the loss, where the logits are: if they are those of the layer alone.
+// float16 comes with a loss scale, without which gradients may be too small for it.
 bool wants_one_pass(const Layer& layer, const Inputs& in, const Options& options) {
   const auto needs_none = [](const OptionalTensor& tensor) { return !has_value(tensor) || !tensor->requires_grad(); };
   return options.reduction != kNone && !options.statistics && !in.target.requires_grad() && needs_none(in.companion) &&
-         layer.input.scalar_type() != at::kHalf && !at::SavedTensorDefaultHooks::get_hooks();
+         layer.input.scalar_type() != at::kHalf;
 }
 
 // Where the context keeps the gradients of input, weight and bias that the forward has made.
@@ -195,7 +195,9 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     ctx->saved_data["numbers"] = std::vector<double>(numbers.begin(), numbers.end());
     ctx->saved_data["chunk"] = chunk;
     variable_list saved = Saved::list(layer, inputs);
-    if (one_pass) {
+    // Hooks on saved tensors mean to save memory, and may lose precision: then the backward makes all of it anew.
+    const bool hooked = at::SavedTensorDefaultHooks::get_hooks() && is_concrete(input);
+    if (one_pass && !hooked) {
       const auto wanted = wanted_of(layer);
       auto [loss, of_input, of_weight, of_bias] = linear::forward_backward(layer, inputs, options, chunk, wanted);
       // Each by itself: compilers of backwards look for tensors here, and not for lists of them.
@@ -206,8 +208,10 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
       return {loss};
     }
     const auto [loss, lse, denominator] = linear::forward(layer, inputs, options, chunk);
-    saved.push_back(lse);
-    saved.push_back(denominator);
+    if (!one_pass) {
+      saved.push_back(hooked ? at::Tensor() : lse);
+      saved.push_back(hooked ? at::Tensor() : denominator);
+    }
     ctx->save_for_backward(saved);
     if (!options.statistics) return {loss};
     ctx->set_materialize_grads(false);
@@ -227,8 +231,11 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
         list, Options::of(ctx->saved_data["integers"].toIntVector(), ctx->saved_data["numbers"].toDoubleVector()),
         ctx->saved_data["chunk"].toInt());
     if (c10::GradMode::is_enabled()) return differentiable_backward(list, saved, grads);
-    return list.size() == Saved::kTensors ? scaled_gradients(ctx, saved, grads[0])
-                                          : recomputed_gradients(saved, list[8], list[9], grads);
+    if (list.size() == Saved::kTensors) return scaled_gradients(ctx, saved, grads[0]);
+    if (list[8].defined()) return recomputed_gradients(saved, list[8], list[9], grads);
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto [loss, lse, denominator] = linear::forward(saved.layer(), saved.inputs(), saved.options, saved.chunk);
+    return recomputed_gradients(saved, lse, denominator, grads);
   }
 
  private:

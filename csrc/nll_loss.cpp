@@ -1,6 +1,7 @@
 // The operator cross_entropy_ext::nll_loss: its schema, the kernels that belong to no device, and its derivatives.
 #include "nll_loss.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/_make_dual.h>
@@ -121,7 +122,10 @@ struct Saved {
   int64_t reduction, ignore_index;
 
   static void save(AutogradContext* ctx, XENT_NLL_INPUTS, const at::Tensor& denominator, XENT_NLL_OPTIONS) {
-    ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), denominator});
+    // Hooks on saved tensors may lose precision, of which the denominator can spare none.
+    const bool hooked = denominator.defined() && at::SavedTensorDefaultHooks::get_hooks() && is_concrete(denominator);
+    if (hooked) ctx->saved_data["denominator"] = denominator;
+    ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), hooked ? at::Tensor() : denominator});
     ctx->saved_data["options"] = std::make_tuple(reduction, ignore_index);
   }
 
@@ -131,6 +135,8 @@ struct Saved {
     target = saved[1];
     if (saved[2].defined()) weight = saved[2];
     denominator = saved[3];
+    const auto kept = denominator.defined() ? ctx->saved_data.end() : ctx->saved_data.find("denominator");
+    if (kept != ctx->saved_data.end()) denominator = kept->second.toTensor();
     std::tie(reduction, ignore_index) = ctx->saved_data["options"].to<std::tuple<int64_t, int64_t>>();
   }
 };

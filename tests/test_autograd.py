@@ -34,7 +34,7 @@ from differentiable import (
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from cross_entropy_ext import CrossEntropyLoss
+from cross_entropy_ext import CrossEntropyLoss, functional
 from cross_entropy_ext.functional import cross_entropy_with_stats
 
 HALF = (torch.float16, torch.bfloat16)
@@ -450,6 +450,51 @@ def test_save_on_cpu(sample):
     with torch.autograd.graph.save_on_cpu():
         packed = grads(cross_entropy, logits, target, options)
     alike(packed, plain)
+
+
+def coarse(value):
+    """Of a tensor that has a fraction, 8 bits."""
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+    return value.bfloat16().to(value.dtype) if is_float else value
+
+
+@every_sample
+def test_hooks_that_lose_precision(sample):
+    """The gradient is that of the tensors that the hooks return, and nothing is lost besides."""
+    logits, target, options = sample.make()
+    with torch.autograd.graph.saved_tensors_hooks(coarse, lambda t: t):
+        found = grads(cross_entropy, logits, target, options)
+    options = {name: coarse(value) for name, value in options.items()}
+    alike(found[1:], grads(cross_entropy, coarse(logits), coarse(target), options)[1:])
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("name", ["statistics", "linear", "linear_half", "linear_statistics", "nll"])
+def test_hooks_that_lose_precision_of_relatives(name, reduction):
+    x, w, t = normal(7, 4), normal(5, 4), labels(5, 7, ignored=True)
+    upstream = normal(7) if reduction == "none" else torch.tensor(0.75, dtype=torch.float64)
+    if name == "linear_half":
+        x, w = x.half(), w.half()
+
+    def step(x, w):
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        if name == "statistics":
+            stats = cross_entropy_with_stats(x, t.clamp(max=3), reduction=reduction)
+            outputs, ones = (stats.loss, stats.entropy, stats.lse), torch.ones_like(stats.lse)
+            return torch.autograd.grad(outputs, x, (upstream, ones, ones))
+        if name == "nll":  # linear, but for its denominator
+            weight = torch.tensor([0.7, 0.3, 0.1, 0.9], dtype=torch.float64)
+            loss = functional.nll_loss(x, t.clamp(max=3), coarse(weight), reduction=reduction)
+            return torch.autograd.grad(loss, x, upstream)
+        if name == "linear_statistics":
+            stats = functional.linear_cross_entropy_with_stats(x, w, t, reduction=reduction)
+            return torch.autograd.grad((stats.loss, stats.entropy), (x, w), (upstream, torch.ones_like(stats.entropy)))
+        loss = functional.linear_cross_entropy(x, w, t, reduction=reduction)
+        return torch.autograd.grad(loss, (x, w), upstream.to(loss.dtype))
+
+    with torch.autograd.graph.saved_tensors_hooks(coarse, lambda t: t):
+        found = step(x, w)
+    alike(found, step(coarse(x), coarse(w)))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
