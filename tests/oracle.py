@@ -23,6 +23,10 @@ The pass rule has two halves, because a maximum over a tensor hides what happens
    element. A gradient of 1e-9 that comes out as 0 fails here, although the first half cannot see it.
 
 An element that is NaN or infinite in the rounded reference must be exactly that, and the other way round.
+
+On CUDA an exponential in float32 that is below 2^-126 is zero (`ex2.approx.ftz`): a class that is 87 nats below the
+largest has no part in the sums, and no gradient. While `flushes_exponentials` is set, an error may be that much too
+(`Exact.flushed`): 2^-126 for each class, times what the exponentials are multiplied by, which may be 65536.
 """
 
 from __future__ import annotations
@@ -38,13 +42,19 @@ from cross_entropy_ext import functional as ext
 # Of the arithmetic type, at the magnitude of an element's terms: exp, log, a sum, two products, a quotient.
 ROUNDINGS = 8
 
+# The smallest exponential in float32 that is not zero, on a device on which smaller ones are.
+SMALLEST_POWER = 2.0**-126
+flushes_exponentials = False
+
 
 @dataclass
 class Exact:
-    """A float64 result and, per element, the magnitude of the terms it is the sum of."""
+    """A float64 result; for each element the magnitude of the terms it is the sum of, and what zeros in the place of
+    the smallest exponentials change."""
 
     value: Tensor
     scale: Tensor
+    flushed: Tensor | float = 0.0
 
 
 def is_soft(input: Tensor, target: Tensor) -> bool:
@@ -94,6 +104,7 @@ def reference(
         denominator = divisor_scale = torch.tensor(float(counts.numel()), dtype=torch.double)
         curve = a.sum(-1, keepdim=True) * p - a
         curve_scale = a.abs().sum(-1, keepdim=True) * p * (1 + minus_lp.nan_to_num(posinf=0.0)) + a.abs()
+        mass = a.abs().sum(-1)
     else:
         y = target.detach().long().reshape(x.shape[:-1])  # ([1] for a (C,) input: native takes it for one position)
         counts = y != ignore_index
@@ -109,7 +120,9 @@ def reference(
         curve_scale = hot.abs().unsqueeze(-1) * one_hot.abs() * lengths + (
             a.abs().sum(-1, keepdim=True) * p * lengths + a.abs()
         )
+        mass = hot.abs() + a.abs().sum(-1)
 
+    flushed = zero_if(~counts, mass * (classes * SMALLEST_POWER))
     terms = zero_if(a == 0, a * minus_lp)
     loss, loss_scale = terms.sum(-1), terms.abs().sum(-1)
     if not soft and classes:
@@ -121,11 +134,13 @@ def reference(
     condition = torch.ones((), dtype=torch.double)
     if reduction != "none":
         loss, loss_scale = loss.sum(), loss_scale.sum()
+    loss_flushed = flushed if reduction == "none" else flushed.sum()
     if reduction == "mean":
         nothing = (denominator == 0) & (loss == 0) & (empty == "zero")
         condition = (divisor_scale / denominator.abs()).nan_to_num(1.0, posinf=1.0)
         loss = zero_if(nothing, loss / denominator)
         loss_scale = (loss_scale / denominator.abs()) * condition
+        loss_flushed = zero_if(denominator == 0, loss_flushed / denominator.abs())
         g = torch.zeros_like(g) if nothing else g / denominator
     g = g.expand(counts.shape).unsqueeze(-1)
 
@@ -135,11 +150,12 @@ def reference(
         if empty == "zero":
             value = zero_if(g == 0, value)
         keep = ~counts.unsqueeze(-1)
-        return Exact(zero_if(keep, value).movedim(-1, axis), zero_if(keep, scale).movedim(-1, axis))
+        lost = (g.abs() * flushed.unsqueeze(-1)).nan_to_num(0.0, posinf=0.0).expand_as(value)
+        return Exact(*(zero_if(keep, part).movedim(-1, axis) for part in (value, scale, lost)))
 
     if not soft and target.shape != loss.shape and reduction == "none":
-        loss, loss_scale = loss.reshape(target.shape), loss_scale.reshape(target.shape)
-    results = {"loss": Exact(loss, loss_scale), "input": shaped(curve, curve_scale)}
+        loss, loss_scale, loss_flushed = (part.reshape(target.shape) for part in (loss, loss_scale, loss_flushed))
+    results = {"loss": Exact(loss, loss_scale, loss_flushed), "input": shaped(curve, curve_scale)}
     if soft:
         results["target"] = shaped((1 - e) * w * minus_lp, ((1 - e) * w * minus_lp).abs())
         if weight is not None:
@@ -186,8 +202,11 @@ def assert_as_exact(
     eps, eps_arithmetic = torch.finfo(ours.dtype).eps, torch.finfo(arithmetic).eps
     nothing = spacing_of_nothing(ours.dtype)
     scale = zero_if(~finite, exact.scale.nan_to_num(0.0, posinf=0.0))
+    flushed = torch.zeros_like(error)
+    if flushes_exponentials and arithmetic != torch.float64:
+        flushed = flushed + exact.flushed
 
-    allowed = torch.maximum(eps * value.abs() + roundings * eps_arithmetic * scale + nothing, native_error)
+    allowed = torch.maximum(eps * value.abs() + roundings * eps_arithmetic * scale + nothing + flushed, native_error)
     worst = int((error - allowed).flatten().argmax())
     assert (error <= allowed).all(), (
         f"{name}[{worst}] is {got.flatten()[worst].item()!r}, exactly {value.flatten()[worst].item()!r}: "
@@ -198,7 +217,7 @@ def assert_as_exact(
         # Of the arithmetic one rounding too, where terms cancel; several in float64, where the reference is
         # itself rounded.
         noise = (roundings if ours.dtype == torch.float64 else 1) * eps_arithmetic * scale.max()
-        limit = native_error.max() + eps * value.abs().max() + noise + nothing
+        limit = native_error.max() + eps * value.abs().max() + noise + nothing + flushed.max()
         assert error.max() <= limit, (
             f"{name}: largest error {error.max():.3g}; native's {native_error.max():.3g}, limit {limit:.3g}"
         )

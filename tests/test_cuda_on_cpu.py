@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 from types import ModuleType
 
+import oracle
 import pytest
 import torch
 from cases import DTYPES, Objective, generator, name_of, place
@@ -66,7 +67,9 @@ def kernels(module: ModuleType):
     module.set_device(*DEVICES["h200"])
     module.set_schedule("in_order", 0)
     module.install()
+    oracle.flushes_exponentials = True
     yield module
+    oracle.flushes_exponentials = False
     module.uninstall()
     module.set_schedule("in_order", 0)
     module.check_errors()
@@ -266,6 +269,20 @@ def test_fewer_clusters_than_there_is_room_for(kernels: ModuleType) -> None:
                 check_all(logits, key=("clusters", shape))
             finally:
                 kernels.set_most_clusters(before)
+
+
+@pytest.mark.parametrize("largest", [4, 2, 1])
+def test_clusters_that_do_not_fit(kernels: ModuleType, largest: int) -> None:
+    """As on a part of a GPU: smaller ones, or rows that are read twice. The emulator refuses to launch others."""
+    kernels.set_device(*DEVICES["small-clusters"])
+    before = kernels.set_largest_cluster(largest)
+    try:
+        for shape in [(4, 8191), (3, 20_000)]:  # which fit half a cluster, and do not
+            logits = logits_of(shape, single)
+            assert kernels.plan(logits, index_target(logits))["cluster"] == 8
+            check(logits, index_target(logits), reduction="mean")
+    finally:
+        kernels.set_largest_cluster(before)
 
 
 def test_measuring_other_numbers(kernels: ModuleType) -> None:
@@ -724,6 +741,25 @@ def test_a_gradient_made_for_one_and_wanted_for_another(dtype: torch.dtype, scal
         else:  # ignored positions keep their zeros
             ignored = (target == -100).unsqueeze(1).expand(shape)
             assert first[~ignored].isnan().all() and not first[ignored].any()
+
+
+def test_exponentials_below_the_normal_numbers_are_zero() -> None:
+    """As `ex2.approx.ftz` has them: far from a gradient's smallest number where grad_output is large. Around the border
+    the oracle allows zeros and no more; in float64 none vanishes."""
+    gaps = torch.linspace(80, 110, 61, dtype=torch.double)
+    for classes in (61, 600, 6000):
+        rows = torch.zeros(2, classes, dtype=torch.double)
+        rows[:, 1:62] = -gaps[: classes - 1]
+        rows[:, 62:] = -95.0
+        for dtype, options in product((single, double), ({}, {"label_smoothing": 0.1})):
+            logits = rows.to(dtype)
+            for scale in (1.0, 65536.0):
+                grad_output = torch.tensor(scale, dtype=dtype)
+                check(logits, torch.zeros(2, dtype=torch.long), grad_output=grad_output, reduction="sum", **options)
+        leaf = rows.float().requires_grad_()
+        loss = ext.cross_entropy(leaf, torch.zeros(2, dtype=torch.long), reduction="sum")
+        (grad,) = torch.autograd.grad(loss, leaf, torch.tensor(65536.0))
+        assert ((grad[:, 1:61] == 0) == (gaps[:60] > 87.4).expand(2, -1)).all()
 
 
 def test_positions_without_classes_to_speak_of(kernels: ModuleType) -> None:

@@ -50,8 +50,10 @@ two_dtypes = pytest.mark.parametrize("dtype", [BF16, FP32], ids=name_of)
 
 @pytest.fixture(autouse=True)
 def errors_where_they_belong() -> Iterator[None]:
-    """What a kernel reports late is raised by the test that launched it."""
+    """What a kernel reports late is raised by the test that launched it. What exponentials lose on a GPU is allowed."""
+    oracle.flushes_exponentials = True
     yield
+    oracle.flushes_exponentials = False
     cross_entropy_ext.check_errors()
 
 
@@ -795,8 +797,8 @@ def test_several_backwards(sample: object, inplace: bool) -> None:
 def test_scaled_gradients(factor: float, dtype: torch.dtype) -> None:
     """As exact as an unscaled one, where the forward has made a gradient for a factor of one too: the elements that
     were too small for it appear."""
-    for shape in [(300, 10), (70, 1000), (3, 30_000), (2, 19, 16, 24)]:
-        logits = normal(shape, dtype) * 2
+    for shape, spread in [((300, 10), 2), ((300, 10), 16), ((70, 1000), 2), ((3, 30_000), 2), ((2, 19, 16, 24), 2)]:
+        logits = normal(shape, dtype) * spread
         target = torch.randint(shape[1], (shape[0], *shape[2:]), generator=random(shape), device=DEVICE)
         soft = normal(shape, FP32).softmax(1).to(dtype)
         for t, e in [(target, 0.0), (target, 0.1), (soft, 0.0)]:
@@ -983,6 +985,18 @@ def test_ignored_rows_full_of_nan(layout: str, reduction: str) -> None:
 BAD = [7_000_000, -1, 2**40, -(2**63)]
 
 
+def before_it_is_reported(call: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """What a forward and a backward return if no kernel has run before all are launched. A host that has other things
+    to do needs more time for that, and hears of the target in between."""
+    for more in range(9):
+        torch.cuda._sleep(A_WHILE << more)
+        try:
+            return call()
+        except IndexError:
+            torch.cuda.synchronize()
+    raise AssertionError("the host takes seconds to launch a backward")
+
+
 @layouts
 @reductions
 @pytest.mark.parametrize("bad", BAD)
@@ -995,8 +1009,7 @@ def test_a_target_out_of_bounds(layout: str, reduction: str, bad: int) -> None:
         flat = step.target.view(-1)
         position = flat.numel() // 2
         flat[position] = bad
-        torch.cuda._sleep(A_WHILE)  # the backward is under way before anything can be reported
-        loss, grad = step()
+        loss, grad = before_it_is_reported(step)
         message = rf"Target {bad} is out of bounds\. \(Position {position} of .* over {step.logits.size(1)} classes"
         with pytest.raises(IndexError, match=message):
             cross_entropy_ext.check_errors()

@@ -64,14 +64,19 @@ struct Workspace {
   }
 };
 
-// As many blocks as run at a time: a cluster that has to wait for another one's end would take as long again.
+// As many blocks as run at a time: a cluster that has to wait for another one's end would take as long again. Where no
+// cluster of a size fits, as on a part of a GPU, tries the next smaller one, and at last none.
 Plan plan_on(const DeviceScope& device, Task& task) {
-  Plan how = plan(task, device.limits());
-  if (how.shape.cluster == 1) return how;
-  int most = 0;
-  check(most_clusters(task, how, most), "number of clusters");
-  how.shape.blocks = std::min(how.shape.blocks, int64_t(std::max(1, most)) * how.shape.cluster);
-  return how;
+  Device limits = device.limits();
+  while (true) {
+    Plan how = plan(task, limits);
+    if (how.shape.cluster == 1) return how;
+    int most = 0;
+    check(most_clusters(task, how, most), "number of clusters");
+    how.shape.blocks = std::min(how.shape.blocks, int64_t(most) * how.shape.cluster);
+    if (most > 0) return how;
+    limits.largest_cluster = how.shape.cluster / 2;
+  }
 }
 
 // With class weights, what smoothing makes of their sum is known only on the device. Returns what has to outlive the

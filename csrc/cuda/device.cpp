@@ -2,6 +2,7 @@
 
 #include "launch.h"
 
+#include <c10/cuda/CUDACachingAllocator.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
@@ -36,6 +37,21 @@ int attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
+// Not from torch's allocator, whose memory may belong to a graph that is being captured. Where that one holds all there
+// is, it has to give back what nobody uses.
+void* allocate(size_t bytes) {
+  void* memory = nullptr;
+  cudaError_t status = cudaMalloc(&memory, bytes);
+  const bool capturing = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+  if (status == cudaErrorMemoryAllocation && !capturing) {  // which waits for the device
+    (void)cudaGetLastError();
+    c10::cuda::CUDACachingAllocator::emptyCache();
+    status = cudaMalloc(&memory, bytes);
+  }
+  C10_CUDA_CHECK(status);
+  return memory;
+}
+
 // May come while a graph is being captured, which must not notice.
 void initialize(State& state, int index) {
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
@@ -55,11 +71,10 @@ void initialize(State& state, int index) {
   C10_CUDA_CHECK(cudaDriverGetVersion(&driver));
   limits.overlaps_kernels = clusters && driver >= 12030;
 
+  void* const device = allocate(sizeof(int32_t));
   void* host = nullptr;
   C10_CUDA_CHECK(cudaHostAlloc(&host, sizeof(BadTarget), cudaHostAllocMapped | cudaHostAllocPortable));
   state.bad_target = new (host) BadTarget();
-  void* device = nullptr;
-  C10_CUDA_CHECK(cudaMalloc(&device, sizeof(int32_t)));
   cudaStream_t stream = nullptr;
   C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   C10_CUDA_CHECK(cudaMemsetAsync(device, 0, sizeof(int32_t), stream));

@@ -199,7 +199,10 @@ XENT_DEVICE float exp2_fast(float x) {
   return y;
 }
 #else
-inline float exp2_fast(float x) { return exp2f(x); }
+inline float exp2_fast(float x) {
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.f : y;
+}
 #endif
 XENT_DEVICE double exp2_fast(double x) { return exp2(x); }
 
@@ -394,8 +397,8 @@ Status launch(const LaunchShape& shape, void*, const Argument& argument) {
 }
 
 template <auto kernel>
-Status clusters_at_a_time(const LaunchShape&, int& most) {
-  most = emulator::most_clusters;
+Status clusters_at_a_time(const LaunchShape& shape, int& most) {
+  most = emulator::clusters_at_a_time(unsigned(shape.cluster));
   return kSuccess;
 }
 

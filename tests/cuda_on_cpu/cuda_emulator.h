@@ -158,6 +158,8 @@ struct Schedule {
 inline Schedule schedule;
 inline size_t most_shared_bytes = 227 << 10;  // of a block
 inline int most_clusters = 1 << 30;           // at a time, as the device would answer: a launch of more is refused
+inline unsigned largest_cluster = 8;          // of a larger one there is never any
+inline int clusters_at_a_time(unsigned cluster) { return cluster > largest_cluster ? 0 : most_clusters; }
 
 // As kernel<<<grid, block, shared_bytes>>>, in clusters of so many blocks along x. Returns when all threads have
 // exited, and throws Error if one of them did something wrong.
@@ -728,7 +730,8 @@ struct Machine {
     check(grid.x < 1u << 31 && grid.y < 1u << 16 && grid.z < 1u << 16, "grid.x is below 2^31, y and z below 2^16");
     check(cluster >= 1 && cluster <= kMostCluster, "a cluster has 1 to 8 blocks");
     check(grid.x % cluster == 0, "grid.x is a multiple of the cluster's blocks");
-    check(cluster == 1 || grid.x / cluster <= unsigned(most_clusters), "more clusters than run at a time");
+    check(cluster == 1 || grid.x / cluster <= unsigned(clusters_at_a_time(cluster)),
+          "more clusters than run at a time");
     check(shared_bytes <= most_shared_bytes, "more shared memory than a block can have");
   }
 

@@ -73,6 +73,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("set_schedule", &set_schedule);
   m.def("tune", &xent::gpu::tune);
   m.def("set_most_clusters", [](int most) { return std::exchange(emulator::most_clusters, most); });
+  m.def("set_largest_cluster", [](unsigned blocks) { return std::exchange(emulator::largest_cluster, blocks); });
   m.def("plan", &plan, pybind11::arg("logits"), pybind11::arg("target"), pybind11::arg("general") = false);
   m.def("set_device",
         [](int multiprocessors, int64_t shared_per_multiprocessor, int64_t shared_per_block, int largest_cluster) {
