@@ -20,12 +20,21 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import compositions
 import torch
 from compositions import classes_last, gather, pairs_of_mixup
-from oracle import ROUNDINGS, Exact, arithmetic_of, assert_as_exact, same_strides, storage_bytes, zero_if
+from oracle import (
+    ROUNDINGS,
+    SMALLEST_POWER,
+    Exact,
+    arithmetic_of,
+    assert_as_exact,
+    same_strides,
+    storage_bytes,
+    zero_if,
+)
 from torch import Tensor
 
 
@@ -295,6 +304,10 @@ def cross_entropy_with_stats(
     bend = zero_if((f.p == 0) | (g_h == 0), g_h * f.p * (f.terms - f.entropy.unsqueeze(-1)))
     bend_scale = g_h.abs() * f.p * f.lengths * (finite(f.terms + f.terms_scale) + f.entropy_scale.unsqueeze(-1))
 
+    # What is lost with probabilities of 2^-126 and less: each with a log p of 88 nats.
+    flushed = 88 * SMALLEST_POWER * classes
+    flushed_of_input = flushed * float(finite(g_h).abs().max()) if g_h.numel() else 0.0
+
     def statistic(value: Tensor, scale: Tensor) -> Exact:
         return Exact(zero_if(~counts, value), finite(zero_if(~counts, scale)))
 
@@ -302,8 +315,10 @@ def cross_entropy_with_stats(
         "loss": loss,
         "lse": statistic(f.lse, f.lse_scale),
         "target_log_prob": statistic(target_log_prob.value, target_log_prob.scale),
-        "entropy": statistic(f.entropy, f.entropy_scale),
-        "input": logits.gradient(dx.value + bend, (dx.scale + bend_scale) * total.condition),
+        "entropy": replace(statistic(f.entropy, f.entropy_scale), flushed=flushed),
+        "input": replace(
+            logits.gradient(dx.value + bend, (dx.scale + bend_scale) * total.condition), flushed=flushed_of_input
+        ),
         "sample_weight": total.gradient_of_sample_weight(losses, loss),
         "denominator": total.gradient_of_denominator(loss),
         "z_loss": total(z_loss * f.lse.square(), abs(z_loss) * f.lse_scale.square()),
