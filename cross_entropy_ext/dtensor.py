@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .distributed import (
     _Report,
+    checksums,
     class_dim,
     denominator_of_mean,
     exchange,
@@ -91,10 +92,11 @@ class _Layout:
 def results(input: DTensor, target: Tensor, **arguments) -> Tensor | CrossEntropyStats:
     """`functional.cross_entropy`, or with `statistics` `functional.cross_entropy_with_stats`, of logits in a DTensor.
 
-    Takes their arguments, tensors as DTensors or as the whole of them on every rank. Logits may be sharded along their
-    classes on one dimension of the mesh, and along positions on others, evenly or not; what is placed otherwise is
-    redistributed. The results are DTensors: scalars Replicate, and what has an element for each position sharded as the
-    positions are. The logits' gradient is placed as they are. ``inplace`` is without effect.
+    Takes their arguments, tensors as DTensors or as the whole of them, the same on every rank: plain labels and weights
+    that differ are an error wherever ranks exchange something. Logits may be sharded along their classes on one
+    dimension of the mesh, and along positions on others, evenly or not; what is placed otherwise is redistributed. The
+    results are DTensors: scalars Replicate, and what has an element for each position sharded as the positions are. The
+    logits' gradient is placed as they are. ``inplace`` is without effect.
 
     Errors are raised on every rank, as `distributed.vocab_parallel_cross_entropy` says; but where there is nothing to
     exchange (whole classes, and ``reduction='none'``), a target out of range is its own rank's error alone.
@@ -134,6 +136,12 @@ def _results(
     _check_shape("target", target, input.shape if soft else positions)
 
     everywhere, of_positions = [Replicate()] * layout.mesh.ndim, layout.placements_of_positions()
+    groups = layout.groups_of_positions() if reduction != "none" else []
+    plain = {"weight": weight, "denominator": denominator}
+    if layout.axis_of_classes is None:  # else those who have the same positions compare what is theirs
+        plain |= {"target": None if soft else target, "sample_weight": sample_weight}
+    plain = {name: None if isinstance(tensor, DTensor) else tensor for name, tensor in plain.items()}
+    sums_of_plain = checksums(plain, input.device) if groups else None
     logits = layout.local(input, layout.placements())
     target = layout.local(target, layout.placements() if soft else of_positions)
     if weight is not None:
@@ -149,7 +157,6 @@ def _results(
     options |= {"reduction": "none", "loss_dtype": loss_dtype}
     if reduction != "none":
         options |= {"reduction": "sum", "loss_dtype": torch.float64}
-    groups = layout.groups_of_positions() if reduction != "none" else []
     error = found = None
     try:
         if layout.axis_of_classes is not None:
@@ -178,7 +185,7 @@ def _results(
 
     sums = None if error else parts()
     for group in groups:
-        report = _Report(0, agreement=f"reduction={reduction}", error=error)
+        report = _Report(0, agreement=f"reduction={reduction}", error=error, checksums=sums_of_plain)
         try:
             sums = exchange(report, 3, lambda send, sums=sums: send.copy_(sums), group, logits.device).sum(0)
         except Exception as raised:

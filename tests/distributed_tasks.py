@@ -184,7 +184,9 @@ def linear_without_whole_logits(ranks: int) -> int | None:
                     self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
             return result
 
-    input, weight = torch.randn(512, 8, requires_grad=True), torch.randn(4000, 8, requires_grad=True)
+    torch.manual_seed(0)
+    input, weight = torch.randn(512, 8, requires_grad=True), torch.randn(4000 * ranks, 8).chunk(ranks)[dist.get_rank()]
+    weight.requires_grad_()
     with Largest() as largest:
         vocab_parallel_linear_cross_entropy(
             input, weight, torch.arange(512), group=GROUPS[ranks], options=in_chunks(64)
@@ -316,6 +318,7 @@ class Operators(TorchDispatchMode):
 def collectives(ranks: int, positions: int, statistics: bool, options: dict) -> tuple | None:
     if is_idle(ranks):
         return None
+    torch.manual_seed(dist.get_rank())
     logits = torch.randn(positions, 5, requires_grad=True)
     target = torch.arange(positions) % (5 * ranks)
     function = vocab_parallel_cross_entropy_with_stats if statistics else vocab_parallel_cross_entropy
@@ -486,6 +489,107 @@ def failing(ranks: int, kind: str, culprit: int) -> str | None:
     return message
 
 
+def disagreeing(ranks: int, kind: str, culprit: int, unread: bool) -> str | float | None:
+    """What a rank raises, or else its loss, where a tensor of `culprit` differs a little from the others'."""
+    if is_idle(ranks):
+        return None
+    rank, classes = dist.get_rank(), 5 * ranks
+    g = torch.Generator().manual_seed(0)
+    target = torch.randint(classes, (37,), generator=g)
+    input, weight = torch.randn(37, 6, generator=g), torch.randn(classes, 6, generator=g)
+    others = {"weight": torch.rand(classes, generator=g), "sample_weight": torch.rand(37, generator=g)}
+    others["denominator"] = torch.tensor(30.0)
+    linear = kind.startswith("linear")
+    if rank == culprit:
+        match kind.split()[-1]:
+            case "label":
+                target[3] = (target[3] + 1) % classes
+            case "order":
+                target = target.flip(0)
+            case "weight" | "sample_weight" | "denominator":
+                others[kind] = others[kind] + torch.eye(others[kind].numel() or 1)[0].reshape(others[kind].shape)
+            case "states":
+                input = torch.randn(37, 6, generator=torch.Generator().manual_seed(1))
+            case "rounding":
+                input = input * (1 + 1e-3 * torch.randn(37, 6, generator=g))
+                others = {name: value * (1 + 1e-7 * torch.rand((), generator=g)) for name, value in others.items()}
+                others["denominator"] = torch.tensor(30.0)
+            case "infinity":
+                input[2, 1] = torch.inf
+    reads = distributed._reads_reports
+    distributed._reads_reports = lambda device: not unread
+    mine = weight.chunk(ranks)[rank]
+    try:
+        if linear:
+            loss = vocab_parallel_linear_cross_entropy(input, mine, target, group=GROUPS[ranks], **others)
+        else:
+            loss = vocab_parallel_cross_entropy(
+                torch.randn(37, 5, generator=torch.Generator().manual_seed(rank)), target, group=GROUPS[ranks], **others
+            )
+        return loss.item()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        distributed._reads_reports = reads
+
+
+def gathered(ranks: int, kind: str, unread: bool) -> str | float | None:
+    """Where every rank hands the same logits: all of them, or, rightly, its own."""
+    if is_idle(ranks):
+        return None
+    g = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(6, 5, generator=g), torch.tensor([0, 4, -100, 1, 3, 3])
+    input, rows = torch.randn(6, 8, generator=g), torch.randn(5, 8, generator=g)
+    options: dict = {"group": GROUPS[ranks]}
+    match kind:
+        case "smoothed":
+            options["label_smoothing"] = 0.1
+        case "probabilities":
+            target = torch.randn(6, 5, generator=g).softmax(1)
+        case "ignored":
+            logits[2] = torch.arange(5) + dist.get_rank()  # nobody reads these
+        case "sizes are given":
+            options["shard_sizes"] = [5] * ranks
+        case "of another shard":
+            target[1] = 5
+        case "all equal":
+            logits.fill_(3.0)
+        case "zeros with a bias":
+            rows.zero_()
+        case "nothing counts":
+            target.fill_(-100)
+        case "one position differs":
+            logits[5, 0] += dist.get_rank()
+        case "probabilities of shards":
+            target = torch.full((6, 5), 1 / (5 * ranks))
+    reads = distributed._reads_reports
+    distributed._reads_reports = lambda device: not unread
+    try:
+        if kind in ("linear", "zeros with a bias"):
+            return vocab_parallel_linear_cross_entropy(
+                input, rows, target, local_bias=torch.full((5,), 0.5), **options
+            ).item()
+        return vocab_parallel_cross_entropy(logits, target, **options).item()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        distributed._reads_reports = reads
+
+
+def labels_of_dtensors(mesh: tuple[int, ...], placements: list[str], reduction: str) -> str | None:
+    """What is raised where plain labels beside a DTensor differ on the last rank."""
+    mesh = MESHES[mesh]
+    if mesh.get_coordinate() is None:
+        return None
+    logits, target = distribute_tensor(torch.zeros(4, 6), mesh, [PLACEMENTS[p] for p in placements]), torch.arange(4)
+    target[3] += dist.get_rank() // 3
+    try:
+        functional.cross_entropy(logits, target, reduction=reduction)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def failing_linear(ranks: int, kind: str, culprit: int) -> str | None:
     """The same of the sharded output layer, for what is found before anything is exchanged."""
     if is_idle(ranks):
@@ -560,6 +664,7 @@ def unread_reports(ranks: int, wrong: str | None) -> tuple[str | None, float] | 
 def second_derivative(ranks: int) -> str | None:
     if is_idle(ranks):
         return None
+    torch.manual_seed(dist.get_rank())
     logits = torch.randn(3, 4, requires_grad=True)
     loss = vocab_parallel_cross_entropy(logits, torch.arange(3), group=GROUPS[ranks])
     grad = torch.autograd.grad(loss, logits, create_graph=True)[0]
@@ -582,7 +687,7 @@ def compiled(ranks: int) -> None:
     def step_of_dtensor(x: Tensor) -> Tensor:
         return 2 * functional.cross_entropy(x * 3, target).to_local()
 
-    torch.manual_seed(0)
+    torch.manual_seed(dist.get_rank())
     local = torch.randn(3, 4)
     for function, x in (
         (step, local),
@@ -601,6 +706,7 @@ def compiled(ranks: int) -> None:
 def autocast(ranks: int) -> list[torch.dtype] | None:
     if is_idle(ranks):
         return None
+    torch.manual_seed(dist.get_rank())
     logits, target = torch.randn(3, 4, dtype=torch.bfloat16, requires_grad=True), torch.arange(3)
     weight = torch.ones(4 * ranks, dtype=torch.bfloat16)
     of_dtensor = distribute_tensor(torch.randn(3, 8, dtype=torch.bfloat16), MESHES[(ranks,)], [Shard(0)])

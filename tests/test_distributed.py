@@ -336,7 +336,7 @@ def test_the_same_bits_from_run_to_run(pool: processes.Pool, ranks: int) -> None
 # ------------------------------------------------------------------------------------------------------------
 # What the ranks say to each other.
 
-HEADER = 256
+HEADER = 256 + 160
 
 
 @every_world
@@ -496,6 +496,53 @@ def test_ranks_that_disagree(pool: processes.Pool, ranks: int) -> None:
 def test_ranks_that_cut_the_classes_otherwise(pool: processes.Pool) -> None:
     for message in pool.run("other_sizes", 2)[:2]:
         assert message.startswith("ValueError: ranks disagree: rank 0 has [2, 4] classes") and "[3, 3]" in message
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_tensors_that_differ(pool: processes.Pool, ranks: int) -> None:
+    """Labels by one class or by their order, weights by one element, states altogether: an error on every rank. What
+    rounding makes of them is none, and infinities are the loss's own."""
+    names = {"label": "target", "order": "target", "linear label": "target", "linear states": "input"}
+    names |= {name: name for name in ("weight", "sample_weight", "denominator")}
+    for kind, name in names.items():
+        for message in pool.run("disagreeing", ranks, kind=kind, culprit=ranks - 1, unread=False):
+            expected = f"ValueError: ranks disagree: {name} has to be the same on every rank of the group, but rank"
+            assert str(message).startswith(expected), (kind, message)
+            assert message.endswith(f"rank {ranks - 1} has another than rank 0")
+        for loss in pool.run("disagreeing", ranks, kind=kind, culprit=ranks - 1, unread=True):
+            assert isinstance(loss, float) and math.isnan(loss), (kind, loss)
+    for kind in ("nothing", "linear nothing", "linear rounding"):
+        for unread in (False, True):
+            for loss in pool.run("disagreeing", ranks, kind=kind, culprit=0, unread=unread):
+                assert math.isfinite(loss), (kind, loss)
+    assert all(
+        isinstance(v, float) for v in pool.run("disagreeing", ranks, kind="linear infinity", culprit=0, unread=False)
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_gathered_logits(pool: processes.Pool, ranks: int) -> None:
+    """All classes on every rank are an error; shards that happen to be alike are not."""
+    for kind in ("index", "smoothed", "probabilities", "ignored", "linear"):
+        for message in pool.run("gathered", ranks, kind=kind, unread=False):
+            assert str(message).startswith("ValueError: every rank has the same logits"), (kind, message)
+            assert "shard_sizes" in message
+        for loss in pool.run("gathered", ranks, kind=kind, unread=True):
+            assert isinstance(loss, float) and math.isnan(loss), (kind, loss)
+    legal = ["sizes are given", "of another shard", "all equal", "zeros with a bias", "one position differs"]
+    for kind in (*legal, "probabilities of shards", "nothing counts"):
+        for unread in (False, True):
+            for loss in pool.run("gathered", ranks, kind=kind, unread=unread):
+                assert isinstance(loss, float) and math.isnan(loss) == (kind == "nothing counts"), (kind, loss)
+
+
+def test_labels_beside_dtensors_that_differ(pool: processes.Pool) -> None:
+    for mesh, placements in (((4,), ["S0"]), ((4,), ["S1"]), ((2, 2), ["S0", "S1"]), ((2, 2), ["S0", "S0"])):
+        for reduction in ("mean", "sum", "none"):
+            messages = pool.run("labels_of_dtensors", mesh=mesh, placements=placements, reduction=reduction)
+            if reduction == "none" and placements != ["S1"]:  # nothing is exchanged, or not with everybody
+                continue
+            assert sum(m is not None and "ranks disagree: target" in m for m in messages) == 4, (placements, messages)
 
 
 LINEAR_ERRORS = {
