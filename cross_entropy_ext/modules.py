@@ -326,18 +326,13 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
 
     def _of_logits(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: dict) -> Tensor:
         """The loss of what something else in the place of the layer, say one with an adapter, makes of the input."""
-        positions = logits.shape[:-1]
         logits = logits.unflatten(-1, (self.num_classes, *self.out_features))
         if self.ignore_index is not None:
             if target.shape == logits.shape:
                 raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
             options["ignore_index"] = self.ignore_index
-        several = len(positions) > 1
-        if several:
-            logits, target = logits.flatten(0, len(positions) - 1), target.flatten(0, len(positions) - 1)
-            sample_weight = None if sample_weight is None else sample_weight.flatten()
-        loss = functional.cross_entropy(logits, target, sample_weight=sample_weight, **options)
-        return loss.unflatten(0, positions) if several and loss.dim() else loss
+        dim = 1 if self.out_features else -1
+        return functional.cross_entropy(logits, target, sample_weight=sample_weight, dim=dim, **options)
 
     def extra_repr(self) -> str:
         native = (
