@@ -17,6 +17,7 @@ load()  # before anything else imports torch, so that what is missing is said in
 tag_compile_caches()
 
 from . import distributed, functional
+from ._decompositions import register_decompositions
 from ._flops import register_flop_formulas
 from .functional import (
     CrossEntropyStats,
@@ -35,6 +36,7 @@ from .modules import CrossEntropyLoss, DistillationLoss, LinearCrossEntropyLoss,
 from .patch import is_patched, patch_torch, unpatch_torch
 from .runtime import build_info, check_errors, empty_cache
 
+register_decompositions()
 register_flop_formulas()
 
 __all__ = [

@@ -40,8 +40,9 @@ std::pair<at::Tensor, at::Tensor> log_softmax_and_lse(const at::Tensor& x, int64
 }
 
 // The error of the kernels, where values can be asked for; elsewhere whatever uses them raises its own.
-void check_classes(const at::Tensor& index, const at::Tensor& counts, int64_t classes) {
+void check_classes(const at::Tensor& index, const at::Tensor& counts, const at::Tensor& logits) {
   if (!index.is_cpu() || !is_concrete(index)) return;
+  const int64_t classes = logits.size(class_dim(logits));
   const at::Tensor bad = index.masked_select(counts.logical_and(index.lt(0).logical_or(index.ge(classes))));
   if (bad.numel() > 0) TORCH_CHECK_INDEX(false, "Target ", bad[0].item<int64_t>(), " is out of bounds.");
 }
@@ -67,7 +68,7 @@ class Composite {
       index_ = labels.to(at::kLong);
       if (form_ != Form::kPairs) index_ = index_.unsqueeze(dim_);
       const at::Tensor counts = index_.ne(options.ignore_index);
-      check_classes(index_, counts, in.logits.size(dim_));
+      check_classes(index_, counts, in.logits);
       index_ = zero_unless(counts, index_);
       probs_ = counts.to(type_);
       if (form_ == Form::kPairs) probs_ = zero_unless(counts, in.companion->to(type_));
@@ -109,11 +110,14 @@ class Composite {
   }
 
  private:
+  // Of all sizes the one that a graph with symbols for them has to have as a number.
+  double classes() const { return double(in_.logits.sym_size(dim_).guard_int(__FILE__, __LINE__)); }
+
   bool has_labels() const { return form_ == Form::kTeacher && has_value(in_.companion); }
 
   at::Tensor smoothing() const {  // e / C sum_c w_c (lse - x_c)
     const at::Tensor terms = weight_.defined() ? product(weight_.expand_as(log_p_), log_p_) : log_p_;
-    return terms.sum(dim_, true) * (-options_.label_smoothing / double(in_.logits.size(dim_)));
+    return terms.sum(dim_, true) * (-options_.label_smoothing / classes());
   }
 
   at::Tensor target_log_prob() const {
@@ -125,7 +129,7 @@ class Composite {
     const double keep = 1 - options_.label_smoothing;
     if (form_ == Form::kTeacher) return teacher_loss();
     if (form_ == Form::kProbabilities) {
-      at::Tensor a = target_ * keep + options_.label_smoothing / double(in_.logits.size(dim_));
+      at::Tensor a = target_ * keep + options_.label_smoothing / classes();
       if (weight_.defined()) a = a * weight_;
       return -product(a, log_p_).sum(dim_, true);
     }

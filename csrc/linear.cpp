@@ -32,7 +32,9 @@ at::Tensor logits_of(const Layer& layer) {
   const auto& weight = layer.weight;
   OptionalTensor bias;
   if (has_value(layer.bias)) bias = layer.bias->reshape({-1});
-  return at::linear(layer.input, weight.flatten(0, -2), bias).view_symint(stand_in(layer).sym_sizes());
+  const at::Tensor logits = at::linear(layer.input, weight.flatten(0, -2), bias);
+  // A trace would keep the sizes as they are here.
+  return weight.dim() == 2 ? logits : logits.view_symint(stand_in(layer).sym_sizes());
 }
 
 namespace {

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
 #include <torch/version.h>
 
 #include "cpu/gradient_memory.h"
@@ -13,6 +14,7 @@
 #include "cuda/tuning.h"
 #endif
 #include "cross_entropy.h"
+#include "dispatch.h"
 #include "nll_loss.h"
 
 namespace xent {
@@ -45,6 +47,23 @@ at::Tensor nll_loss_from_python(const at::Tensor& input, const at::Tensor& targe
   return nll::loss(input, target, weight, reduction, ignore_index, std::nullopt);
 }
 
+// torch.jit.trace has an operator as one node, as any operator for whose tracing there is no kernel. ONNX has no such
+// node: for it, the trace shows what torch.func works with, the operations that a loss is made of.
+void trace(const c10::OperatorHandle& op, c10::DispatchKeySet keys, std::vector<c10::IValue>* stack) {
+  const auto exports_to_onnx = [] {
+    const pybind11::gil_scoped_acquire gil;
+    return pybind11::module_::import("torch.onnx").attr("is_in_onnx_export")().cast<bool>();
+  };
+  if (exports_to_onnx()) {
+    op.callBoxedForDispatchKey(c10::DispatchKey::FuncTorchDynamicLayerFrontMode, *stack);
+  } else {
+    static const auto any_operator = c10::Dispatcher::singleton()
+                                         .findSchemaOrThrow("cross_entropy_ext::_forward", "")
+                                         .getComputedKernelForDispatchKey(c10::DispatchKey::Tracer);
+    any_operator.callBoxed(op, keys, stack);
+  }
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
 #if defined(__clang__)
@@ -69,6 +88,14 @@ void check_errors() {
 }
 
 }  // namespace
+
+TORCH_LIBRARY_IMPL(cross_entropy_ext, Tracer, m) {
+  for (const char* name : {"cross_entropy", "cross_entropy.weight", "cross_entropy_with_stats", "general_cross_entropy",
+                           "linear_cross_entropy", "linear_cross_entropy_with_stats", "nll_loss", "nll_loss.weight"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&trace>());
+  }
+}
+
 }  // namespace xent
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

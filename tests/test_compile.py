@@ -478,13 +478,14 @@ def test_export(name, strict):
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
-    programs = [program, program.run_decompositions(), torch.export.load(buffer)]
+    loaded, decomposed = torch.export.load(buffer), program.run_decompositions()
     for n in (4, 7, 33):
         x, t = inputs(n), target(n)
         with torch.no_grad():
             expected = model(x, t)
-            for p in programs:
+            for p in (program, loaded):
                 same(p.module()(x, t), expected)
+            alike(decomposed.module()(x, t), expected)
     x, t = inputs(3), target(3)  # what comes back can be trained
     found = []
     for module in (model, program.module()):
