@@ -796,6 +796,7 @@ def _unusual(input, target, weight, ignore_index, reduction, label_smoothing, lo
         _native_cross_entropy(
             torch.zeros(1, 1), torch.zeros(1).long(), None, None, ignore_index, None, reduction, label_smoothing
         )
+        label_smoothing = float(label_smoothing)
         if reduction == "elementwise_mean":
             reduction = "mean"
     elif loss_dtype is None and empty == "nan":
