@@ -661,7 +661,7 @@ def _arguments(
     tensors = (*tensors[:-1], _divisor(tensors[-1], tensors[0]))
     for place, (name, tensor) in enumerate(zip(_NAMES[form], tensors, strict=True)):
         optional = tensor is None and place >= 2 and name != "probs"
-        if not optional:
+        if not (optional or isinstance(tensor, Tensor)):  # asked here, too, for a call takes longer
             check_tensors(**{name: tensor})
     if isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an integer, but got {ignore_index}")
