@@ -651,6 +651,15 @@ def denominator_of_mean(
     return sum_in_order(torch.where(valid, parts, 0.0))
 
 
+def ratio_of_denominators(denominator: Tensor, of_classes: Tensor, label_smoothing: float, empty: str) -> Tensor:
+    """By what class weights are multiplied where a z-loss has a mean of its own: csrc/cross_entropy.h, KernelInputs."""
+    ratio = denominator / of_classes
+    if empty == "nan":
+        return ratio
+    nothing = of_classes == 0
+    return torch.where(nothing & (denominator == 0) if label_smoothing else nothing, 1.0, ratio)
+
+
 def zero_is_one(denominator: Tensor, total: Tensor, empty: str) -> Tensor:
     """What a sum is divided by, so that a mean over nothing is what it is to be."""
     return denominator if empty == "nan" else torch.where((denominator == 0) & (total == 0), 1.0, denominator)
@@ -963,7 +972,7 @@ class _Combined:
 class _Loss:
     """The loss of all classes, after an exchange of what `fill` writes of this rank's. Positions are flat, in float64.
 
-    `divide_by` is what the backward divides by.
+    `weight` and `divide_by` are the class weights of the backward, and what it divides by.
     """
 
     def __init__(self, problem, logits, target, weight, sample_weight, denominator, fill) -> None:
@@ -981,9 +990,15 @@ class _Loss:
         if problem.report.classes != _UNKNOWN and not problem.weighted and len(received) > 1:
             received = _refused_if_gathered(received, problem, self.valid)
         self.found = found = _Combined(received)
-        losses = found.losses
+        losses, self.weight = found.losses, weight
+        counted = positions.numel(), self.valid
         if options.z_loss != 0:
             self.of_z = options.z_loss * found.lse.square()
+            if options.reduction == "mean" and denominator is None and self.valid is not None and weight is not None:
+                denominator = denominator_of_mean(target, *counted, None, sample_weight)
+                of_classes = denominator_of_mean(target, *counted, weight, sample_weight)
+                ratio = ratio_of_denominators(denominator, of_classes, options.label_smoothing, options.empty)
+                losses, self.weight = losses * ratio, (weight.double() * ratio).to(weight.dtype)
             losses = losses + self.of_z
         self.losses = losses = self.weighted(losses)
         if options.reduction == "none":
@@ -993,7 +1008,7 @@ class _Loss:
             if options.reduction == "sum":
                 divide_by = total.new_ones(())
             elif denominator is None:
-                divide_by = denominator_of_mean(target, positions.numel(), self.valid, weight, sample_weight)
+                divide_by = denominator_of_mean(target, *counted, weight, sample_weight)
             if options.reduction == "mean":
                 divide_by = zero_is_one(divide_by, total, options.empty)
                 total = total / divide_by
@@ -1023,7 +1038,7 @@ class _VocabParallel(torch.autograd.Function):
             denominator,
             lambda rows: _fill_rows(rows, problem, logits, target, weight),
         )
-        loss, found, valid, divide_by = made.loss, made.found, made.valid, made.divide_by
+        loss, found, valid, weight, divide_by = made.loss, made.found, made.valid, made.weight, made.divide_by
 
         saved = found.saved(problem.arithmetic, 6 if options.statistics else 3)
         ctx.problem, tensors = problem, [logits, target, weight, sample_weight, divide_by, saved]
@@ -1044,7 +1059,7 @@ class _VocabParallel(torch.autograd.Function):
         ctx.save_for_backward(*tensors, alone if problem.asks_twice else None)
         z_loss = torch.zeros_like(made.losses) if options.z_loss == 0 else made.weighted(made.of_z)
         z_loss = z_loss.view(positions) if options.reduction == "none" else sum_in_order(z_loss) / divide_by
-        argmax = statistic(found.argmax(), -1)
+        argmax = statistic(found.argmax(), -2 if options.ignore_index == -1 else -1)
         z_loss = z_loss.to(problem.loss_dtype)
         ctx.mark_non_differentiable(z_loss, argmax)
         lse, log_prob, entropy = (
@@ -1143,7 +1158,7 @@ class _VocabParallelLinear(torch.autograd.Function):
         made = _Loss(problem, logits, target, weight, sample_weight, denominator, fill)
         ctx.problem, ctx.chunk = problem, chunk
         ctx.save_for_backward(
-            *layer, target, weight, sample_weight, made.divide_by, made.found.saved(problem.arithmetic, 3)
+            *layer, target, made.weight, sample_weight, made.divide_by, made.found.saved(problem.arithmetic, 3)
         )
         return made.loss
 

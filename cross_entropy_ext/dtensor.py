@@ -23,6 +23,7 @@ from .distributed import (
     exchange,
     positions_of,
     positions_that_count,
+    sum_in_order,
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_with_stats,
     vocab_parallel_linear_cross_entropy,
@@ -157,11 +158,16 @@ def _results(
     options |= {"reduction": "none", "loss_dtype": loss_dtype}
     if reduction != "none":
         options |= {"reduction": "sum", "loss_dtype": torch.float64}
+    z_loss = options["z_loss"]
+    # Class weights are in the denominator of the cross entropy and not in that of the z-loss: then there are two sums.
+    apart = z_loss != 0 and reduction == "mean" and denominator is None and weight is not None and not soft
+    if apart:
+        options["z_loss"] = 0.0
     error = found = None
     try:
         if layout.axis_of_classes is not None:
-            found = _of_shards(layout, input, logits, target, statistics, options)
-        elif statistics:
+            found = _of_shards(layout, input, logits, target, statistics or apart, options)
+        elif statistics or apart:
             found = cross_entropy_with_stats(logits, target, **options)
         else:
             found = (cross_entropy(logits, target, **options),)
@@ -177,35 +183,45 @@ def _results(
     if reduction == "none":
         return CrossEntropyStats(*map(whole, found)) if statistics else whole(found[0])
 
-    def parts() -> Tensor:
-        valid = positions_that_count(target, options["ignore_index"])
-        count = denominator_of_mean(target, positions_of(logits).numel(), valid, weight, sample_weight)
-        total = found[0].detach()
-        return torch.stack([total, count, found[4].detach() if statistics else torch.zeros_like(total)])
+    def of_z_loss() -> Tensor:
+        if not apart:
+            return found[4] if statistics else torch.zeros_like(found[0])
+        terms = z_loss * found[1].double().square()  # lse, which is zero where positions are ignored
+        return sum_in_order((terms if sample_weight is None else terms * sample_weight).reshape(-1))
 
+    def parts() -> Tensor:
+        counted = target, positions_of(logits).numel(), positions_that_count(target, options["ignore_index"])
+        counts = [denominator_of_mean(*counted, of_classes, sample_weight) for of_classes in (weight, None)]
+        return torch.stack([found[0].detach(), own_z_loss.detach(), *counts])
+
+    own_z_loss = None if error else of_z_loss()
     sums = None if error else parts()
     for group in groups:
         report = _Report(0, agreement=f"reduction={reduction}", error=error, checksums=sums_of_plain)
         try:
-            sums = exchange(report, 3, lambda send, sums=sums: send.copy_(sums), group, logits.device).sum(0)
+            sums = exchange(report, 4, lambda send, sums=sums: send.copy_(sums), group, logits.device).sum(0)
         except Exception as raised:
             error = raised
     if error is not None:
         raise error
-    total, divide_by, z_loss = sums.unbind()
+    total, total_z_loss, divide_by, divide_z_by = sums.unbind()
     if reduction == "sum":
         divide_by = torch.ones_like(total)
     else:
         divide_by = zero_is_one(divide_by if denominator is None else denominator, total, empty)
+    divide_z_by = zero_is_one(divide_z_by, total_z_loss, empty) if apart else divide_by
+    share, result, of_z = found[0] / divide_by, total / divide_by, total_z_loss / divide_z_by
+    if apart:
+        share, result = share + own_z_loss / divide_z_by, result + of_z
 
     def scalar(value: Tensor) -> DTensor:
         return DTensor.from_local(value, layout.mesh, everywhere, run_check=False)
 
-    loss = scalar(_SumOfRanks.apply(found[0], (total / divide_by).to(loss_dtype), divide_by))
+    loss = scalar(_SumOfRanks.apply(share, result.to(loss_dtype)))
     if not statistics:
         return loss
     _, *of_each, _, argmax = found
-    return CrossEntropyStats(loss, *map(whole, of_each), scalar((z_loss / divide_by).to(loss_dtype)), whole(argmax))
+    return CrossEntropyStats(loss, *map(whole, of_each), scalar(of_z.to(loss_dtype)), whole(argmax))
 
 
 def _of_shards(
@@ -275,13 +291,12 @@ class _Waited(torch.autograd.Function):
 
 
 class _SumOfRanks(torch.autograd.Function):
-    """The reduced loss, of which this rank's sum is a part."""
+    """The reduced loss, of which this rank has a share."""
 
     @staticmethod
-    def forward(ctx, part: Tensor, loss: Tensor, divide_by: Tensor) -> Tensor:
-        ctx.save_for_backward(divide_by)
+    def forward(ctx, share: Tensor, loss: Tensor) -> Tensor:
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.double() / ctx.saved_tensors[0], None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.double(), None

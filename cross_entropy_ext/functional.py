@@ -100,7 +100,9 @@ def cross_entropy(
         sample_weight: :math:`s`, a factor for each position, of the shape of class indices; floating, bool or integer.
             ``'mean'`` then divides by the sum of :math:`w_y s` over the positions that count, for probabilities of
             :math:`s`. Where it requires a gradient, the loss is made by PyTorch's own operations.
-        z_loss: :math:`z`, what the squared logarithm of the sum of exponentials is multiplied by; not by class weights.
+        z_loss: :math:`z`, what the squared logarithm of the sum of exponentials is multiplied by. Class weights have no
+            part in this term: ``'mean'`` adds :math:`z` times the mean of :math:`\mathrm{lse}^2` over the positions
+            that count, weighted by ``sample_weight`` alone. A given ``denominator`` divides both terms.
         softcap: a positive bound that logits approach smoothly, or None.
         logit_scale: what logits are multiplied by first, an inverse temperature.
         loss_dtype: dtype of the result. Default: the input's, promoted with probabilities and their weights; float32
@@ -178,8 +180,9 @@ class CrossEntropyStats(NamedTuple):
     """What one pass over logits (N, C, d1, ..., dK) finds out.
 
     All but ``loss`` and ``z_loss`` have an element for each position, (N, d1, ..., dK): 0 where it is ignored
-    (``argmax``: -1). They are of the logits as the loss sees them, after ``logit_scale`` and ``softcap``, and neither
-    weighted nor smoothed; in float32, or float64 where the logits or probabilities are.
+    (``argmax``: -1, or -2 where ``ignore_index`` is -1, so that no padding equals it). They are of the logits as the
+    loss sees them, after ``logit_scale`` and ``softcap``, and neither weighted nor smoothed; in float32, or float64
+    where the logits or probabilities are.
     """
 
     loss: Tensor
@@ -196,7 +199,10 @@ class CrossEntropyStats(NamedTuple):
     z_loss: Tensor
     """What ``z_loss`` adds to ``loss``, and reduced as that is."""
     argmax: Tensor
-    """The class of the largest logit, int64; of equals the first."""
+    """The class of the largest logit, int64; of equals the first.
+
+    ``(stats.argmax == target)[target != ignore_index].float().mean()`` is the accuracy over the positions that count.
+    """
 
 
 def cross_entropy_with_stats(
@@ -332,14 +338,26 @@ def mixup_cross_entropy(
     r"""The loss of MixUp (arXiv 1710.09412) and CutMix (arXiv 1905.04899): :math:`\lambda\,\mathrm{ce}(x, a) + (1 -
     \lambda)\,\mathrm{ce}(x, b)`, in one pass over the logits.
 
+    That is ``lam * cross_entropy(input, target_a, ...) + (1 - lam) * cross_entropy(input, target_b, ...)`` for every
+    option: a mean divides each part by its own denominator. Where ``lam`` has elements, each multiplies the losses of
+    its sample or position before they are summed.
+
     Args:
         input: logits of shape (C), (N, C) or (N, C, d1, ..., dK).
         target_a, target_b: class indices of shape (), (N) or (N, d1, ..., dK).
-        lam: the share of ``target_a``: a number, or a tensor of shape (), (N) or (N, d1, ..., dK).
-        weight, ...: as for :func:`sparse_cross_entropy`, of two pairs for each position.
+        lam: the share of ``target_a``: a number in [0, 1], or a tensor of shape (), (N) or (N, d1, ..., dK), whose
+            values are not checked. It may require a gradient.
+        weight: one factor per class, of shape (C), any floating dtype.
+        ignore_index: a label with this value adds nothing to its part, and is not counted there.
+        reduction, label_smoothing, ...: as for :func:`cross_entropy`. The logits are read twice for class weights with
+            both ``label_smoothing`` and ``z_loss``, and for a ``lam`` that requires a gradient with one of these two.
 
-    Returns, Raises:
-        As :func:`sparse_cross_entropy`.
+    Returns:
+        A scalar, or for ``reduction='none'`` a loss for each position; in the input's dtype, or ``loss_dtype``.
+
+    Raises:
+        IndexError: a target is neither a class nor ``ignore_index``.
+        ValueError: shapes that disagree, a number ``lam`` out of range, or as :func:`cross_entropy`.
     """
     if dim != 1:
         (input,) = _classes_at_one(dim, input=input)
@@ -357,7 +375,6 @@ def mixup_cross_entropy(
             f"target_a must have a class for each position of an input of shape {tuple(input.shape)}, "
             f"but got the shape {tuple(target_a.shape)}"
         )
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     if isinstance(lam, Tensor):
         if lam.is_complex():
             raise ValueError(f"lam must be a number or a tensor of a real type, but got {lam.dtype}")
@@ -366,27 +383,168 @@ def mixup_cross_entropy(
                 f"lam must be a number or a tensor whose shape begins that of target_a, {tuple(target_a.shape)}, "
                 f"but got the shape {tuple(lam.shape)}"
             )
-        lam = lam.to(torch.promote_types(lam.dtype, dtype))  # before 1 - lam is formed
-        share = lam.reshape(lam.shape + (1,) * (target_a.dim() - lam.dim())).expand(target_a.shape)
+        lam = lam.to(torch.promote_types(lam.dtype, _arithmetic(input)))  # before 1 - lam is formed
+        lam = lam.reshape(lam.shape + (1,) * (target_a.dim() - lam.dim()))
+        shares = torch.stack([lam, 1 - lam], axis)
     else:
-        # A product, which torch.compile traces for whatever number is drawn; torch.full would be compiled for each.
-        share = (torch.ones((), dtype=dtype, device=input.device) * _number("lam", lam)).expand(target_a.shape)
-    return sparse_cross_entropy(
+        lam = _number("lam", lam)
+        if not 0 <= lam <= 1:
+            raise ValueError(f"lam must be in [0, 1], but got {lam}")
+        wide = {"dtype": torch.float64, "device": input.device}
+        if _is_dynamo_compiling():  # which traces this for whatever number is drawn
+            shares = torch.arange(2, **wide) * (1 - 2 * lam) + lam
+        else:
+            shares = torch.linspace(lam, 1 - lam, 2, **wide)
+        shares = shares.view((1,) * axis + (2,) + (1,) * (target_a.dim() - axis))
+    return _mixture(
         input,
-        torch.stack([target_a, target_b], axis),
-        torch.stack([share, 1 - share], axis),
+        (target_a, target_b),
+        shares,
         weight,
+        axis,
+        reduction,
+        sample_weight,
+        denominator,
+        loss_dtype,
+        empty,
         ignore_index=ignore_index,
-        reduction=reduction,
         label_smoothing=label_smoothing,
-        sample_weight=sample_weight,
         z_loss=z_loss,
         softcap=softcap,
         logit_scale=logit_scale,
+    )
+
+
+def _mixture(
+    input, targets, shares, weight, axis, reduction, sample_weight, denominator, loss_dtype, empty, **options
+) -> Tensor:
+    """The sum over labels j of ``shares`` times their cross entropy, each divided by its own denominator.
+
+    A label's factor F is its share divided by the denominator of its part, or zero where the label is ignored. The loss
+    of a position is sum_j F_j (1 - e) w_j t_j + (sum_j F_j) smoothing + (sum_j G_j) z lse^2, where G is divided by the
+    denominators of the z-loss, which have no class weights. So the labels are pairs of one call, and the sum of a
+    position's factors is its sample weight, unless F and G are both needed and differ.
+    """
+    indices, ignore_index = torch.stack(targets, axis), options["ignore_index"]
+    well_formed = (
+        (sample_weight is None or _is_real(sample_weight, targets[0].shape))
+        and (weight is None or _is_real(weight, input.shape[axis : axis + 1]))
+        and (denominator is None or reduction == "mean")
+        and -(2**63) <= operator.index(ignore_index) < 2**63
+    )
+    if not well_formed:  # an error that the operator raises
+        return sparse_cross_entropy(
+            input,
+            indices,
+            shares.expand(indices.shape),
+            weight,
+            reduction=reduction,
+            sample_weight=sample_weight,
+            denominator=denominator,
+            loss_dtype=loss_dtype,
+            empty=empty,
+            **options,
+        )
+    indices = indices.long()
+    counted = reduction in ("mean", "elementwise_mean") and denominator is None
+    smoothed, penalized = (_may_differ(options[name], 0) for name in ("label_smoothing", "z_loss"))
+    valid = indices != ignore_index if counted or smoothed or penalized else None
+    counts = of_classes = None
+    if counted:
+        counts = of_classes = _denominators(indices, valid, axis, None, sample_weight)
+        if weight is not None:
+            of_classes = _denominators(indices, valid, axis, weight, sample_weight)
+    apart = smoothed and penalized and of_classes is not counts
+    if apart or (shares.requires_grad and (smoothed or penalized)):
+        loss = _mixture_of_two_passes(
+            input, targets, shares, weight, axis, counts, of_classes, reduction, sample_weight, empty, **options
+        )
+        if denominator is not None:
+            denominator = _divisor(denominator, input)
+            if empty == "zero":
+                denominator = torch.where((denominator == 0) & (loss == 0), 1.0, denominator)
+            loss = loss / denominator
+        half = input.dtype in (torch.float16, torch.bfloat16)
+        wide = half and torch.is_autocast_enabled(input.device.type)
+        return loss.to(loss_dtype or (torch.float32 if wide else input.dtype))
+    factors = shares if of_classes is None else _quotient(shares, of_classes, empty)
+    nothing = factors
+    if smoothed or penalized:
+        of_each = _quotient(shares, counts, empty) if penalized and counts is not of_classes else factors
+        of_position = torch.where(valid, of_each, 0.0).sum(axis)
+        factors = factors / torch.where(of_position == 0, 1.0, of_position).unsqueeze(axis)
+        sample_weight = of_position if sample_weight is None else of_position * sample_weight
+    loss = sparse_cross_entropy(
+        input,
+        indices,
+        factors.expand(indices.shape),
+        weight,
+        reduction="sum" if counted else reduction,
+        sample_weight=sample_weight,
+        denominator=denominator,
         loss_dtype=loss_dtype,
         empty=empty,
-        denominator=denominator,
+        **options,
     )
+    if counted and empty == "nan":  # a part over nothing is NaN, and has no gradient
+        if nothing.requires_grad or nothing.numel() != 2:
+            nothing = 0.0 / of_classes.detach()
+        loss = torch.add(loss, nothing.sum(dtype=_arithmetic(loss)), alpha=0).to(loss.dtype)
+    return loss
+
+
+def _mixture_of_two_passes(
+    input, targets, shares, weight, axis, counts, of_classes, reduction, sample_weight, empty, **options
+) -> Tensor:
+    """The same, one cross entropy after the other; but for a given denominator."""
+    loss, arithmetic = 0.0, _arithmetic(input)
+    for place, (target, share) in enumerate(zip(targets, shares.unbind(axis), strict=True)):
+        weight_of_part = weight if weight is None else weight.to(arithmetic)
+        if of_classes is not counts:  # so that both terms are divided by the same, as KernelInputs does
+            ratio = _quotient(counts, of_classes, empty).reshape(-1)[place]
+            weight_of_part = (weight.double() * ratio).to(arithmetic)
+        losses = share * cross_entropy(
+            input,
+            target,
+            weight_of_part,
+            reduction="none",
+            sample_weight=sample_weight,
+            loss_dtype=arithmetic,
+            **options,
+        )
+        if reduction != "none":
+            losses = losses.sum()
+        loss = loss + (losses if counts is None else _quotient(losses, counts.reshape(-1)[place], empty))
+    return loss
+
+
+def _quotient(values: Tensor, denominator: Tensor, empty: str) -> Tensor:
+    return values / (denominator if empty == "nan" else torch.where(denominator == 0, math.inf, denominator))
+
+
+def _denominators(indices, valid, axis, weight, sample_weight) -> Tensor:
+    """Of the means of cross entropy with each of the labels, beside the indices (N, 2, d1, ..., dK)."""
+    parts = valid
+    if weight is not None:  # a class out of range is an error elsewhere
+        of_labels = weight.double()[indices.clamp(0, weight.numel() - 1)]
+        parts = torch.where(valid, of_labels, 0.0)
+    if sample_weight is not None:
+        parts = torch.where(valid, parts * sample_weight.double().unsqueeze(axis), 0.0)
+    positions = [dim for dim in range(indices.dim()) if dim != axis]
+    return parts.sum(positions, keepdim=True, dtype=torch.float64) if positions else parts.double()
+
+
+def _arithmetic(input: Tensor) -> torch.dtype:
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
+def _is_real(tensor: Tensor, shape: torch.Size) -> bool:
+    return isinstance(tensor, Tensor) and tensor.shape == shape and not tensor.is_complex()
+
+
+def _may_differ(value: float | Tensor, usual: float) -> bool:
+    """From a number; a tensor is not asked."""
+    return isinstance(value, Tensor) or value != usual
 
 
 def distillation_loss(

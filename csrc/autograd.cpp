@@ -396,19 +396,20 @@ Outputs outputs_autograd(const Inputs& inputs, const Options& given) {
   const bool forward_mode = any_of(inputs, [](const auto& tensor) { return has_tangent(tensor); });
   if (forward_mode || !is_supported(inputs, given)) return fallback(inputs, given);
   Options options = with_loss_type(inputs, given);
+  const KernelInputs for_kernels(inputs, options);
   const bool graph = any_of(inputs, [](const auto& tensor) { return needs_graph(tensor); });
   if (!graph || !c10::GradMode::is_enabled()) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [loss, lse, denominator] = forward(inputs, options);
+    const auto [loss, lse, denominator] = forward(for_kernels(), options);
     if (!options.statistics) return {loss};
     Outputs outputs = outputs_of(loss, lse, denominator, inputs, options);
     correct_target_log_prob(outputs, inputs, options);
     return outputs;
   }
   if (options.inplace) options.inplace = is_concrete(inputs.logits) && !are_of_a_leaf(inputs.logits);
-  const auto results =
-      CrossEntropyFunction::apply(inputs.logits, inputs.target, inputs.weight, inputs.companion, inputs.sample_weight,
-                                  inputs.divisor, options, wants_one_pass(inputs, options));
+  const Inputs in = for_kernels();
+  const auto results = CrossEntropyFunction::apply(in.logits, in.target, in.weight, in.companion, in.sample_weight,
+                                                   in.divisor, options, wants_one_pass(inputs, options));
   Outputs outputs;
   std::copy(results.begin(), results.end(), outputs.begin());
   if (options.statistics) correct_target_log_prob(outputs, inputs, options);

@@ -12,6 +12,7 @@
 #include <ATen/ops/scatter.h>
 #include <ATen/ops/tanh.h>
 #include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include "cross_entropy.h"
@@ -53,6 +54,12 @@ at::Tensor safe_denominator(const at::Tensor& denominator, const at::Tensor& sum
   return at::where(denominator.eq(0).logical_and(sum.eq(0)), at::ones_like(denominator), denominator);
 }
 
+// Whether a mean divides the cross entropy by class weights, and a z-loss besides it not.
+bool has_two_denominators(const Inputs& in, const Options& options) {
+  return options.z_loss != 0 && options.reduction == kMean && has_value(in.weight) && !has_value(in.divisor) &&
+         in.form(options) == Form::kIndices;
+}
+
 // Makes the loss of every position. Class dimensions of size one are kept until the end.
 class Composite {
  public:
@@ -91,21 +98,26 @@ class Composite {
     if (has_value(in.sample_weight)) sample_weight_ = in.sample_weight->to(type_).unsqueeze(dim_);
   }
 
-  at::Tensor loss() const { return reduce(target_loss()); }
+  at::Tensor loss() const { return typed(reduce(target_loss())); }
 
   Outputs outputs() const {
     const at::Tensor z_loss = lse_ * lse_ * options_.z_loss;
-    const at::Tensor loss = options_.z_loss != 0 ? target_loss() + z_loss : target_loss();
+    const bool apart = has_two_denominators(in_, options_);
+    at::Tensor loss = target_loss();
+    if (options_.z_loss != 0 && !apart) loss = loss + z_loss;
+    loss = reduce(loss);
+    if (apart) loss = loss + reduce(z_loss, /*by_class_weights=*/false);
     Outputs outputs;
-    outputs[0] = reduce(loss);
+    outputs[0] = typed(loss);
     if (!options_.statistics) return outputs;
     const auto of_positions = [&](const at::Tensor& tensor) { return zero_unless(valid_, tensor).squeeze(dim_); };
     outputs[1] = of_positions(lse_);
     outputs[2] = of_positions(target_log_prob());
     outputs[3] = of_positions(-product(log_p_.exp(), log_p_).sum(dim_, true));
-    outputs[4] = reduce(z_loss).detach();
+    outputs[4] = typed(reduce(z_loss, !apart).detach());
     const at::Tensor argmax = at::argmax(logits_.detach(), dim_, true);
-    outputs[5] = (valid_.defined() ? at::where(valid_, argmax, at::full_like(argmax, -1)) : argmax).squeeze(dim_);
+    outputs[5] = (valid_.defined() ? at::where(valid_, argmax, at::full_like(argmax, options_.no_class())) : argmax)
+                     .squeeze(dim_);
     return outputs;
   }
 
@@ -149,20 +161,21 @@ class Composite {
            at::gather(log_softmax_and_lse(raw_, dim_).first, dim_, index_) * (1 - options_.alpha);
   }
 
-  at::Tensor reduce(at::Tensor loss) const {
+  at::Tensor typed(const at::Tensor& result) const { return result.to(loss_type(in_, options_)); }
+
+  at::Tensor reduce(at::Tensor loss, bool by_class_weights = true) const {
     if (sample_weight_.defined()) loss = loss * sample_weight_;
     loss = zero_unless(valid_, loss);
-    const auto type = loss_type(in_, options_);
-    if (options_.reduction == kNone) return loss.squeeze(dim_).to(type);
+    if (options_.reduction == kNone) return loss.squeeze(dim_);
     const at::Tensor sum = loss.sum();
-    if (options_.reduction == kSum) return sum.to(type);
-    if (has_value(in_.divisor)) return (sum / safe_denominator(*in_.divisor, sum, options_.empty_is_zero)).to(type);
+    if (options_.reduction == kSum) return sum;
+    if (has_value(in_.divisor)) return sum / safe_denominator(*in_.divisor, sum, options_.empty_is_zero);
     at::Tensor counts = sample_weight_.defined() ? sample_weight_ : at::ones_like(loss);
-    if (form_ == Form::kIndices && weight_.defined()) {
+    if (form_ == Form::kIndices && weight_.defined() && by_class_weights) {
       counts = counts * at::gather(weight_.expand_as(log_p_), dim_, index_);
     }
     const at::Tensor denominator = zero_unless(valid_, counts).sum();
-    return (sum / safe_denominator(denominator, sum, options_.empty_is_zero)).to(type);
+    return sum / safe_denominator(denominator, sum, options_.empty_is_zero);
   }
 
   const Inputs& in_;
@@ -177,6 +190,45 @@ class Composite {
 };
 
 }  // namespace
+
+at::Tensor denominator_of_mean(const Inputs& in, const Options& options) {
+  const Form form = in.form(options);
+  if (form == Form::kProbabilities) {
+    if (!has_value(in.sample_weight)) {
+      const auto count = in.logits.sym_numel() / in.logits.sym_size(class_dim(in.logits));
+      return at::zeros({}, in.logits.options().dtype(at::kDouble)).fill_(count);
+    }
+    return in.sample_weight->sum(at::kDouble);
+  }
+  const at::Tensor index = in.target.to(at::kLong);  // which any ignore_index can be compared with
+  const at::Tensor counted = index.ne(options.ignore_index);
+  const at::Tensor valid = form == Form::kPairs ? counted.any(class_dim(in.logits)) : counted;
+  at::Tensor counts = valid.to(at::kDouble);
+  if (has_value(in.weight) && form == Form::kIndices) {
+    const int64_t last = in.weight->size(0) - 1;
+    counts = in.weight->to(at::kDouble).take(index.clamp(0, last)) * counts;
+  }
+  if (has_value(in.sample_weight)) counts = counts * zero_unless(valid, *in.sample_weight);
+  return counts.sum();
+}
+
+KernelInputs::KernelInputs(const Inputs& inputs, const Options& options) : in_(inputs) {
+  if (!has_two_denominators(inputs, options)) return;
+  const at::Tensor of_classes = denominator_of_mean(inputs, options);
+  divisor_ = denominator_of_mean({in_.logits, in_.target, std::nullopt, std::nullopt, in_.sample_weight}, options);
+  at::Tensor ratio = *divisor_ / of_classes;
+  if (options.empty_is_zero) {  // then nothing is weighted, unless smoothing has weights of other classes
+    at::Tensor nothing = of_classes.eq(0);
+    if (options.label_smoothing != 0) nothing = nothing.logical_and(divisor_->eq(0));
+    ratio = at::where(nothing, at::ones_like(ratio), ratio);
+  }
+  weight_ = (in_.weight->to(at::kDouble) * ratio).to(arithmetic_type(inputs, options));
+}
+
+Inputs KernelInputs::operator()() const {
+  if (!weight_) return in_;
+  return {in_.logits, in_.target, weight_, in_.companion, in_.sample_weight, divisor_};
+}
 
 Outputs composite(const Inputs& inputs, const Options& options) { return Composite(inputs, options).outputs(); }
 
@@ -222,10 +274,11 @@ Outputs outputs_of(const at::Tensor& loss, const at::Tensor& lse, const at::Tens
   if (has_value(inputs.sample_weight)) z_loss = z_loss * *inputs.sample_weight;
   if (options.reduction != kNone) z_loss = z_loss.sum() / denominator;
   if (loss.scalar_type() != at::kDouble) z_loss = z_loss.to(loss.scalar_type());
-  const at::Tensor argmax = lse.view(lse.scalar_type() == at::kDouble ? at::kLong : at::kInt)
-                                .select(0, saved::kArgmax)
-                                .view_symint(shape)
-                                .to(at::kLong, /*non_blocking=*/false, /*copy=*/true);
+  at::Tensor argmax = lse.view(lse.scalar_type() == at::kDouble ? at::kLong : at::kInt)
+                          .select(0, saved::kArgmax)
+                          .view_symint(shape)
+                          .to(at::kLong, /*non_blocking=*/false, /*copy=*/true);
+  if (options.no_class() != -1) argmax = argmax.masked_fill(argmax.lt(0), options.no_class());  // kernels save -1
   return {loss, sum, row(saved::kTargetLogProb).clone(), row(saved::kEntropy).clone(), z_loss, argmax};
 }
 

@@ -83,6 +83,10 @@ struct Options {
   }
 
   bool is_shard() const { return total_classes != 0; }
+
+  // The argmax of an ignored position: neither a class nor ignore_index, so that comparing it with the targets counts
+  // no padding as correct.
+  int64_t no_class() const { return ignore_index == -1 ? -2 : -1; }
 };
 
 // cross_entropy_ext::_forward -> loss, lse, denominator.
@@ -234,6 +238,28 @@ bool is_valid(const Inputs& inputs, const Options& options);
 
 // Whether the fused kernels take these arguments: they are valid, and this build has kernels for their device.
 bool is_supported(const Inputs& inputs, const Options& options);
+
+// The number that a mean divides by if none is given, a float64 scalar, found in torch's own operations: the sum of the
+// positions that count, each times its sample weight, and of class indices times the weight of its class. A class out
+// of range is an error elsewhere, and none here.
+at::Tensor denominator_of_mean(const Inputs& inputs, const Options& options);
+
+// The inputs as the kernels take them, which divide all of a mean by one number. The z-loss is not weighted by classes,
+// and so not divided by their weights: with the denominators D of the cross entropy and Z of the z-loss,
+//
+//   sum_i s_i w_i ce_i / D + z sum_i s_i lse_i^2 / Z = sum_i s_i (w_i Z / D ce_i + z lse_i^2) / Z
+//
+// So where a mean has both, the kernels are given the class weights w Z / D, and Z as a denominator. Whatever else
+// there is stays as it is.
+class KernelInputs {
+ public:
+  KernelInputs(const Inputs& inputs, const Options& options);
+  Inputs operator()() const;
+
+ private:
+  const Inputs& in_;
+  OptionalTensor weight_, divisor_;
+};
 
 // ---- what the results are where there is no kernel, in operations that are differentiable any number of times -------
 

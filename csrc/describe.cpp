@@ -172,7 +172,9 @@ void check_shard(const Inputs& inputs, const Options& options) {
 void check_forward(const Inputs& inputs, const Options& options) {
   check_options(options);
   check_shard(inputs, options);
-  TORCH_CHECK(options.loss_dtype && is_supported(inputs, options),
+  Options with_float = options;  // class weights may be in the type of arithmetic
+  with_float.loss_dtype = at::kFloat;
+  TORCH_CHECK(options.loss_dtype && (is_supported(inputs, options) || is_supported(inputs, with_float)),
               "cross_entropy_ext::_forward: arguments that cross_entropy_ext::cross_entropy does not pass on");
 }
 

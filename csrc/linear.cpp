@@ -119,7 +119,7 @@ void correct(Outputs& outputs, const Layer& layer, const Inputs& in, const Optio
 }
 
 Outputs outputs_without_grad(const Layer& layer, const Inputs& in, const Options& options, int64_t chunk) {
-  const auto [loss, lse, denominator] = forward(layer, in, options, chunk);
+  const auto [loss, lse, denominator] = forward(layer, KernelInputs(in, options)(), options, chunk);
   if (!options.statistics) return {loss};
   Outputs outputs = outputs_of(loss, lse, denominator, in, options);
   correct(outputs, layer, in, options, chunk);
@@ -355,9 +355,11 @@ Outputs outputs_autograd(const Layer& layer, const Inputs& in, const Options& gi
     const at::AutoDispatchBelowADInplaceOrView below;
     return outputs_without_grad(layer, in, options, chunk);
   }
+  const KernelInputs for_kernels(in, options);
+  const Inputs inputs = for_kernels();
   const auto results =
-      LossFunction::apply(layer.input, layer.weight, layer.bias, in.target, in.weight, in.companion, in.sample_weight,
-                          in.divisor, options, chunk, wants_one_pass(layer, in, options));
+      LossFunction::apply(layer.input, layer.weight, layer.bias, inputs.target, inputs.weight, inputs.companion,
+                          inputs.sample_weight, inputs.divisor, options, chunk, wants_one_pass(layer, in, options));
   Outputs outputs;
   std::copy(results.begin(), results.end(), outputs.begin());
   if (options.statistics) correct(outputs, layer, in, options, chunk);

@@ -224,28 +224,6 @@ int64_t count_chunks(const Layer& layer, int64_t size) { return (layer.input.siz
 
 // ---- reductions -----------------------------------------------------------------------------------------------------
 
-// What a mean over all chunks divides by, which each of them needs.
-at::Tensor count(const Inputs& in, const Options& options) {
-  const Form form = in.form(options);
-  at::Tensor counts;
-  if (form == Form::kProbabilities) {
-    if (!has_value(in.sample_weight)) {
-      return at::zeros({}, in.logits.options().dtype(at::kDouble)).fill_(double(count_positions(in.logits)));
-    }
-    return in.sample_weight->sum(at::kDouble);
-  }
-  const at::Tensor counted = in.target.ne(options.ignore_index);
-  at::Tensor valid = counted;
-  if (form == Form::kPairs) valid = valid.any(class_dim(in.logits));
-  counts = valid.to(at::kDouble);
-  if (has_value(in.weight) && form == Form::kIndices) {  // a class out of range is an error of the kernels'
-    const int64_t last = in.weight->size(0) - 1;
-    counts = in.weight->to(at::kDouble).take(in.target.to(at::kLong).clamp(0, last)) * counts;
-  }
-  if (has_value(in.sample_weight)) counts = counts * at::where(valid, *in.sample_weight, 0);
-  return counts.sum();
-}
-
 // The options with which each chunk adds its part to a sum in float64. A mean gets its divisor. Where that is zero, no
 // part may be 0 / 0 before the sum of all is known.
 struct Parts {
@@ -259,7 +237,7 @@ struct Parts {
     options.loss_dtype = at::kDouble;
     total = at::zeros_like(denominator);
     if (given.reduction == kSum) return;
-    divisor = denominator = has_value(in.divisor) ? *in.divisor : count(in, given);
+    divisor = denominator = has_value(in.divisor) ? *in.divisor : denominator_of_mean(in, given);
     if (!given.empty_is_zero) {
       divisor = at::where(denominator.eq(0), std::numeric_limits<double>::denorm_min(), denominator);
     }

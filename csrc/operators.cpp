@@ -110,14 +110,14 @@ namespace {
 at::Tensor loss_without_grad(const Inputs& inputs, const Options& options) {
   check(inputs, options);
   if (!is_supported(inputs, options)) return fallback(inputs, options)[0];
-  return std::get<0>(forward(inputs, with_loss_type(inputs, options)));
+  return std::get<0>(forward(KernelInputs(inputs, options)(), with_loss_type(inputs, options)));
 }
 
 Results results_without_grad(const Inputs& inputs, const Options& options) {
   check(inputs, options);
   if (!is_supported(inputs, options)) return as_tuple(fallback(inputs, options));
   const Options typed = with_loss_type(inputs, options);
-  const auto [loss, lse, denominator] = forward(inputs, typed);
+  const auto [loss, lse, denominator] = forward(KernelInputs(inputs, options)(), typed);
   Outputs outputs = outputs_of(loss, lse, denominator, inputs, typed);
   correct_target_log_prob(outputs, inputs, options);
   return as_tuple(outputs);

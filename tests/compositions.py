@@ -108,22 +108,22 @@ def cross_entropy_with_stats(
     log_p, lse = x.log_softmax(-1), x.logsumexp(-1)
     z = z_loss * lse.square()
 
-    def reduced(losses: Tensor) -> Tensor:
-        return reduce(losses, counts, factors, sample_weight, reduction, empty, denominator).to(
-            loss_dtype or losses.dtype
-        )
+    def reduced(losses: Tensor, factors: Tensor | None = None) -> Tensor:
+        return reduce(losses, counts, factors, sample_weight, reduction, empty, denominator)
 
     def statistic(value: Tensor) -> Tensor:
         return torch.where(counts, value, torch.zeros_like(value))
 
     p = log_p.exp()
+    loss = reduced(cross(a, log_p), factors)
+    loss = loss + reduced(z) if z_loss != 0 else loss
     return Stats(
-        reduced(cross(a, log_p) + z),
+        loss.to(loss_dtype or loss.dtype),
         statistic(lse),
         statistic(-cross(q, log_p)),
         statistic(cross(p, log_p)),
-        reduced(z).detach(),
-        torch.where(counts, x.argmax(-1), -1),
+        reduced(z).detach().to(loss_dtype or z.dtype),
+        torch.where(counts, x.argmax(-1), -2 if ignore_index == -1 else -1),
     )
 
 
@@ -170,19 +170,37 @@ def mixup_cross_entropy(
     weight: Tensor | None = None,
     **options,
 ) -> Tensor:
-    indices, probs = pairs_of_mixup(input, target_a, target_b, lam)
-    return sparse_cross_entropy(input, indices, probs, weight, **options)
+    """lam CE(a) + (1 - lam) CE(b): where lam has elements, each of a position's loss."""
+    share, loss = share_of_mixup(target_a, lam, input.dtype), 0
+    s, reduction = options.pop("sample_weight", None), options.pop("reduction", "mean")
+    loss_dtype, given = options.pop("loss_dtype", None), options.pop("denominator", None)
+    for target, part in ((target_a, share), (target_b, 1 - share)):
+        w, divide_by, of_z = denominators_of_mixup(input, target, weight, s, reduction, given, **options)
+        factor = part if s is None else part * s.to(part.dtype)
+        if of_z is not None:  # both terms divided by the same number
+            w, divide_by = w * (of_z / divide_by), of_z
+        loss = loss + cross_entropy(
+            input, target, w, sample_weight=factor, reduction=reduction, denominator=divide_by, **options
+        )
+    return loss.to(loss_dtype or loss.dtype)
 
 
-def pairs_of_mixup(
-    input: Tensor, target_a: Tensor, target_b: Tensor, lam: float | Tensor, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
-    axis = 1 if input.dim() > 1 else 0
-    share = torch.as_tensor(lam, dtype=dtype or input.dtype)
-    if share.dim() == 1:  # one for each sample
-        share = share.view(-1, *[1] * (target_a.dim() - 1))
-    share = share.expand(target_a.shape)
-    return torch.stack([target_a.long(), target_b.long()], axis), torch.stack([share, 1 - share], axis)
+def share_of_mixup(target_a: Tensor, lam: float | Tensor, dtype: torch.dtype) -> Tensor:
+    share = torch.as_tensor(lam).to(dtype)
+    return share.reshape(share.shape + (1,) * (target_a.dim() - share.dim())).expand(target_a.shape)
+
+
+def denominators_of_mixup(
+    input: Tensor, target: Tensor, weight: Tensor | None, s: Tensor | None, reduction: str, given: object, **options
+) -> tuple[Tensor | None, object, Tensor | None]:
+    """The class weights, the denominator of a part, and that of its z-loss where it is another one."""
+    w = None if weight is None else weight.to(input.dtype)
+    if reduction != "mean" or given is not None:
+        return w, given, None
+    counts = target.long() != options.get("ignore_index", -100)
+    of_z = counts.to(input.dtype) if s is None else torch.where(counts, s.to(input.dtype), 0)
+    parts = of_z if w is None else of_z * w[torch.where(counts, target.long(), 0)]
+    return w, parts.sum(), of_z.sum() if w is not None and options.get("z_loss", 0) != 0 else None
 
 
 def distillation_loss(

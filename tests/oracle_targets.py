@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 
 import compositions
 import torch
-from compositions import classes_last, gather, pairs_of_mixup
+from compositions import classes_last, denominators_of_mixup, gather, share_of_mixup
 from oracle import (
     ROUNDINGS,
     SMALLEST_POWER,
@@ -278,10 +278,21 @@ def cross_entropy_with_stats(
         hits = (1 - e) * factors.unsqueeze(-1)
         spread = (e / classes * w).expand_as(f.x)
         spread_scale = spread.abs()
-    coefficients = Coefficients(index, hits, spread, spread_scale, z_loss)
+    # Class weights are in the denominator of the cross entropy, and not in that of the z-loss.
+    apart = z_loss != 0 and weight is not None and not soft and reduction == "mean" and denominator is None
+    coefficients = Coefficients(index, hits, spread, spread_scale, 0.0 if apart else z_loss)
     total = Sum(counts, sample_weight, factors, reduction, empty, upstream.loss, denominator)
     losses = coefficients.loss(f)
     loss, s = total(losses.value, losses.scale), total.shares.unsqueeze(-1)
+    of_z, losses_of_z = total, Exact(z_loss * f.lse.square(), abs(z_loss) * f.lse_scale.square())
+    if apart:
+        of_z = Sum(counts, sample_weight, torch.ones_like(factors), reduction, empty, upstream.loss)
+    sum_of_z = of_z(losses_of_z.value, losses_of_z.scale)
+    of_sample_weight = total.gradient_of_sample_weight(losses, loss)
+    if apart:
+        more = of_z.gradient_of_sample_weight(losses_of_z, sum_of_z)
+        loss = Exact(loss.value + sum_of_z.value, loss.scale + sum_of_z.scale)
+        of_sample_weight = Exact(of_sample_weight.value + more.value, of_sample_weight.scale + more.scale)
 
     def of_positions(g: Tensor | None) -> Tensor:
         g = torch.zeros(()) if g is None else g.detach()
@@ -296,8 +307,8 @@ def cross_entropy_with_stats(
     else:
         scaled.hits = scaled.hits - g_t.unsqueeze(-1)
         target_log_prob = Exact(-gather(f.terms, index.squeeze(-1)), gather(f.terms_scale, index.squeeze(-1)))
-    further = times(total.shares, 2 * z_loss * f.lse) + g_lse
-    further_scale = (total.shares * 2 * z_loss).abs() * f.lse_scale + g_lse.abs()
+    further = times(of_z.shares, 2 * z_loss * f.lse) + g_lse
+    further_scale = (of_z.shares * 2 * z_loss).abs() * f.lse_scale + g_lse.abs()
     dx = scaled.gradient(f, further, further_scale)
     # -g_H p_c (log p_c + H)
     g_h = g_h.unsqueeze(-1)
@@ -319,12 +330,12 @@ def cross_entropy_with_stats(
         "input": replace(
             logits.gradient(dx.value + bend, (dx.scale + bend_scale) * total.condition), flushed=flushed_of_input
         ),
-        "sample_weight": total.gradient_of_sample_weight(losses, loss),
+        "sample_weight": of_sample_weight,
         "denominator": total.gradient_of_denominator(loss),
-        "z_loss": total(z_loss * f.lse.square(), abs(z_loss) * f.lse_scale.square()),
+        "z_loss": sum_of_z,
         # How far each class is behind, and by how much that may be wrong.
         "argmax": Exact(
-            torch.where(counts.unsqueeze(-1), f.gaps, -1.0),
+            torch.where(counts.unsqueeze(-1), f.gaps, -2.0 if ignore_index == -1 else -1.0),
             finite(f.noise + f.noise.gather(-1, f.x.argmax(-1, keepdim=True))),
         ),
     }
@@ -401,9 +412,28 @@ def mixup_cross_entropy(
     weight: Tensor | None = None,
     **options,
 ) -> dict[str, Exact]:
-    lam = lam.detach() if isinstance(lam, Tensor) else lam
-    indices, probs = pairs_of_mixup(input, target_a, target_b, lam, torch.double)
-    return sparse_cross_entropy(input, indices, probs, weight, **options)
+    """lam CE(a) + (1 - lam) CE(b): where lam has elements, each of a position's loss."""
+    share = share_of_mixup(target_a, lam.detach() if isinstance(lam, Tensor) else lam, torch.double)
+    s, reduction, given = (options.pop(name, usual) for name, usual in OF_MIXUP)
+    s = None if s is None else s.detach().double()
+    parts = []
+    for target, part in ((target_a, share), (target_b, 1 - share)):
+        w, divide_by, of_z = denominators_of_mixup(
+            input.detach().double(), target.detach(), weight, s, reduction, given, **options
+        )
+        if of_z is not None:  # both terms divided by the same number
+            w, divide_by = w * (of_z / divide_by), of_z
+        factor = part if s is None else part * s
+        options |= {"sample_weight": factor, "reduction": reduction, "denominator": divide_by}
+        parts.append(cross_entropy(input, target, w, **options))
+    one, other = parts
+    return {
+        name: Exact(one[name].value + other[name].value, one[name].scale + other[name].scale)
+        for name in ("loss", "input")
+    }
+
+
+OF_MIXUP = (("sample_weight", None), ("reduction", "mean"), ("denominator", None))
 
 
 def distillation_loss(
@@ -540,11 +570,12 @@ class Call:
 
 
 def assert_argmax(result: Tensor, behind: Exact, eps: float, name: str) -> None:
-    """The first of the largest logits; or of those that rounding may have made equal to it. -1 where none counts."""
-    ignored, unknown = (behind.value == -1).all(-1), behind.value.isnan().any(-1)
+    """The first of the largest logits; or of those that rounding may have made equal to it. Of an ignored position what
+    stands in the place of its gaps, -1 or -2."""
+    ignored, unknown = (behind.value < 0).all(-1), behind.value.isnan().any(-1)
     first = (behind.value == 0).double().argmax(-1)
     gap = gather(behind.value - eps * behind.scale, result.clamp(min=0))
-    right = torch.where(ignored, result == -1, (result == first) | (gap < 0) | unknown)
+    right = torch.where(ignored, result == behind.value[..., 0], (result == first) | (gap < 0) | unknown)
     assert result.dtype == torch.int64 and right.all(), name
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from itertools import accumulate
 
 import torch
-from compositions import Stats, pairs_of_mixup
+from compositions import Stats
 from oracle import zero_if
 from torch import Tensor
 
@@ -117,6 +117,9 @@ class Sharded(torch.autograd.Function):
         z = z_loss * lse.square()
         if reduction == "mean":
             divide_by = zero_if(~counts, (w * s).expand(positions)).sum()
+            if z_loss != 0 and w.dim():  # class weights that divide the cross entropy do not divide the z-loss
+                of_classes, divide_by = divide_by, zero_if(~counts, s.expand(positions)).sum()
+                loss, weight = loss * (divide_by / of_classes), weight.double() * (divide_by / of_classes)
             if empty == "zero" and divide_by == 0 and zero_if(~counts, (loss + z).reshape(positions) * s).sum() == 0:
                 divide_by = torch.ones((), dtype=torch.double)
         result = reduced(loss + z).to(loss_dtype or arithmetic)
@@ -142,7 +145,8 @@ class Sharded(torch.autograd.Function):
             first = torch.stack(tops).argmax(0, keepdim=True)
             argmax = (torch.stack(argmax) + torch.tensor(begins).view(-1, *[1] * len(positions))).gather(0, first)[0]
             outputs += [of_positions(sum(log_probs)).to(arithmetic), of_positions(entropy).to(arithmetic)]
-            outputs += [reduced(z).to(loss_dtype or arithmetic), torch.where(counts, argmax, -1)]
+            outputs.append(reduced(z).to(loss_dtype or arithmetic))
+            outputs.append(torch.where(counts, argmax, -2 if options.get("ignore_index") == -1 else -1))
             ctx.mark_non_differentiable(*outputs[4:])
         ctx.save_for_backward(input, target, weight, companion, sample_weight, torch.stack(saved), divide_by)
         ctx.given = sizes, begins, axis, soft, {**options, "reduction": reduction, "z_loss": z_loss}
@@ -215,10 +219,5 @@ def sharded(function: Callable, count: int) -> Callable:
 
     def sparse_cross_entropy(input, indices, probs, weight=None, **options):
         return with_stats(input, indices, weight, companion=probs, form="pairs", statistics=False, **options)
-
-    def mixup_cross_entropy(input, target_a, target_b, lam, weight=None, **options):
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        indices, probs = pairs_of_mixup(input, target_a, target_b, lam, dtype)
-        return sparse_cross_entropy(input, indices, probs, weight, **options)
 
     return locals()[function.__name__]

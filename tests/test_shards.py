@@ -51,7 +51,6 @@ OF_SHARDS = [
             "pairs-none",
             "pairs-weighted-smoothed-mean",
             "many-pairs-everything-sum",
-            "mixup-position-everything-mean",
             "statistics-everything-sum",
             "soft-statistics-none",
             "soft-statistics-weighted-mean",
@@ -89,12 +88,11 @@ def test_confidence_survives_shards(dtype: torch.dtype, classes: int, layout: st
     ones = torch.ones(target.shape)
     rule = {"strictly": True, "roundings": 16 + classes / 16}  # equal terms: all errors of a sum go the same way
     for count in COUNTS:
-        plain, sparse, mixed, stats = (
+        plain, sparse, stats = (
             sharded(f, count)
             for f in (
                 ext.cross_entropy,
                 ext.sparse_cross_entropy,
-                ext.mixup_cross_entropy,
                 ext.cross_entropy_with_stats,
             )
         )
@@ -106,7 +104,6 @@ def test_confidence_survives_shards(dtype: torch.dtype, classes: int, layout: st
             check_call(plain, logits, target, softcap=300.0, **rule)
             check_call(plain, logits, soft, **rule)
             check_call(sparse, logits, pairs, probs, **rule)
-            check_call(mixed, logits, target, (target + 1) % classes, 1.0, **rule)
         for upstream in (
             Upstream(torch.ones(())),
             Upstream(torch.ones(()), target_log_prob=-ones, entropy=-ones),
@@ -123,12 +120,11 @@ def test_masked_shards(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     classes = torch.arange(shape[1])
     for count in (2, 3, 5):
         sizes = sizes_of(shape[1], count)
-        plain, sparse, mixed, stats = (
+        plain, sparse, stats = (
             sharded(f, count)
             for f in (
                 ext.cross_entropy,
                 ext.sparse_cross_entropy,
-                ext.mixup_cross_entropy,
                 ext.cross_entropy_with_stats,
             )
         )
@@ -136,7 +132,7 @@ def test_masked_shards(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
             logits = logits_of(shape, dtype).movedim(1, -1).masked_fill(mask, -inf).movedim(-1, 1).contiguous()
             draw = Draw(logits, "masked")
             allowed, forbidden = classes[~mask], classes[mask]
-            labels, others = (allowed[draw.labels(name) % len(allowed)] for name in "ab")
+            labels = allowed[draw.labels("a") % len(allowed)]
             wrong = forbidden[draw.labels("wrong") % len(forbidden)]
             pairs, probs = draw.pairs(3)
             pairs = allowed[pairs % len(allowed)]
@@ -159,8 +155,6 @@ def test_masked_shards(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
                 check_call(sparse, logits, pairs, probs, **options)
                 check_call(sparse, logits, bad, probs, **options)
                 check_call(sparse, logits, bad, zeros, wanted=("input",), **options)
-                check_call(mixed, logits, labels, others, 0.3, **options)
-                check_call(mixed, logits, labels, wrong, 1.0, **options)
 
 
 FORMS = ["indices", "soft", "pairs"]
@@ -244,14 +238,15 @@ def test_ignored_positions_of_shards_are_not_read(shape: tuple[int, ...]) -> Non
                 for reduction in ("mean", "none"):
                     options = {"reduction": reduction, "roundings": ROUNDINGS, "reason": f"{poison}"}
                     x = logits.masked_fill(alone.unsqueeze(1), poison)
-                    plain, mixed = sharded(ext.cross_entropy, 3), sharded(ext.mixup_cross_entropy, 2)
+                    plain, sparse = sharded(ext.cross_entropy, 3), sharded(ext.sparse_cross_entropy, 2)
                     stats = sharded(ext.cross_entropy_with_stats, 2)
                     found = check_call(plain, x, labels, sample_weight=draw.sample_weight(), **EVERYTHING, **options)
                     assert not found["input"].masked_select(alone.unsqueeze(1)).any()
                     upstream = draw.upstream(reduction, *STATISTICS)
                     check_call(stats, x, labels, upstream=upstream, **options)
                     x = logits.masked_fill(neither.unsqueeze(1), poison)
-                    check_call(mixed, x, labels, other, 0.3, **options)
+                    both = torch.stack([labels, other], 1)
+                    check_call(sparse, x, both, torch.full_like(both, 0.5, dtype=torch.double), **options)
 
 
 def test_other_values_of_ignore_index() -> None:
