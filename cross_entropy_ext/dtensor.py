@@ -158,7 +158,7 @@ def _results(
     options |= {"reduction": "none", "loss_dtype": loss_dtype}
     if reduction != "none":
         options |= {"reduction": "sum", "loss_dtype": torch.float64}
-    z_loss = options["z_loss"]
+    z_loss = options.get("z_loss", 0.0)
     # Class weights are in the denominator of the cross entropy and not in that of the z-loss: then there are two sums.
     apart = z_loss != 0 and reduction == "mean" and denominator is None and weight is not None and not soft
     if apart:
@@ -191,7 +191,10 @@ def _results(
 
     def parts() -> Tensor:
         counted = target, positions_of(logits).numel(), positions_that_count(target, options["ignore_index"])
-        counts = [denominator_of_mean(*counted, of_classes, sample_weight) for of_classes in (weight, None)]
+        counts = [
+            denominator_of_mean(*counted, of_classes, sample_weight)
+            for of_classes in ((weight, None) if apart else (weight,))
+        ]
         return torch.stack([found[0].detach(), own_z_loss.detach(), *counts])
 
     own_z_loss = None if error else of_z_loss()
@@ -199,17 +202,19 @@ def _results(
     for group in groups:
         report = _Report(0, agreement=f"reduction={reduction}", error=error, checksums=sums_of_plain)
         try:
-            sums = exchange(report, 4, lambda send, sums=sums: send.copy_(sums), group, logits.device).sum(0)
+            sums = exchange(
+                report, 4 if apart else 3, lambda send, sums=sums: send.copy_(sums), group, logits.device
+            ).sum(0)
         except Exception as raised:
             error = raised
     if error is not None:
         raise error
-    total, total_z_loss, divide_by, divide_z_by = sums.unbind()
+    total, total_z_loss, divide_by, *divide_z_by = sums.unbind()
     if reduction == "sum":
         divide_by = torch.ones_like(total)
     else:
         divide_by = zero_is_one(divide_by if denominator is None else denominator, total, empty)
-    divide_z_by = zero_is_one(divide_z_by, total_z_loss, empty) if apart else divide_by
+    divide_z_by = zero_is_one(divide_z_by[0], total_z_loss, empty) if apart else divide_by
     share, result, of_z = found[0] / divide_by, total / divide_by, total_z_loss / divide_z_by
     if apart:
         share, result = share + own_z_loss / divide_z_by, result + of_z

@@ -186,7 +186,7 @@ def mixup_cross_entropy(
 
 
 def share_of_mixup(target_a: Tensor, lam: float | Tensor, dtype: torch.dtype) -> Tensor:
-    share = torch.as_tensor(lam).to(dtype)
+    share = (lam if isinstance(lam, Tensor) else torch.tensor(lam, dtype=torch.double)).to(dtype)
     return share.reshape(share.shape + (1,) * (target_a.dim() - share.dim())).expand(target_a.shape)
 
 

@@ -424,12 +424,12 @@ def mixup_cross_entropy(
         if of_z is not None:  # both terms divided by the same number
             w, divide_by = w * (of_z / divide_by), of_z
         factor = part if s is None else part * s
-        options |= {"sample_weight": factor, "reduction": reduction, "denominator": divide_by}
-        parts.append(cross_entropy(input, target, w, **options))
+        own = {"sample_weight": factor, "reduction": reduction, "denominator": divide_by}
+        parts.append(cross_entropy(input, target, w, **options, **own))
     one, other = parts
     return {
         name: Exact(one[name].value + other[name].value, one[name].scale + other[name].scale)
-        for name in ("loss", "input")
+        for name in ("loss", "input", "denominator")
     }
 
 

@@ -330,6 +330,8 @@ X, Y = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
             lambda: ext.mixup_cross_entropy(X, Y, X, 0.5),
         ),
         (ValueError, "lam must be .* real type, but got torch.complex64", lambda: mixed(torch.tensor(0.5j))),
+        (ValueError, "lam must be in .*0, 1.*, but got 3", lambda: mixed(3)),
+        (ValueError, "lam must be in .*0, 1.*, but got -0.1", lambda: mixed(-0.1)),
         (ValueError, "weight must be .* real type, but got ComplexFloat", lambda: mixed(0.5, torch.ones(6) * 1j)),
         (ValueError, f"ignore_index must be .* 64 bits, but got {2**63}", lambda: mixed(0.5, ignore_index=2**63)),
         (TypeError, "ignore_index must be an integer, but got True", lambda: mixed(0.5, ignore_index=True)),
