@@ -440,7 +440,8 @@ def test_division_by_nothing(what: str, empty: str, made_in: str) -> None:
             loss = function(*leaves)
         found.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     (ours, *gradients), (theirs, *expected) = found
-    assert theirs.isnan() or theirs.isinf() or theirs == 0
+    z_loss_alone = empty == "zero" and "and a z-loss" in what  # whose denominator has no class weights
+    assert z_loss_alone or theirs.isnan() or theirs.isinf() or theirs == 0
     if what == "sample weights that cancel":  # infinities of both signs, in chunks
         assert not ours.isfinite()
         return
