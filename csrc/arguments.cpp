@@ -78,7 +78,8 @@ const OptionalTensor Inputs::kNothing;
 OptionalTensors as_list(std::initializer_list<std::reference_wrapper<const OptionalTensor>> tensors) {
   size_t size = tensors.size();
   while (size > 0 && !has_value(tensors.begin()[size - 1].get())) --size;
-  static const OptionalTensors none;  // what most calls have, without an allocation
+  // What most calls have, without an allocation; not empty, which AOTInductor's runtime takes for no list.
+  static const OptionalTensors none({OptionalTensor()});
   if (size == 0) return none;
   OptionalTensors list;
   list.reserve(size);

@@ -506,7 +506,8 @@ def test_export_for_inference_names():
 
 
 @pytest.mark.slow
-def test_aot_inductor(tmp_path):
+@pytest.mark.parametrize("name", ["labels", "options"])
+def test_aot_inductor(name, tmp_path):
     """A package compiled ahead of time, loaded, and run for batch sizes that it has not seen."""
     from torch._inductor.cpp_builder import get_cpp_compiler
 
@@ -514,7 +515,7 @@ def test_aot_inductor(tmp_path):
         get_cpp_compiler()
     except RuntimeError as error:  # InvalidCxxCompiler
         pytest.skip(f"no C++ compiler for AOTInductor: {error}")
-    options, target, inputs = HEADS["options"]
+    options, target, inputs = HEADS[name]
     model = Head(5, **options).eval()
     batch = torch.export.Dim("batch", min=2, max=1024)
     with torch.no_grad():
