@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd import forward_ad
 
 from ._extension import load
 
@@ -104,7 +105,11 @@ def cross_entropy(
             part in this term: ``'mean'`` adds :math:`z` times the mean of :math:`\mathrm{lse}^2` over the positions
             that count, weighted by ``sample_weight`` alone. A given ``denominator`` divides both terms.
         softcap: a positive bound that logits approach smoothly, or None.
-        logit_scale: what logits are multiplied by first, an inverse temperature.
+        logit_scale: what logits are multiplied by first, an inverse temperature. As a tensor it may require a gradient,
+            which takes one more read of the logits and of their gradient.
+        label_smoothing, z_loss, softcap, logit_scale: or scalar tensors. Of one on another device than the CPU the
+            value is waited for. ``torch.compile`` compiles a call twice at most, whatever they are. Where another
+            one than ``logit_scale`` requires a gradient, the loss is made by PyTorch's own operations.
         loss_dtype: dtype of the result. Default: the input's, promoted with probabilities and their weights; float32
             for half logits under autocast. Sums are formed in float32 or better whatever it is.
         empty: what a mean over nothing (0 / 0) is: ``'nan'``, as in PyTorch, or ``'zero'``.
@@ -135,7 +140,8 @@ def cross_entropy(
     if dim != 1:
         input, target = _classes_at_one(dim, input=input, target=target)
     extras = sample_weight is not None or softcap is not None or denominator is not None
-    if extras or z_loss != 0 or logit_scale != 1:
+    # A tensor is not True here, nor is what a compiler leaves open: neither is asked for its value.
+    if extras or (z_loss == 0) is not True or (logit_scale == 1) is not True:
         return _with_extras(
             input,
             target,
@@ -169,6 +175,19 @@ def cross_entropy(
         # is to see it.
         return _call(input, target, weight, _REDUCTIONS[reduction], ignore_index, label_smoothing)
     check_loss_dtype(loss_dtype)
+    if not _is_known(label_smoothing):
+        if not _is(label_smoothing, 0):
+            return _general(
+                _ops.general_cross_entropy.default,
+                (input, target, weight, None, None, None),
+                reduction=reduction,
+                ignore_index=ignore_index,
+                label_smoothing=label_smoothing,
+                loss_dtype=loss_dtype,
+                empty=empty,
+                inplace=inplace,
+            )
+        label_smoothing = 0.0
     options = (_REDUCTIONS[reduction], ignore_index, label_smoothing)
     named = {"loss_dtype": loss_dtype, "empty_is_zero": empty == "zero", "inplace": inplace}
     if weight is None:
@@ -576,7 +595,8 @@ def distillation_loss(
             require a gradient.
         target: class indices of shape (), (N) or (N, d1, ..., dK), or None.
         temperature: :math:`T > 0`.
-        alpha: the share of the distillation, in [0, 1]; to be given where there is a target, else without effect.
+        alpha: the share of the distillation, in [0, 1]; to be given where there is a target, else without effect. Both
+            may be scalar tensors, as the numbers of :func:`cross_entropy`.
         kind: ``'kl'`` or ``'ce'``. Their gradients of the student are the same.
         reduction: ``'none'``, ``'sum'``, or ``'mean'``: over the positions that count, by the sum of their
             ``sample_weight``; the ``'batchmean'`` of :func:`torch.nn.functional.kl_div` for logits (N, C).
@@ -603,11 +623,11 @@ def distillation_loss(
         )
     if target is not None and alpha is None:
         raise ValueError("alpha, the share of the distillation beside the labels, must be given with a target")
-    if target is not None and (weight is not None or label_smoothing != 0):
+    if target is not None and (weight is not None or not _is(label_smoothing, 0)):
         # Two passes, each with its own denominator. In that of the teacher the labels tell no more than who is ignored.
         check_tensors(student_logits=student_logits, teacher_logits=teacher_logits, target=target)
-        alpha = _number("alpha", alpha)
-        if not 0 <= alpha <= 1:
+        alpha = _number_or_tensor("alpha", alpha)
+        if _is_known(alpha) and not 0 <= alpha <= 1:
             raise ValueError(f"alpha must be between 0 and 1, but got {alpha}")
         if weight is not None:
             check_tensors(weight=weight)
@@ -619,7 +639,10 @@ def distillation_loss(
         )
         of_labels = cross_entropy(student_logits, target, weight, label_smoothing=label_smoothing, **options)
         check_loss_dtype(loss_dtype)
-        loss = of_labels if alpha == 0 else distilled if alpha == 1 else alpha * distilled + (1 - alpha) * of_labels
+        if _is_known(alpha) and alpha in (0, 1):
+            loss = distilled if alpha == 1 else of_labels
+        else:
+            loss = alpha * distilled + (1 - alpha) * of_labels
         return loss.to(loss_dtype or loss_type(student_logits, teacher_logits, None))
     return _general(
         _ops.general_cross_entropy.default,
@@ -714,6 +737,9 @@ _NAMES = {
     "pairs": ("input", "indices", "weight", "probs", "sample_weight", "denominator"),
     "teacher": ("student_logits", "teacher_logits", "weight", "target", "sample_weight", "denominator"),
 }
+# csrc/cross_entropy.h: Options::Number.
+_NUMBERS = ("label_smoothing", "z_loss", "softcap", "logit_scale", "temperature", "alpha")
+_FLOAT = {float}
 _LOSS_DTYPES = {None: -1, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
 
@@ -735,7 +761,8 @@ def _with_extras(
 ) -> Tensor:
     """The loss with what native has no argument for; as `cross_entropy`, without the general parser where it can be."""
     if (
-        type(input) in _PLAIN
+        not _is_dynamo_compiling()
+        and type(input) in _PLAIN
         and type(target) in _PLAIN
         and (weight is None or type(weight) in _PLAIN)
         and (sample_weight is None or (type(sample_weight) in _PLAIN and sample_weight.is_floating_point()))
@@ -746,7 +773,6 @@ def _with_extras(
         and type(label_smoothing) is type(z_loss) is type(logit_scale) is float
         and (softcap is None or (type(softcap) is float and softcap > 0))
         and (loss_dtype is None and empty == "nan" and not inplace)
-        and not _is_dynamo_compiling()
         and not _is_torch_function_mode_enabled()
     ):
         return _call_with_extras(
@@ -760,6 +786,22 @@ def _with_extras(
             z_loss,
             softcap or 0.0,
             logit_scale,
+        )
+    extras = sample_weight is not None or softcap is not None or denominator is not None
+    if not extras and _is(z_loss, 0) and _is(logit_scale, 1):  # numbers of another kind, as of NumPy or of a compiler
+        return cross_entropy(
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=0.0,
+            logit_scale=1.0,
+            loss_dtype=loss_dtype,
+            empty=empty,
+            inplace=inplace,
+            dim=1,
         )
     return _general(
         _ops.general_cross_entropy.default,
@@ -778,10 +820,11 @@ def _with_extras(
 
 def _general(op, tensors, **options):
     """Calls an operator of everything that native does not have: tensors, and its options as two lists of numbers."""
-    tensors, integers, values = _arguments(tensors, **options)
+    all_tensors, integers, values = _arguments(tensors, **options)
+    tensors = all_tensors[:6]
     # What is no tensor but stands for one, as for torch.fx, records the operator.
-    if all(tensor is None or type(tensor) in _PLAIN or not isinstance(tensor, Tensor) for tensor in tensors):
-        return op(*tensors[:2], _as_list(*tensors[2:]), integers, values)
+    if all(tensor is None or type(tensor) in _PLAIN or not isinstance(tensor, Tensor) for tensor in all_tensors):
+        return op(*tensors[:2], _as_list(*all_tensors[2:]), integers, values)
     if options.get("form") is None and _is_dtensor(tensors[0]):
         from . import dtensor  # the one look at a layer above, whose import takes as long as its tensors are rare
 
@@ -791,7 +834,7 @@ def _general(op, tensors, **options):
         return dtensor.results(
             input, target, weight=weight, sample_weight=sample_weight, denominator=denominator, **options
         )
-    results = _ops._composite.default(*tensors[:2], _as_list(*tensors[2:]), integers, values)
+    results = _ops._composite.default(*tensors[:2], _as_list(*all_tensors[2:]), integers, values)
     return results if options.get("statistics") else results[0]
 
 
@@ -813,7 +856,8 @@ def _arguments(
     form=None,
     kl=False,
 ):
-    """Tensors, and options as two lists of numbers, as the operators take them (csrc/cross_entropy.h: Options)."""
+    """Tensors, and options as two lists of numbers, as the operators take them (csrc/cross_entropy.h: Options). After
+    the tensors that are given come those of numbers."""
     if empty not in _EMPTY:
         raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
     tensors = (*tensors[:-1], _divisor(tensors[-1], tensors[0]))
@@ -825,7 +869,16 @@ def _arguments(
         raise TypeError(f"ignore_index must be an integer, but got {ignore_index}")
     if not -(2**63) <= operator.index(ignore_index) < 2**63:
         raise ValueError(f"ignore_index must be an integer of 64 bits, but got {ignore_index}")
-    if softcap is not None and not 0 < _number("softcap", softcap) < math.inf:
+    values = [label_smoothing, z_loss, 0.0 if softcap is None else softcap, logit_scale, temperature, alpha]
+    in_tensors = ()
+    if _is_dynamo_compiling() or set(map(type, values)) != _FLOAT:
+        values = [_number_or_tensor(name, value) for name, value in zip(_NUMBERS, values, strict=True)]
+        in_tensors = [None if _is_known(value) else _in_tensor(value) for value in values]
+        scale = in_tensors[3]
+        if _is_dynamo_compiling() and scale is not None and scale.requires_grad and tensors[0].dtype != torch.float16:
+            # The gradient of a zero is a quotient of zeros, for which eager takes another path than a graph may.
+            in_tensors[3] = scale + (scale == 0) * 2.0**-40
+    if softcap is not None and _is_known(values[2]) and not 0 < values[2] < math.inf:
         raise ValueError(f"softcap must be None or a finite number above 0, but got {softcap}")
     check_loss_dtype(loss_dtype)
     sample_weight = tensors[4]
@@ -834,15 +887,41 @@ def _arguments(
         tensors = (*tensors[:4], sample_weight.to(torch.float64 if wide else torch.float32), tensors[5])
     flags = (empty == "zero") | inplace << 1 | statistics << 2 | kl << 3 | _FORMS[form] << 4
     integers = [F._Reduction.get_enum(reduction), operator.index(ignore_index), _LOSS_DTYPES[loss_dtype], flags, 0, 0]
-    values = [
-        _number("label_smoothing", label_smoothing),
-        _number("z_loss", z_loss),
-        0.0 if softcap is None else _number("softcap", softcap),
-        _number("logit_scale", logit_scale),
-        _number("temperature", temperature),
-        _number("alpha", alpha),
-    ]
-    return tensors, integers, values
+    return (*tensors, *in_tensors), integers, [value if _is_known(value) else 0.0 for value in values]
+
+
+def _is_known(value: float | Tensor) -> bool:
+    """Whether a number has its value: it is no tensor, nor left open by a compiler."""
+    if isinstance(value, Tensor):
+        return False
+    if not _is_dynamo_compiling() and not isinstance(value, (torch.SymFloat, torch.SymInt)):
+        return True
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # which takes a while to import
+
+    return has_static_value(value)
+
+
+def _is(value: float | Tensor, usual: int) -> bool:
+    """Whether a number is what it is without being asked for. Where a compiler leaves it open, that is not asked, lest
+    the call be compiled again for each answer; unless all numbers are left open from the first call on."""
+    if isinstance(value, Tensor):
+        return False
+    return bool(value == usual) if _is_known(value) or _leaves_all_open() else False
+
+
+def _leaves_all_open() -> bool:
+    """Whether that is how the compiler at work was asked to (``dynamic=True``)."""
+    return not torch._dynamo.config.assume_static_by_default
+
+
+_leaves_all_open._dynamo_marked_constant = True  # as torch.compiler.assume_constant_result, without its imports
+
+
+def _in_tensor(value: float | Tensor) -> Tensor:
+    """A number as the operators take it where it has no value yet: a scalar in the host's memory."""
+    if isinstance(value, Tensor):
+        return value.to("cpu", torch.float64)
+    return torch.ones((), dtype=torch.float64) * value  # which torch.compile traces for whatever number there is
 
 
 def _as_list(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -927,7 +1006,28 @@ def _number(name: str, value: float) -> float:
         return value + 0.0
     if isinstance(value, numbers.Real):  # of NumPy
         return float(value)
+    if isinstance(value, Tensor) and value.dim() == 0:
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must be a number here, or a tensor that requires no gradient")
+        return float(value)
     raise TypeError(f"{name} must be a number, but got {value!r}")
+
+
+def _number_or_tensor(name: str, value: float | Tensor) -> float | Tensor:
+    """A number; or a scalar tensor as it is, where its value may not be asked for or does not say all: while something
+    is traced or transformed, or where it is to get a gradient."""
+    if not isinstance(value, Tensor):
+        return _number(name, value)
+    if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(
+            f"{name} must be a number or a scalar tensor of a real type, but got {value.dtype} of shape "
+            f"{tuple(value.shape)}"
+        )
+    differentiated = value.requires_grad and torch.is_grad_enabled()
+    if differentiated or _is_dynamo_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
+        return value
+    transformed = torch._C._functorch.is_functorch_wrapped_tensor(value) or forward_ad._current_level >= 0
+    return value if transformed or torch._C._len_torch_dispatch_stack() > 0 else float(value)
 
 
 def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
@@ -951,10 +1051,12 @@ def _unusual(input, target, weight, ignore_index, reduction, label_smoothing, lo
     tensors = [input, target] if weight is None else [input, target, weight]
     if all(isinstance(tensor, Tensor) for tensor in tensors):
         # PyTorch's own parser judges the other arguments; what it accepts (numbers of other types) is then converted.
+        known = 0.0 if isinstance(label_smoothing, Tensor) else label_smoothing
         _native_cross_entropy(
-            torch.zeros(1, 1), torch.zeros(1).long(), None, None, ignore_index, None, reduction, label_smoothing
+            torch.zeros(1, 1), torch.zeros(1).long(), None, None, ignore_index, None, reduction, known
         )
-        label_smoothing = float(label_smoothing)
+        if known is label_smoothing:
+            label_smoothing = float(label_smoothing)
         if reduction == "elementwise_mean":
             reduction = "mean"
     elif loss_dtype is None and empty == "nan":

@@ -4,6 +4,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <cmath>
+#include <limits>
 
 #include "cross_entropy.h"
 
@@ -98,11 +99,18 @@ Others::Others(const OptionalTensors& list)
       companion(element_of(list, 1)),
       sample_weight(element_of(list, 2)),
       divisor(element_of(list, 3)) {
-  TORCH_CHECK(list.size() <= 4, "cross_entropy_ext: got ", list.size(), " optional tensors, but there are 4");
+  constexpr size_t kTensors = 4, kAll = kTensors + Options::kNumbers;
+  TORCH_CHECK(list.size() <= kAll, "cross_entropy_ext: got ", list.size(), " optional tensors, but there are ", kAll);
+  if (list.size() <= kTensors) return;
+  for (size_t i = kTensors; i < kAll; ++i) numbers.push_back(element_of(list, i).value_or(at::Tensor()));
 }
 
-OptionalTensors Others::of(const Inputs& in) {
-  return as_list({in.weight, in.companion, in.sample_weight, in.divisor});
+OptionalTensors Others::of(const Inputs& in, const Options& options) {
+  if (options.tensors.empty()) return as_list({in.weight, in.companion, in.sample_weight, in.divisor});
+  OptionalTensors list;
+  for (const OptionalTensor& tensor : {in.weight, in.companion, in.sample_weight, in.divisor}) list.push_back(tensor);
+  for (const at::Tensor& number : options.tensors) list.push_back(optional(number));
+  return list;
 }
 
 const at::Tensor& Inputs::probabilities(const Options& options) const {
@@ -116,10 +124,17 @@ std::array<int64_t, Options::kIntegers> Options::integers() const {
 }
 
 std::array<double, Options::kNumbers> Options::numbers() const {
-  return {label_smoothing, z_loss, softcap, logit_scale, temperature, alpha};
+  std::array<double, kNumbers> all{label_smoothing, z_loss, softcap, logit_scale, temperature, alpha};
+  if (!tensors.empty()) {  // no compiler is to write NaN into a program
+    const std::array<double, kNumbers> defaults = Options().numbers();
+    for (size_t i = 0; i < kNumbers; ++i) {
+      if (tensors[i].defined()) all[i] = defaults[i];
+    }
+  }
+  return all;
 }
 
-Options Options::of(at::IntArrayRef integers, at::ArrayRef<double> numbers) {
+Options Options::of(at::IntArrayRef integers, at::ArrayRef<double> numbers, std::vector<at::Tensor> tensors) {
   TORCH_CHECK(integers.size() == kIntegers && numbers.size() == kNumbers, "cross_entropy_ext: got ", integers.size(),
               " integers and ", numbers.size(), " numbers for the ", kIntegers, " and ", kNumbers, " of its options");
   Options options;
@@ -133,13 +148,32 @@ Options Options::of(at::IntArrayRef integers, at::ArrayRef<double> numbers) {
   options.form = Form(integers[3] >> 4);
   options.class_begin = integers[4];
   options.total_classes = integers[5];
-  options.label_smoothing = numbers[0];
-  options.z_loss = numbers[1];
-  options.softcap = numbers[2];
-  options.logit_scale = numbers[3];
-  options.temperature = numbers[4];
-  options.alpha = numbers[5];
+  double* const all[] = {&options.label_smoothing, &options.z_loss,      &options.softcap,
+                         &options.logit_scale,     &options.temperature, &options.alpha};
+  for (size_t i = 0; i < kNumbers; ++i) {
+    *all[i] = tensors.empty() || !tensors[i].defined() ? numbers[i] : std::numeric_limits<double>::quiet_NaN();
+  }
+  options.tensors = std::move(tensors);
   return options;
+}
+
+Options Options::with_values() const {
+  if (tensors.empty()) return *this;
+  std::array<double, kNumbers> all = numbers();
+  for (size_t i = 0; i < kNumbers; ++i) {
+    if (tensors[i].defined()) all[i] = tensors[i].item<double>();
+  }
+  return of(integers(), all);
+}
+
+bool numbers_need_composite(const Options& options) {
+  if (options.tensors.empty() || !c10::GradMode::is_enabled()) return false;
+  for (size_t i = 0; i < Options::kNumbers; ++i) {
+    const at::Tensor& number = options.tensors[i];
+    if (!number.defined() || !number.requires_grad()) continue;
+    if (i != Options::kLogitScale || (is_concrete(number) && number.item<double>() == 0)) return true;
+  }
+  return false;
 }
 
 // ---- types ----------------------------------------------------------------------------------------------------------
@@ -183,6 +217,7 @@ int64_t saved_rows(Form form, const Options& options) {
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
 void check_options(const Options& options) {
+  if (!options.tensors.empty()) return check_options(Options::of(options.integers(), options.numbers()));
   TORCH_CHECK(options.reduction >= kNone && options.reduction <= kSum,
               "reduction must be 0, 1 or 2. Got: ", options.reduction);
   TORCH_CHECK(!options.loss_dtype || is_logits_type(*options.loss_dtype),
@@ -277,7 +312,9 @@ bool is_valid(const Inputs& inputs, const Options& options) {
   const OptionalTensor &weight = inputs.weight, &companion = inputs.companion, &sample_weight = inputs.sample_weight;
   if (!is_plain(logits, logits) || !is_plain(target, logits)) return false;
   if (!is_logits_type(logits.scalar_type()) || logits.dim() < 1 || logits.dim() > kMostDims) return false;
-  if (!(options.label_smoothing >= 0 && options.label_smoothing <= 1)) return false;
+  const bool smooths = options.label_smoothing >= 0 && options.label_smoothing <= 1;
+  if (!smooths && !options.tensor(Options::kLabelSmoothing)) return false;
+  if (numbers_need_composite(options)) return false;
   const auto classes = logits.sym_size(class_dim(logits));
   if (classes == 0) return false;
   const auto is_of_positions = [&](const at::Tensor& tensor) {

@@ -33,8 +33,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
-
 // ---- what a backward needs, through the context ---------------------------------------------------------------------
 
 // In one entry of three, for which a tuple has room: more would cost allocations and lookups. What native has no
@@ -49,7 +47,8 @@ void save_options(AutogradContext* ctx, const Options& options) {
   if (options.is_shard()) ctx->saved_data["shard"] = std::make_tuple(class_begin, total_classes);
 }
 
-Options saved_options(AutogradContext* ctx) {
+// `tensors`: of the options, as they were saved.
+Options saved_options(AutogradContext* ctx, std::vector<at::Tensor> tensors) {
   const auto [packed, ignore_index, label_smoothing] =
       ctx->saved_data["options"].to<std::tuple<int64_t, int64_t, double>>();
   std::array<int64_t, Options::kIntegers> integers{
@@ -58,7 +57,9 @@ Options saved_options(AutogradContext* ctx) {
     std::tie(integers[4], integers[5]) = shard->second.to<std::tuple<int64_t, int64_t>>();
   }
   const auto numbers = ctx->saved_data.find("numbers");
-  if (numbers != ctx->saved_data.end()) return Options::of(integers, numbers->second.toDoubleVector());
+  if (numbers != ctx->saved_data.end()) {
+    return Options::of(integers, numbers->second.toDoubleVector(), std::move(tensors));
+  }
   Options plain;
   plain.label_smoothing = label_smoothing;
   return Options::of(integers, plain.numbers());
@@ -80,16 +81,21 @@ struct SavedInputs {
   Inputs inputs() const { return {logits, target, weight, companion, sample_weight, divisor}; }
 };
 
-variable_list to_save(const Inputs& in, at::Tensor first, at::Tensor second) {
+// Those of the options come last, from `kSaved` on.
+constexpr size_t kSaved = 8;
+
+variable_list to_save(const Inputs& in, const Options& options, at::Tensor first, at::Tensor second) {
   const auto or_undefined = [](const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); };
-  return {in.logits,
-          in.target,
-          or_undefined(in.weight),
-          or_undefined(in.companion),
-          or_undefined(in.sample_weight),
-          or_undefined(in.divisor),
-          std::move(first),
-          std::move(second)};
+  variable_list saved{in.logits,
+                      in.target,
+                      or_undefined(in.weight),
+                      or_undefined(in.companion),
+                      or_undefined(in.sample_weight),
+                      or_undefined(in.divisor),
+                      std::move(first),
+                      std::move(second)};
+  saved.insert(saved.end(), options.tensors.begin(), options.tensors.end());
+  return saved;
 }
 
 // d loss / d w_c = sum over positions of q'_c (lse - x_c), for probabilities; one of zero adds nothing, even at -inf.
@@ -119,12 +125,13 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
                                const Variable& logits, const Variable& target, const OptionalTensor& weight,
                                const OptionalTensor& companion, const OptionalTensor& sample_weight,
                                const OptionalTensor& divisor, const Variable& lse, const Variable& denominator,
-                               const Options& options, std::array<bool, 2> wanted) {
+                               const Options& options, std::array<bool, 2> wanted,
+                               const OptionalTensor& /*logit_scale, of the options*/) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
     auto [grad_logits, grad_target] =
         xent::backward({grad_output, grad_statistics, lse, denominator}, inputs, options, wanted);
-    ctx->save_for_backward(to_save(inputs, grad_output, grad_statistics.value_or(at::Tensor())));
+    ctx->save_for_backward(to_save(inputs, options, grad_output, grad_statistics.value_or(at::Tensor())));
     save_options(ctx, options);
     ctx->saved_data["wanted"] = std::make_tuple(wanted[0], wanted[1]);
     return {grad_logits, grad_target};
@@ -133,9 +140,6 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
   // Differentiates the composite as this function did, and the result once more.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const Options options = saved_options(ctx);
-    TORCH_CHECK_NOT_IMPLEMENTED(!options.is_shard(),
-                                "cross_entropy_ext::_backward: of a shard of the classes it has no derivative");
     const bool again = c10::GradMode::is_enabled();
     const at::AutoGradMode with_graph(true);
     // Of each, a node of its own: whatever else leads from one to another is not this function's.
@@ -146,6 +150,9 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
                       : tensor.requires_grad() ? tensor.view_as(tensor)
                                                : tensor.detach().requires_grad_());
     }
+    const Options options = saved_options(ctx, {given.begin() + kSaved, given.end()});
+    TORCH_CHECK_NOT_IMPLEMENTED(!options.is_shard(),
+                                "cross_entropy_ext::_backward: of a shard of the classes it has no derivative");
     const SavedInputs in(given);
     const at::Tensor &grad_output = given[6], &grad_statistics = given[7];
     Options asked = options;
@@ -171,14 +178,16 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
     if (target_wanted) differentiate(probabilities, grads[1]);
 
     // One result for each argument of forward; what is no tensor, and what was made of others, has none.
-    variable_list result(12), inputs;
+    variable_list result(13), inputs;
     std::vector<size_t> places;
+    const auto add = [&](const at::Tensor& input, size_t place) {
+      if (firsts.empty() || !input.defined() || !input.requires_grad()) return;
+      inputs.push_back(input);
+      places.push_back(place);
+    };
     const size_t order[] = {2, 3, 4, 5, 6, 7, 0, 1};  // of what was saved, among the arguments
-    for (size_t i = 0; i < std::size(order) && !firsts.empty(); ++i) {
-      if (!given[i].defined() || !given[i].requires_grad()) continue;
-      inputs.push_back(given[i]);
-      places.push_back(order[i]);
-    }
+    for (size_t i = 0; i < std::size(order); ++i) add(given[i], order[i]);
+    if (!options.tensors.empty()) add(options.tensors[Options::kLogitScale], 12);
     if (inputs.empty()) return result;
     const auto seconds = torch::autograd::grad(firsts, inputs, of_firsts, /*retain_graph=*/again,
                                                /*create_graph=*/again, /*allow_unused=*/true);
@@ -245,7 +254,7 @@ bool wants_one_pass(const Inputs& in, const Options& options) {
   return !options.inplace && !options.statistics && logits.requires_grad() && !in.target.requires_grad() &&
          !(in.weight && in.weight->requires_grad()) && !(in.companion && in.companion->requires_grad()) &&
          logits.scalar_type() != at::kHalf && is_concrete(logits) && one_pass_pays(logits, options.reduction) &&
-         !at::SavedTensorDefaultHooks::get_hooks();
+         options.tensors.empty() && !at::SavedTensorDefaultHooks::get_hooks();
 }
 
 // Whether a gradient for a grad_output of one can be scaled to another: not where it has been rounded to few bits,
@@ -279,7 +288,8 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static variable_list forward(AutogradContext* ctx, const Variable& logits, const Variable& target,
                                const OptionalTensor& weight, const OptionalTensor& companion,
                                const OptionalTensor& sample_weight, const OptionalTensor& divisor,
-                               const Options& options, bool one_pass) {
+                               const Options& options, bool one_pass,
+                               const OptionalTensor& /*logit_scale, of the options*/) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
     at::Tensor loss, lse, denominator, grad_logits;
@@ -291,7 +301,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     }
     // Hooks may lose precision, of which lse can spare none: the backward makes it anew, from the logits they return.
     const bool hooked = at::SavedTensorDefaultHooks::get_hooks() && is_concrete(logits);
-    ctx->save_for_backward(hooked ? to_save(inputs, {}, {}) : to_save(inputs, lse, denominator));
+    ctx->save_for_backward(hooked ? to_save(inputs, options, {}, {}) : to_save(inputs, options, lse, denominator));
     save_options(ctx, options);
     if (!options.statistics) return {loss};
     ctx->set_materialize_grads(false);
@@ -321,15 +331,17 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     SavedInputs in(saved);
     const Inputs inputs = in.inputs();
     at::Tensor lse = saved[6], denominator = saved[7];
-    const Options options = saved_options(ctx);
+    const Options options = saved_options(ctx, {saved.begin() + kSaved, saved.end()});
     if (!lse.defined()) std::tie(lse, denominator) = lse_of(inputs, options);
     const bool pairs = options.form == Form::kPairs;
     // One edge for each tensor that forward was given.
     const bool has_weight = has_value(in.weight), wanted_weight = has_weight && ctx->needs_input_grad(2);
     const bool wanted_target = ctx->needs_input_grad(pairs ? 2 + has_weight : 1);
     const bool wanted_logits = ctx->needs_input_grad(0);
+    const OptionalTensor scale = options.tensor(Options::kLogitScale);
+    const bool wanted_scale = scale && scale->requires_grad();
 
-    variable_list result(8);
+    variable_list result(9);
     at::Tensor& grad_target = result[pairs ? 3 : 1];
     at::Tensor grad = grads[0], divide_by = denominator;
     const OptionalTensor of_statistics = gradients_of_statistics(grads, lse);
@@ -364,15 +376,17 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       if (lse.sym_numel() == 0) lse = lse_of(inputs, options).first;
     }
     if (wanted_weight) result[2] = weight_gradient(grad, inputs, denominator, options);
-    if (wanted_logits && options.inplace && can_overwrite(inputs, grad, options)) {
+    if (wanted_logits && options.inplace && !wanted_scale && can_overwrite(inputs, grad, options)) {
       const at::AutoDispatchBelowADInplaceOrView below;
       in.logits.unsafeGetTensorImpl()->bump_version();  // whoever else saved the logits learns that they are gone
       const at::Tensor made = backward_(gradients, inputs, options, wanted_target);
       result[0] = in.logits.detach();
       if (wanted_target) grad_target = made;
-    } else if (wanted_logits || wanted_target) {
-      auto [for_logits, for_target] = xent::backward(gradients, inputs, options, {wanted_logits, wanted_target});
+    } else if (wanted_logits || wanted_target || wanted_scale) {
+      auto [for_logits, for_target] =
+          xent::backward(gradients, inputs, options, {wanted_logits || wanted_scale, wanted_target});
       if (wanted_logits) result[0] = for_logits;
+      if (wanted_scale) result[8] = scale_gradient(sum_of_products(for_logits, in.logits), *scale);
       if (wanted_target) grad_target = for_target;
     }
     return result;
@@ -391,13 +405,19 @@ bool any_of(const Inputs& in, const Is& is) {
   return is(in.logits) || is(in.target) || is(in.weight) || is(in.companion) || is(in.sample_weight) || is(in.divisor);
 }
 
+template <class Is>
+bool any_of(const Inputs& in, const Options& options, const Is& is) {
+  return any_of(in, is) || std::any_of(options.tensors.begin(), options.tensors.end(),
+                                       [&](const at::Tensor& number) { return number.defined() && is(number); });
+}
+
 Outputs outputs_autograd(const Inputs& inputs, const Options& given) {
   check(inputs, given);
-  const bool forward_mode = any_of(inputs, [](const auto& tensor) { return has_tangent(tensor); });
+  const bool forward_mode = any_of(inputs, given, [](const auto& tensor) { return has_tangent(tensor); });
   if (forward_mode || !is_supported(inputs, given)) return fallback(inputs, given);
   Options options = with_loss_type(inputs, given);
   const KernelInputs for_kernels(inputs, options);
-  const bool graph = any_of(inputs, [](const auto& tensor) { return needs_graph(tensor); });
+  const bool graph = any_of(inputs, given, [](const auto& tensor) { return needs_graph(tensor); });
   if (!graph || !c10::GradMode::is_enabled()) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const auto [loss, lse, denominator] = forward(for_kernels(), options);
@@ -408,8 +428,9 @@ Outputs outputs_autograd(const Inputs& inputs, const Options& given) {
   }
   if (options.inplace) options.inplace = is_concrete(inputs.logits) && !are_of_a_leaf(inputs.logits);
   const Inputs in = for_kernels();
-  const auto results = CrossEntropyFunction::apply(in.logits, in.target, in.weight, in.companion, in.sample_weight,
-                                                   in.divisor, options, wants_one_pass(inputs, options));
+  const auto results =
+      CrossEntropyFunction::apply(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options,
+                                  wants_one_pass(inputs, options), options.tensor(Options::kLogitScale));
   Outputs outputs;
   std::copy(results.begin(), results.end(), outputs.begin());
   if (options.statistics) correct_target_log_prob(outputs, inputs, options);
@@ -423,8 +444,8 @@ Results results_autograd(const Inputs& inputs, const Options& options) {
 }
 
 BackwardResult backward_autograd(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
-  const Options options = Options::of(integers, numbers);
   const Others unpacked(others);
+  const Options options = unpacked.options(integers, numbers);
   const Inputs inputs = unpacked.with(logits, target);
   const OptionalTensor statistics = element_of(grad_statistics, 0);
   if (has_tangent(grad_output) || has_tangent(statistics)) {
@@ -445,7 +466,8 @@ BackwardResult backward_autograd(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_O
     return {for_logits, for_target};
   }
   auto results = BackwardFunction::apply(grad_output, statistics, logits, target, inputs.weight, inputs.companion,
-                                         inputs.sample_weight, inputs.divisor, lse, denominator, options, wanted);
+                                         inputs.sample_weight, inputs.divisor, lse, denominator, options, wanted,
+                                         options.tensor(Options::kLogitScale));
   return {results[0], results[1]};
 }
 

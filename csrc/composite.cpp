@@ -2,6 +2,7 @@
 // subclasses, forward mode, transforms of functions), and derivatives of derivatives are theirs.
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/cross_entropy_loss.h>
 #include <ATen/ops/full_like.h>
@@ -14,6 +15,10 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+#include <utility>
+#include <variant>
 
 #include "cross_entropy.h"
 
@@ -39,6 +44,40 @@ std::pair<at::Tensor, at::Tensor> log_softmax_and_lse(const at::Tensor& x, int64
   const at::Tensor log_s = at::log1p(others + (top - top));  // NaN for an infinite maximum
   return {below - log_s, top + log_s};
 }
+
+// A number of the options, or the tensor that it comes as.
+class Number {
+ public:
+  Number(double value) : is_(value) {}
+  Number(at::Tensor tensor) : is_(std::move(tensor)) {}
+
+  static Number of(const Options& options, Options::Number number) {
+    const OptionalTensor tensor = options.tensor(number);
+    return tensor ? Number(*tensor) : Number(options.numbers()[number]);
+  }
+
+  friend Number operator*(const Number& a, const Number& b) {
+    return std::visit([](const auto& x, const auto& y) -> Number { return x * y; }, a.is_, b.is_);
+  }
+  friend Number operator/(const Number& a, const Number& b) {
+    return std::visit([](const auto& x, const auto& y) -> Number { return x / y; }, a.is_, b.is_);
+  }
+  friend Number operator-(const Number& a, const Number& b) {
+    return std::visit([](const auto& x, const auto& y) -> Number { return x - y; }, a.is_, b.is_);
+  }
+  friend at::Tensor operator*(const at::Tensor& a, const Number& b) {
+    return std::visit([&](const auto& y) -> at::Tensor { return a * y; }, b.is_);
+  }
+  friend at::Tensor operator/(const at::Tensor& a, const Number& b) {
+    return std::visit([&](const auto& y) -> at::Tensor { return a / y; }, b.is_);
+  }
+  friend at::Tensor operator+(const at::Tensor& a, const Number& b) {
+    return std::visit([&](const auto& y) -> at::Tensor { return a + y; }, b.is_);
+  }
+
+ private:
+  std::variant<double, at::Tensor> is_;
+};
 
 // The error of the kernels, where values can be asked for; elsewhere whatever uses them raises its own.
 void check_classes(const at::Tensor& index, const at::Tensor& counts, const at::Tensor& logits) {
@@ -69,7 +108,13 @@ class Composite {
         options_(options),
         form_(in.form(options)),
         dim_(class_dim(in.logits)),
-        type_(arithmetic_type(in, options)) {
+        type_(arithmetic_type(in, options)),
+        label_smoothing_(Number::of(options, Options::kLabelSmoothing)),
+        z_loss_(Number::of(options, Options::kZLoss)),
+        softcap_(Number::of(options, Options::kSoftcap)),
+        logit_scale_(Number::of(options, Options::kLogitScale)),
+        temperature_(Number::of(options, Options::kTemperature)),
+        alpha_(Number::of(options, Options::kAlpha)) {
     const at::Tensor& labels = form_ == Form::kTeacher && has_value(in.companion) ? *in.companion : in.target;
     if (form_ == Form::kIndices || form_ == Form::kPairs || has_labels()) {
       index_ = labels.to(at::kLong);
@@ -83,8 +128,8 @@ class Composite {
     }
     raw_ = zero_unless(valid_, in.logits.to(type_));
     if (is_dense(form_)) target_ = zero_unless(valid_, in.target.to(type_));
-    logits_ = raw_ * (form_ == Form::kTeacher ? 1 / options.temperature : options.logit_scale);
-    if (options.softcap > 0) logits_ = at::tanh(logits_ / options.softcap) * options.softcap;
+    logits_ = raw_ * (form_ == Form::kTeacher ? Number(1) / temperature_ : logit_scale_);
+    if (options.softcap != 0) logits_ = at::tanh(logits_ / softcap_) * softcap_;
     if (are_log_probs) {
       log_p_ = logits_;
     } else {
@@ -101,7 +146,7 @@ class Composite {
   at::Tensor loss() const { return typed(reduce(target_loss())); }
 
   Outputs outputs() const {
-    const at::Tensor z_loss = lse_ * lse_ * options_.z_loss;
+    const at::Tensor z_loss = lse_ * lse_ * z_loss_;
     const bool apart = has_two_denominators(in_, options_);
     at::Tensor loss = target_loss();
     if (options_.z_loss != 0 && !apart) loss = loss + z_loss;
@@ -129,7 +174,7 @@ class Composite {
 
   at::Tensor smoothing() const {  // e / C sum_c w_c (lse - x_c)
     const at::Tensor terms = weight_.defined() ? product(weight_.expand_as(log_p_), log_p_) : log_p_;
-    return terms.sum(dim_, true) * (-options_.label_smoothing / classes());
+    return terms.sum(dim_, true) * (label_smoothing_ / -classes());
   }
 
   at::Tensor target_log_prob() const {
@@ -138,27 +183,26 @@ class Composite {
   }
 
   at::Tensor target_loss() const {
-    const double keep = 1 - options_.label_smoothing;
+    const Number keep = Number(1) - label_smoothing_;
     if (form_ == Form::kTeacher) return teacher_loss();
     if (form_ == Form::kProbabilities) {
-      at::Tensor a = target_ * keep + options_.label_smoothing / classes();
+      at::Tensor a = target_ * keep + label_smoothing_ / classes();
       if (weight_.defined()) a = a * weight_;
       return -product(a, log_p_).sum(dim_, true);
     }
     at::Tensor hits = probs_ * keep;
     if (weight_.defined()) hits = hits * at::gather(weight_.expand_as(log_p_), dim_, index_);
     const at::Tensor loss = -product(hits, at::gather(log_p_, dim_, index_)).sum(dim_, true);
-    return options_.label_smoothing > 0 ? loss + smoothing() : loss;
+    return options_.label_smoothing != 0 ? loss + smoothing() : loss;
   }
 
   at::Tensor teacher_loss() const {
-    const double temperature = options_.temperature, square = temperature * temperature;
-    const at::Tensor log_q = log_softmax_and_lse(target_ / temperature, dim_).first;
+    const Number square = temperature_ * temperature_;
+    const at::Tensor log_q = log_softmax_and_lse(target_ / temperature_, dim_).first;
     const at::Tensor q = log_q.exp(), terms = zero_unless(q.ne(0), options_.kl ? log_q - log_p_ : -log_p_);
     const at::Tensor loss = (q * terms).sum(dim_, true) * square;
     if (!has_labels()) return loss;
-    return loss * options_.alpha -
-           at::gather(log_softmax_and_lse(raw_, dim_).first, dim_, index_) * (1 - options_.alpha);
+    return loss * alpha_ - at::gather(log_softmax_and_lse(raw_, dim_).first, dim_, index_) * (Number(1) - alpha_);
   }
 
   at::Tensor typed(const at::Tensor& result) const { return result.to(loss_type(in_, options_)); }
@@ -183,6 +227,7 @@ class Composite {
   Form form_;
   int64_t dim_;
   at::ScalarType type_;
+  Number label_smoothing_, z_loss_, softcap_, logit_scale_, temperature_, alpha_;
   at::Tensor raw_, logits_, log_p_, lse_;  // raw_: before they are transformed
   at::Tensor target_;                      // probabilities, or the teacher's logits
   at::Tensor index_, probs_, valid_;       // of labels and pairs; undefined for others
@@ -243,8 +288,9 @@ Outputs fallback(const Inputs& given, const Options& asked) {
   const auto [weight, options] = autocast ? with_wide_loss(given, asked) : std::pair(given.weight, asked);
   const Inputs inputs{given.logits, given.target, weight, given.companion, given.sample_weight, given.divisor};
   const Inputs natives{inputs.logits, inputs.target, inputs.weight};
-  if (options.form == Form::kNone && !is_valid(natives, options)) {
-    const at::Tensor loss = native_cross_entropy(natives, options);
+  const Options known = options.tensors.empty() ? options : Options::of(options.integers(), options.numbers());
+  if (options.form == Form::kNone && !is_valid(natives, known)) {
+    const at::Tensor loss = native_cross_entropy(natives, known);
     if (options.is_plain() && !has_value(inputs.sample_weight) && !has_value(inputs.divisor)) return {loss};
   }
   return composite(inputs, options);
@@ -265,12 +311,35 @@ at::Tensor native_cross_entropy(const Inputs& in, const Options& options) {
   return options.loss_dtype ? loss.to(*options.loss_dtype) : loss;
 }
 
+at::Tensor sum_of_products(const at::Tensor& gradient, const at::Tensor& tensor) {
+  const auto type = gradient.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const auto products = [&](const at::Tensor& a, const at::Tensor& b) {  // zero times infinity is zero
+    return at::where(a.eq(0), at::zeros_like(a, at::TensorOptions(type)), a.to(type) * b.to(type)).sum(at::kDouble);
+  };
+  if (c10::GradMode::is_enabled() || !is_concrete(gradient) || gradient.dim() == 0) return products(gradient, tensor);
+  constexpr int64_t kElements = int64_t{1} << 20;  // at a time
+  const int64_t N = gradient.size(0),
+                rows =
+                    std::max<int64_t>(1, kElements / std::max<int64_t>(1, gradient.numel() / std::max<int64_t>(1, N)));
+  at::Tensor sum = at::zeros({}, gradient.options().dtype(at::kDouble));
+  for (int64_t n = 0; n < N; n += rows) {
+    const int64_t count = std::min(rows, N - n);
+    sum.add_(products(gradient.narrow(0, n, count), tensor.narrow(0, n, count)));
+  }
+  return sum;
+}
+
+at::Tensor scale_gradient(const at::Tensor& sum, const at::Tensor& logit_scale) {
+  return (sum.to(logit_scale.device()) / logit_scale).to(logit_scale.scalar_type());
+}
+
 Outputs outputs_of(const at::Tensor& loss, const at::Tensor& lse, const at::Tensor& denominator, const Inputs& inputs,
                    const Options& options) {
   const auto shape = shape_of_positions(inputs.logits);
   const auto row = [&](int64_t r) { return lse.select(0, r).view_symint(shape); };
   const at::Tensor sum = row(saved::kLse) + row(saved::kLseLost);
-  at::Tensor z_loss = sum.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).square() * options.z_loss;
+  at::Tensor z_loss =
+      sum.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).square() * Number::of(options, Options::kZLoss);
   if (has_value(inputs.sample_weight)) z_loss = z_loss * *inputs.sample_weight;
   if (options.reduction != kNone) z_loss = z_loss.sum() / denominator;
   if (loss.scalar_type() != at::kDouble) z_loss = z_loss.to(loss.scalar_type());

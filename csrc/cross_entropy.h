@@ -46,18 +46,6 @@ struct Inputs {
   static const OptionalTensor kNothing;
 };
 
-// The optional ones of Inputs, as an operator gets them.
-struct Others {
-  OptionalTensor weight, companion, sample_weight, divisor;
-
-  explicit Others(const OptionalTensors& list);
-  static OptionalTensors of(const Inputs& inputs);
-
-  Inputs with(const at::Tensor& logits, const at::Tensor& target) const {
-    return {logits, target, weight, companion, sample_weight, divisor};
-  }
-};
-
 // And what is none. Operators pass it on as two lists of numbers.
 struct Options {
   int64_t reduction = kMean, ignore_index = -100;
@@ -73,13 +61,28 @@ struct Options {
   int64_t class_begin = 0, total_classes = 0;  // of a shard, see Problem; private operators alone take it
 
   static constexpr size_t kIntegers = 6, kNumbers = 6;
+  enum Number : size_t { kLabelSmoothing, kZLoss, kSoftcap, kLogitScale, kTemperature, kAlpha };
+
+  // The numbers that come as scalar tensors, and are NaN above: one for each Number, undefined for the others. Empty
+  // where none does. They change from call to call of a compiled graph, or are transformed, or logit_scale is to get a
+  // gradient.
+  std::vector<at::Tensor> tensors = {};
+
   std::array<int64_t, kIntegers> integers() const;
   std::array<double, kNumbers> numbers() const;
-  static Options of(at::IntArrayRef integers, at::ArrayRef<double> numbers);
+  static Options of(at::IntArrayRef integers, at::ArrayRef<double> numbers, std::vector<at::Tensor> tensors = {});
+
+  // The same with the tensors' values, for whoever computes with them.
+  Options with_values() const;
+
+  OptionalTensor tensor(Number number) const {
+    return tensors.empty() || !tensors[number].defined() ? std::nullopt : OptionalTensor(tensors[number]);
+  }
 
   // Whether it is a loss that PyTorch has, too.
   bool is_plain() const {
-    return !statistics && form == Form::kNone && z_loss == 0 && softcap == 0 && logit_scale == 1 && !is_shard();
+    return !statistics && form == Form::kNone && z_loss == 0 && softcap == 0 && logit_scale == 1 && !is_shard() &&
+           tensors.empty();
   }
 
   bool is_shard() const { return total_classes != 0; }
@@ -87,6 +90,22 @@ struct Options {
   // The argmax of an ignored position: neither a class nor ignore_index, so that comparing it with the targets counts
   // no padding as correct.
   int64_t no_class() const { return ignore_index == -1 ? -2 : -1; }
+};
+
+// The optional tensors of both, as an operator gets them: those of Inputs in their order, and then the numbers.
+struct Others {
+  OptionalTensor weight, companion, sample_weight, divisor;
+  std::vector<at::Tensor> numbers;
+
+  explicit Others(const OptionalTensors& list);
+  static OptionalTensors of(const Inputs& inputs, const Options& options);
+
+  Inputs with(const at::Tensor& logits, const at::Tensor& target) const {
+    return {logits, target, weight, companion, sample_weight, divisor};
+  }
+  Options options(at::IntArrayRef integers, at::ArrayRef<double> known) const {
+    return Options::of(integers, known, numbers);
+  }
 };
 
 // cross_entropy_ext::_forward -> loss, lse, denominator.
@@ -192,12 +211,16 @@ Result from_weighted(const at::Tensor& logits, const at::Tensor& target, const a
 
 template <class Result, Result (*function)(const Inputs&, const Options&)>
 Result from_lists(XENT_INPUTS, XENT_OPTIONS) {
-  return function(Others(others).with(logits, target), Options::of(integers, numbers));
+  const Others unpacked(others);
+  return function(unpacked.with(logits, target), unpacked.options(integers, numbers));
 }
 
 // ---- decisions ------------------------------------------------------------------------------------------------------
 
 bool has_value(const OptionalTensor& tensor);
+inline OptionalTensor optional(const at::Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
 bool is_logits_type(at::ScalarType type);  // of logits, probabilities and losses
 bool is_index_type(at::ScalarType type);
 
@@ -282,6 +305,16 @@ at::Tensor native_cross_entropy(const Inputs& inputs, const Options& options);
 // The same from what the kernels have found out.
 Outputs outputs_of(const at::Tensor& loss, const at::Tensor& lse, const at::Tensor& denominator, const Inputs& inputs,
                    const Options& options);
+
+// The gradient of logit_scale: a loss depends on it in its product with the logits x alone, so that it is
+// <d loss / d x, x> / logit_scale, and for the logits of a layer the same of its input and bias. Of both gradients the
+// products with what they are of are given, summed.
+at::Tensor sum_of_products(const at::Tensor& gradient, const at::Tensor& tensor);
+at::Tensor scale_gradient(const at::Tensor& sum, const at::Tensor& logit_scale);
+
+// Whether a number that is to get a gradient is one for which it takes the composite: any but logit_scale, and that
+// where it is zero.
+bool numbers_need_composite(const Options& options);
 
 // The log-probability is of probabilities as they are: where the loss has weighted or smoothed them, it has no sum of
 // these, and they are read once more.

@@ -48,8 +48,8 @@ using torch::autograd::variable_list;
 template <class Signature, class... Arguments>
 auto call(const c10::TypedOperatorHandle<Signature>& op, const Layer& layer, const Inputs& in, const Options& options,
           Arguments&&... arguments) {
-  return op.call(layer.input, layer.weight, as_list({layer.bias}), in.target, Others::of(in), options.integers(),
-                 options.numbers(), std::forward<Arguments>(arguments)...);
+  return op.call(layer.input, layer.weight, as_list({layer.bias}), in.target, Others::of(in, options),
+                 options.integers(), options.numbers(), std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace
@@ -79,7 +79,7 @@ BackwardResult backward(const Layer& layer, const Gradients& gradients, const In
                         int64_t chunk, std::array<bool, 4> wanted) {
   static const auto op = find_operator<schema::Backward>("cross_entropy_ext::_linear_backward");
   return op.call(gradients.grad_output, as_list({gradients.grad_statistics}), layer.input, layer.weight,
-                 as_list({layer.bias}), in.target, Others::of(in), gradients.lse, gradients.denominator,
+                 as_list({layer.bias}), in.target, Others::of(in, options), gradients.lse, gradients.denominator,
                  options.integers(), options.numbers(), chunk, wanted);
 }
 
@@ -114,6 +114,12 @@ void correct(Outputs& outputs, const Layer& layer, const Inputs& in, const Optio
   unweighted.reduction = kNone;
   unweighted.softcap = options.softcap;
   unweighted.logit_scale = options.logit_scale;
+  if (!options.tensors.empty()) {
+    unweighted.tensors.resize(Options::kNumbers);
+    for (const auto number : {Options::kSoftcap, Options::kLogitScale}) {
+      unweighted.tensors[number] = options.tensors[number];
+    }
+  }
   unweighted.loss_dtype = arithmetic_type(in, options);
   outputs[2] = -loss(layer, {in.logits, in.target, std::nullopt}, unweighted, chunk);
 }
@@ -128,8 +134,6 @@ Outputs outputs_without_grad(const Layer& layer, const Inputs& in, const Options
 
 // ---- derivatives ----------------------------------------------------------------------------------------------------
 
-OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
-
 // The tensors of a call, after they were saved.
 struct Saved {
   at::Tensor input, weight, logits, target;
@@ -137,18 +141,28 @@ struct Saved {
   Options options;
   int64_t chunk;
 
-  static constexpr size_t kTensors = 8;
+  // Those of the options among them.
+  static constexpr size_t kNumbers = 8, kTensors = kNumbers + Options::kNumbers;
 
-  static variable_list list(const Layer& layer, const Inputs& in) {
+  static variable_list list(const Layer& layer, const Inputs& in, const Options& options) {
     const auto or_undefined = [](const OptionalTensor& tensor) { return tensor.value_or(at::Tensor()); };
-    return {layer.input,
-            layer.weight,
-            or_undefined(layer.bias),
-            in.target,
-            or_undefined(in.weight),
-            or_undefined(in.companion),
-            or_undefined(in.sample_weight),
-            or_undefined(in.divisor)};
+    variable_list all{layer.input,
+                      layer.weight,
+                      or_undefined(layer.bias),
+                      in.target,
+                      or_undefined(in.weight),
+                      or_undefined(in.companion),
+                      or_undefined(in.sample_weight),
+                      or_undefined(in.divisor)};
+    all.insert(all.end(), options.tensors.begin(), options.tensors.end());
+    all.resize(kTensors);
+    return all;
+  }
+
+  static std::vector<at::Tensor> numbers(const variable_list& saved) {
+    std::vector<at::Tensor> numbers(saved.begin() + kNumbers, saved.begin() + kTensors);
+    const bool any = std::any_of(numbers.begin(), numbers.end(), [](const at::Tensor& one) { return one.defined(); });
+    return any ? numbers : std::vector<at::Tensor>();
   }
 
   Saved(const variable_list& saved, const Options& options, int64_t chunk)
@@ -177,6 +191,11 @@ bool wants_one_pass(const Layer& layer, const Inputs& in, const Options& options
          layer.input.scalar_type() != at::kHalf;
 }
 
+bool scale_requires_grad(const Options& options) {
+  const OptionalTensor scale = options.tensor(Options::kLogitScale);
+  return scale && scale->requires_grad();
+}
+
 // Where the context keeps the gradients of input, weight and bias that the forward has made.
 constexpr const char* kMade[] = {"grad_input", "grad_weight", "grad_bias"};
 
@@ -186,7 +205,8 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
   static variable_list forward(AutogradContext* ctx, const Variable& input, const Variable& linear_weight,
                                const OptionalTensor& linear_bias, const Variable& target, const OptionalTensor& weight,
                                const OptionalTensor& companion, const OptionalTensor& sample_weight,
-                               const OptionalTensor& divisor, const Options& options, int64_t chunk, bool one_pass) {
+                               const OptionalTensor& divisor, const Options& options, int64_t chunk, bool one_pass,
+                               const OptionalTensor& /*logit_scale, of the options*/) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Layer layer{input, linear_weight, linear_bias};
     const at::Tensor logits = stand_in(layer);
@@ -196,11 +216,11 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     ctx->saved_data["integers"] = std::vector<int64_t>(integers.begin(), integers.end());
     ctx->saved_data["numbers"] = std::vector<double>(numbers.begin(), numbers.end());
     ctx->saved_data["chunk"] = chunk;
-    variable_list saved = Saved::list(layer, inputs);
+    variable_list saved = Saved::list(layer, inputs, options);
     // Hooks on saved tensors mean to save memory, and may lose precision: then the backward makes all of it anew.
     const bool hooked = at::SavedTensorDefaultHooks::get_hooks() && is_concrete(input);
     if (one_pass && !hooked) {
-      const auto wanted = wanted_of(layer);
+      const auto wanted = wanted_of(layer, options);
       auto [loss, of_input, of_weight, of_bias] = linear::forward_backward(layer, inputs, options, chunk, wanted);
       // Each by itself: compilers of backwards look for tensors here, and not for lists of them.
       for (auto&& [name, gradient] : {std::pair(kMade[0], of_input), {kMade[1], of_weight}, {kMade[2], of_bias}}) {
@@ -222,33 +242,42 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     return {outputs.begin(), outputs.end()};
   }
 
-  static std::array<bool, 3> wanted_of(const Layer& layer) {
-    return {layer.input.requires_grad(), layer.weight.requires_grad(),
-            has_value(layer.bias) && layer.bias->requires_grad()};
+  static std::array<bool, 3> wanted_of(const Layer& layer, const Options& options) {
+    const bool of_scale = scale_requires_grad(options);
+    return {of_scale || layer.input.requires_grad(), layer.weight.requires_grad(),
+            has_value(layer.bias) && (of_scale || layer.bias->requires_grad())};
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const variable_list list = ctx->get_saved_variables();
-    const Saved saved(
-        list, Options::of(ctx->saved_data["integers"].toIntVector(), ctx->saved_data["numbers"].toDoubleVector()),
-        ctx->saved_data["chunk"].toInt());
+    const Saved saved(list,
+                      Options::of(ctx->saved_data["integers"].toIntVector(),
+                                  ctx->saved_data["numbers"].toDoubleVector(), Saved::numbers(list)),
+                      ctx->saved_data["chunk"].toInt());
     if (c10::GradMode::is_enabled()) return differentiable_backward(list, saved, grads);
     if (list.size() == Saved::kTensors) return scaled_gradients(ctx, saved, grads[0]);
-    if (list[8].defined()) return recomputed_gradients(saved, list[8], list[9], grads);
+    const at::Tensor &lse = list[Saved::kTensors], &denominator = list[Saved::kTensors + 1];
+    if (lse.defined()) return recomputed_gradients(saved, lse, denominator, grads);
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [loss, lse, denominator] = linear::forward(saved.layer(), saved.inputs(), saved.options, saved.chunk);
-    return recomputed_gradients(saved, lse, denominator, grads);
+    const auto [loss, lse_again, denominator_again] =
+        linear::forward(saved.layer(), saved.inputs(), saved.options, saved.chunk);
+    return recomputed_gradients(saved, lse_again, denominator_again, grads);
   }
 
  private:
   // One result for each argument of forward.
   static variable_list results(const at::Tensor& of_input, const at::Tensor& of_weight, const at::Tensor& of_bias,
                                const Saved& saved) {
-    const auto wanted = wanted_of(saved.layer());
-    variable_list result(11);
-    if (wanted[0]) result[0] = of_input;
-    if (wanted[1]) result[1] = of_weight;
-    if (wanted[2]) result[2] = of_bias;
+    const auto needs_grad = [](const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); };
+    variable_list result(12);
+    if (needs_grad(saved.input)) result[0] = of_input;
+    if (needs_grad(saved.weight)) result[1] = of_weight;
+    if (saved.bias && needs_grad(*saved.bias)) result[2] = of_bias;
+    if (scale_requires_grad(saved.options)) {
+      at::Tensor sum = sum_of_products(of_input, saved.input);
+      if (saved.bias) sum = sum + sum_of_products(of_bias, *saved.bias);
+      result[11] = scale_gradient(sum, *saved.options.tensor(Options::kLogitScale));
+    }
     return result;
   }
 
@@ -269,7 +298,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
       }
     } else {
       const auto [loss, of_input, of_weight, of_bias] =
-          linear::forward_backward(layer, saved.inputs(), saved.options, saved.chunk, wanted_of(layer));
+          linear::forward_backward(layer, saved.inputs(), saved.options, saved.chunk, wanted_of(layer, saved.options));
       made = {of_input, of_weight, of_bias};
     }
     const bool traced = !is_concrete(grad) || !is_concrete(made[0]);
@@ -293,14 +322,14 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     const OptionalTensor of_statistics = gradients_of_statistics(grads, lse);
     at::Tensor grad = grads[0], divide_by = denominator;
     if (!grad.defined()) {  // of the statistics alone
-      if (!of_statistics) return variable_list(11);
+      if (!of_statistics) return variable_list(12);
       const auto shape = options.reduction == kNone ? shape_of_positions(saved.logits) : c10::SymDimVector();
       grad = at::zeros_symint(shape, saved.input.options().dtype(*options.loss_dtype));
       divide_by = at::ones_like(denominator);  // by which the loss's mean may be undefined
     }
     const bool pairs = options.form == Form::kPairs;
     const at::Tensor& probabilities = inputs.probabilities(options);
-    const auto wanted = wanted_of(layer);
+    const auto wanted = wanted_of(layer, options);
     const auto [of_input, of_weight, of_bias, of_target] =
         linear::backward(layer, {grad, of_statistics, lse, divide_by}, inputs, options, saved.chunk,
                          {wanted[0], wanted[1], wanted[2], probabilities.requires_grad()});
@@ -321,17 +350,19 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
       given.push_back(differentiable ? tensor.view_as(tensor) : tensor);
       if (!differentiable) continue;
       inputs.push_back(given.back());
-      places.push_back(place);
+      places.push_back(place == Saved::kNumbers + Options::kLogitScale ? 11 : place);
     }
-    const Saved nodes(given, saved.options, saved.chunk);
-    const Outputs outputs = of_logits(nodes.layer(), nodes.inputs(), saved.options);
+    Options options = saved.options;
+    options.tensors = Saved::numbers(given);
+    const Saved nodes(given, options, saved.chunk);
+    const Outputs outputs = of_logits(nodes.layer(), nodes.inputs(), options);
     variable_list of, for_outputs;
     for (size_t i = 0; i < grads.size() && i < 4; ++i) {
       if (!grads[i].defined()) continue;
       of.push_back(outputs[i]);
       for_outputs.push_back(grads[i]);
     }
-    variable_list result(11);
+    variable_list result(12);
     if (of.empty() || inputs.empty()) return result;
     const auto made = torch::autograd::grad(of, inputs, for_outputs, /*retain_graph=*/true, /*create_graph=*/true,
                                             /*allow_unused=*/true);
@@ -344,7 +375,7 @@ bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._
 
 Outputs outputs_autograd(const Layer& layer, const Inputs& in, const Options& given, int64_t chunk) {
   check(in, given);
-  const variable_list all = Saved::list(layer, in);
+  const variable_list all = Saved::list(layer, in, given);
   const bool forward_mode = std::any_of(all.begin(), all.end(), has_tangent);
   if (forward_mode || !is_supported(layer, in, given)) return fallback_of(layer, in, given);
   const Options options = with_loss_type(in, given);
@@ -357,9 +388,9 @@ Outputs outputs_autograd(const Layer& layer, const Inputs& in, const Options& gi
   }
   const KernelInputs for_kernels(in, options);
   const Inputs inputs = for_kernels();
-  const auto results =
-      LossFunction::apply(layer.input, layer.weight, layer.bias, inputs.target, inputs.weight, inputs.companion,
-                          inputs.sample_weight, inputs.divisor, options, chunk, wants_one_pass(layer, in, options));
+  const auto results = LossFunction::apply(layer.input, layer.weight, layer.bias, inputs.target, inputs.weight,
+                                           inputs.companion, inputs.sample_weight, inputs.divisor, options, chunk,
+                                           wants_one_pass(layer, in, options), options.tensor(Options::kLogitScale));
   Outputs outputs;
   std::copy(results.begin(), results.end(), outputs.begin());
   if (options.statistics) correct(outputs, layer, in, options, chunk);
@@ -409,24 +440,27 @@ Outputs outputs_autocast(const Layer& layer, const Inputs& in, const Options& gi
 template <Function function>
 at::Tensor loss_by(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t chunk) {
   const OptionalTensor bias = element_of(linear_bias, 0);
+  const Others unpacked(others);
   const Layer layer{input, linear_weight, bias};
   const at::Tensor logits = stand_in(layer);
-  return function(layer, Others(others).with(logits, target), Options::of(integers, numbers), chunk)[0];
+  return function(layer, unpacked.with(logits, target), unpacked.options(integers, numbers), chunk)[0];
 }
 
 template <Function function>
 Results results_by(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t chunk) {
   const OptionalTensor bias = element_of(linear_bias, 0);
+  const Others unpacked(others);
   const Layer layer{input, linear_weight, bias};
   const at::Tensor logits = stand_in(layer);
-  return as_tuple(function(layer, Others(others).with(logits, target), Options::of(integers, numbers), chunk));
+  return as_tuple(function(layer, unpacked.with(logits, target), unpacked.options(integers, numbers), chunk));
 }
 
 // ---- Meta: shapes and types -----------------------------------------------------------------------------------------
 
 ForwardResult forward_meta(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t) {
   const at::Tensor logits = stand_in({input, linear_weight, std::nullopt});
-  return xent::forward(Others(others).with(logits, target), Options::of(integers, numbers));
+  const Others unpacked(others);
+  return xent::forward(unpacked.with(logits, target), unpacked.options(integers, numbers));
 }
 
 at::Tensor gradient_meta(const at::Tensor& tensor, bool wanted) {
@@ -439,8 +473,8 @@ at::Tensor gradient_of_bias_meta(const OptionalTensors& linear_bias, const at::T
 
 ForwardBackwardResult forward_backward_meta(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t,
                                             std::array<bool, 3> wanted) {
-  const Options options = Options::of(integers, numbers);
-  return {at::empty({}, input.options().dtype(*options.loss_dtype)), gradient_meta(input, wanted[0]),
+  const auto loss_dtype = *Options::of(integers, numbers).loss_dtype;
+  return {at::empty({}, input.options().dtype(loss_dtype)), gradient_meta(input, wanted[0]),
           gradient_meta(linear_weight, wanted[1]), gradient_of_bias_meta(linear_bias, input, wanted[2])};
 }
 

@@ -270,7 +270,7 @@ ForwardResult chunked_forward(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64
   const at::Tensor shape_of_logits = stand_in(layer), matrix = as_matrix(linear_weight);
   const Others unpacked(others);
   const Inputs all = unpacked.with(shape_of_logits, target);
-  const Options options = Options::of(integers, numbers);
+  const Options options = unpacked.options(integers, numbers).with_values();
   check_forward(all, options);
   Parts parts(all, options);
   const at::Tensor lse = new_matrix({saved_rows(all.form(options), options), count_positions(all.logits)}, input,
@@ -298,7 +298,7 @@ ForwardBackwardResult chunked_forward_backward(XENT_LAYER, XENT_OTHER_INPUTS, XE
   const at::Tensor shape_of_logits = stand_in(layer), matrix = as_matrix(linear_weight);
   const Others unpacked(others);
   const Inputs all = unpacked.with(shape_of_logits, target);
-  const Options options = Options::of(integers, numbers);
+  const Options options = unpacked.options(integers, numbers).with_values();
   check_forward(all, options);
   TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_linear_forward_backward: needs a reduction");
   Parts parts(all, options);
@@ -333,7 +333,7 @@ BackwardResult chunked_backward(XENT_GRADIENTS, XENT_LAYER, XENT_OTHER_INPUTS, X
   const at::Tensor shape_of_logits = stand_in(layer), matrix = as_matrix(linear_weight);
   const Others unpacked(others);
   const Inputs all = unpacked.with(shape_of_logits, target);
-  const Options options = Options::of(integers, numbers);
+  const Options options = unpacked.options(integers, numbers).with_values();
   const OptionalTensor statistics = element_of(grad_statistics, 0);
   const bool pairs = all.form(options) == Form::kPairs;
   const int64_t size = chunk_size(layer, chunk, wanted[1]);

@@ -44,48 +44,50 @@ at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, con
 
 at::Tensor general_cross_entropy(const Inputs& in, const Options& options) {
   static const auto op = find_operator<schema::General>("cross_entropy_ext::general_cross_entropy");
-  return op.call(in.logits, in.target, Others::of(in), options.integers(), options.numbers());
+  return op.call(in.logits, in.target, Others::of(in, options), options.integers(), options.numbers());
 }
 
 Results cross_entropy_with_stats(const Inputs& in, const Options& options) {
   static const auto op = find_operator<schema::WithStats>("cross_entropy_ext::cross_entropy_with_stats");
-  return op.call(in.logits, in.target, Others::of(in), options.integers(), options.numbers());
+  return op.call(in.logits, in.target, Others::of(in, options), options.integers(), options.numbers());
 }
 
 ForwardResult forward(const Inputs& in, const Options& options) {
   static const auto op = find_operator<schema::Forward>("cross_entropy_ext::_forward");
-  return op.call(in.logits, in.target, Others::of(in), options.integers(), options.numbers());
+  return op.call(in.logits, in.target, Others::of(in, options), options.integers(), options.numbers());
 }
 
 ForwardBackwardResult forward_backward(const Inputs& in, const Options& options) {
   static const auto op = find_operator<schema::ForwardBackward>("cross_entropy_ext::_forward_backward");
-  return op.call(in.logits, in.target, Others::of(in), options.integers(), options.numbers());
+  return op.call(in.logits, in.target, Others::of(in, options), options.integers(), options.numbers());
 }
 
 ForwardResult forward_backward_(const Inputs& in, const Options& options) {
   static const auto op = find_operator<schema::ForwardBackwardInplace>("cross_entropy_ext::_forward_backward_");
   at::Tensor logits = in.logits;
-  return op.call(logits, in.target, Others::of(in), options.integers(), options.numbers());
+  return op.call(logits, in.target, Others::of(in, options), options.integers(), options.numbers());
 }
 
 BackwardResult backward(const Gradients& gradients, const Inputs& in, const Options& options,
                         std::array<bool, 2> wanted) {
   static const auto op = find_operator<schema::Backward>("cross_entropy_ext::_backward");
-  return op.call(gradients.grad_output, as_list({gradients.grad_statistics}), in.logits, in.target, Others::of(in),
-                 gradients.lse, gradients.denominator, options.integers(), options.numbers(), wanted);
+  return op.call(gradients.grad_output, as_list({gradients.grad_statistics}), in.logits, in.target,
+                 Others::of(in, options), gradients.lse, gradients.denominator, options.integers(), options.numbers(),
+                 wanted);
 }
 
 at::Tensor backward_(const Gradients& gradients, const Inputs& in, const Options& options, bool target_wanted) {
   static const auto op = find_operator<schema::BackwardInplace>("cross_entropy_ext::_backward_");
   at::Tensor logits = in.logits;
-  return op.call(gradients.grad_output, as_list({gradients.grad_statistics}), logits, in.target, Others::of(in),
-                 gradients.lse, gradients.denominator, options.integers(), options.numbers(), target_wanted);
+  return op.call(gradients.grad_output, as_list({gradients.grad_statistics}), logits, in.target,
+                 Others::of(in, options), gradients.lse, gradients.denominator, options.integers(), options.numbers(),
+                 target_wanted);
 }
 
 void adapt_gradient_(const Gradients& gradients, at::Tensor& grad_logits, const Inputs& in, const Options& options) {
   adapt_gradient_operator().call(gradients.grad_output, as_list({gradients.grad_statistics}), grad_logits, in.logits,
-                                 in.target, Others::of(in), gradients.lse, gradients.denominator, options.integers(),
-                                 options.numbers());
+                                 in.target, Others::of(in, options), gradients.lse, gradients.denominator,
+                                 options.integers(), options.numbers());
 }
 
 void correct_target_log_prob(Outputs& outputs, const Inputs& in, const Options& options) {
@@ -94,6 +96,12 @@ void correct_target_log_prob(Outputs& outputs, const Inputs& in, const Options& 
   unweighted.reduction = kNone;
   unweighted.softcap = options.softcap;
   unweighted.logit_scale = options.logit_scale;
+  if (!options.tensors.empty()) {
+    unweighted.tensors.resize(Options::kNumbers);
+    for (const auto number : {Options::kSoftcap, Options::kLogitScale}) {
+      unweighted.tensors[number] = options.tensors[number];
+    }
+  }
   unweighted.loss_dtype = arithmetic_type(in, options);
   outputs[2] = -general_cross_entropy({in.logits, in.target, std::nullopt}, unweighted);
 }
@@ -128,7 +136,7 @@ Results results_without_grad(const Inputs& inputs, const Options& options) {
 ForwardResult forward_meta(XENT_INPUTS, XENT_OPTIONS) {
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
-  const Options options = Options::of(integers, numbers);
+  const Options options = unpacked.options(integers, numbers);
   c10::SymDimVector shape = shape_of_positions(logits);
   c10::SymInt positions = 1;
   for (const c10::SymInt& size : shape) positions = positions * size;
@@ -213,7 +221,8 @@ at::Tensor plain_autocast(const Inputs& inputs, const Options& given) {
 
 template <c10::DeviceType device, c10::DispatchKey key>
 at::Tensor general_autocast(XENT_INPUTS, XENT_OPTIONS) {
-  return with_autocast(Others(others).with(logits, target), Options::of(integers, numbers), device,
+  const Others unpacked(others);
+  return with_autocast(unpacked.with(logits, target), unpacked.options(integers, numbers), device,
                        [](const Inputs& inputs, const Options& options) {
                          const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
                          return general_cross_entropy(inputs, options);
@@ -222,7 +231,8 @@ at::Tensor general_autocast(XENT_INPUTS, XENT_OPTIONS) {
 
 template <c10::DeviceType device, c10::DispatchKey key>
 Results stats_autocast(XENT_INPUTS, XENT_OPTIONS) {
-  return with_autocast(Others(others).with(logits, target), Options::of(integers, numbers), device,
+  const Others unpacked(others);
+  return with_autocast(unpacked.with(logits, target), unpacked.options(integers, numbers), device,
                        [](const Inputs& inputs, const Options& options) {
                          const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
                          return cross_entropy_with_stats(inputs, options);
@@ -253,7 +263,7 @@ Results results_functorch(const Inputs& inputs, const Options& options) {
 std::vector<at::Tensor> composite_of(XENT_INPUTS, XENT_OPTIONS) {
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
-  const Options options = Options::of(integers, numbers);
+  const Options options = unpacked.options(integers, numbers);
   check(inputs, options);
   Outputs outputs = fallback(inputs, options);
   if (!options.statistics) return {outputs[0]};

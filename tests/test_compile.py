@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
+import torch.nn.functional as F
 from cases import numbered
 from differentiable import (
     SAMPLES,
@@ -525,6 +526,178 @@ def test_aot_inductor(name, tmp_path):
         for n in (4, 7, 33):
             x, t = inputs(n), target(n)
             close(run(x, t), model(x, t))
+
+
+# -- numbers that change from call to call, and numbers in tensors -------------------------------------------
+
+
+def calls_of_numbers():
+    """(our loss, and the same in native operations) of a number, with tensors that require a gradient."""
+    torch.manual_seed(0)
+    x, z, h, w = (normal(*size).requires_grad_() for size in ((6, 5), (6, 5), (6, 4), (5, 4)))
+    b, y, q, c = normal(5).requires_grad_(), labels(5, 6, ignored=True), soft(6, 5), weights(5)
+    kept, ext = y != -100, functional
+
+    def logits_loss(x, scale=1.0, z_loss=0.0, smoothing=0.0):
+        loss = F.cross_entropy(x * scale, y, reduction="none", label_smoothing=smoothing)
+        return (loss + z_loss * (x * scale).logsumexp(1).square())[kept].mean()
+
+    def of_stats(x, scale):
+        p = (x * scale).log_softmax(1)[kept]
+        found = logits_loss(x, scale), (x * scale).logsumexp(1)[kept], (p.exp() * p).sum(1)
+        return found[0] + found[1].sum() + found[2].square().sum()
+
+    def our_stats(stats):
+        return stats.loss + stats.lse.sum() + stats.entropy.square().sum()
+
+    def distilled(t):
+        return t * t * F.kl_div((x / t).log_softmax(1)[kept], (z / t).softmax(1)[kept], reduction="batchmean")
+
+    def all_distilled(t):
+        return t * t * F.kl_div((x / t).log_softmax(1), (z / t).softmax(1), reduction="batchmean")
+
+    def linear(h, v, **options):
+        return ext.linear_cross_entropy(h, w, y, linear_bias=b, logit_scale=v, **options)
+
+    def mixed(share):
+        return share * distilled(2.0) + (1 - share) * logits_loss(x)
+
+    return {
+        "temperature": (lambda t: ext.distillation_loss(x, z, temperature=t), all_distilled),
+        "alpha": (lambda a: ext.distillation_loss(x, z, y, temperature=2.0, alpha=a), mixed),
+        "z_loss": (lambda v: ext.cross_entropy(x, y, z_loss=v), lambda v: logits_loss(x, z_loss=v)),
+        "softcap": (
+            lambda v: ext.cross_entropy(x, y, softcap=v),
+            lambda v: logits_loss(v * (x / v).tanh()),
+        ),
+        "logit_scale": (lambda v: ext.cross_entropy(x, y, logit_scale=v), lambda v: logits_loss(x, v)),
+        "label_smoothing": (
+            lambda v: ext.cross_entropy(x, y, c, label_smoothing=v),
+            lambda v: F.cross_entropy(x, y, c, label_smoothing=float(v)),
+        ),
+        "probabilities": (
+            lambda v: ext.cross_entropy(x, q, label_smoothing=v),
+            lambda v: -((1 - v) * q + v / 5).mul(x.log_softmax(1)).sum(1).mean(),
+        ),
+        "stats": (lambda v: our_stats(ext.cross_entropy_with_stats(x, y, logit_scale=v)), lambda v: of_stats(x, v)),
+        "sparse": (
+            lambda v: ext.sparse_cross_entropy(x, y[:, None], c[None, :1].expand(6, 1), logit_scale=v),
+            lambda v: c[0] * logits_loss(x, v),
+        ),
+        "linear": (
+            lambda v: linear(h, v, z_loss=v, label_smoothing=v),
+            lambda v: logits_loss(F.linear(h, w, b), v, v, float(v)),
+        ),
+        "linear_none": (
+            lambda v: linear(h, v, reduction="none").sum(),
+            lambda v: logits_loss(F.linear(h, w, b), v) * kept.sum(),
+        ),
+        "linear_stats": (
+            lambda v: our_stats(ext.linear_cross_entropy_with_stats(h, w, y, linear_bias=b, logit_scale=v)),
+            lambda v: of_stats(F.linear(h, w, b), v),
+        ),
+    }, (x, z, h, w, b)
+
+
+NUMBERS = list(calls_of_numbers()[0])
+
+
+def gradients_of(loss, tensors, **options):
+    return [loss, *torch.autograd.grad(loss, tensors, allow_unused=True, **options)]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_change(name):
+    """Two compilations for any number of values, zero among them, and the values of native operations."""
+    calls, tensors = calls_of_numbers()
+    ours, expected = calls[name]
+    counter = CompileCounterWithBackend("aot_eager")
+    function = torch.compile(ours, backend=counter, fullgraph=True)
+    for value in (1.0, 0.25, 0.75, 0.5, 0.0):
+        if value == 0 and name in ("temperature", "softcap"):
+            continue
+        close(gradients_of(function(value), tensors), gradients_of(expected(value), tensors), 1e-11)
+    assert counter.frame_count <= 2
+    if name not in ("logit_scale", "stats", "sparse", "linear_none", "linear_stats"):
+        with pytest.raises((ValueError, RuntimeError), match="must be"):
+            function(-0.5)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_in_tensors(name):
+    """A scalar tensor of any real type is its value, compiled and in eager."""
+    calls, tensors = calls_of_numbers()
+    ours, expected = calls[name]
+    for value in (torch.tensor(0.5), torch.tensor(1), torch.tensor(0.25, dtype=torch.float64)):
+        close(gradients_of(ours(value), tensors), gradients_of(expected(value.double()), tensors), 1e-11)
+    function = compiled(ours, dynamic=None)
+    for value in (torch.tensor(0.5), torch.tensor(0.25)):
+        close(gradients_of(function(value), tensors), gradients_of(expected(value.double()), tensors), 1e-11)
+    with pytest.raises(ValueError, match="must be a number or a scalar tensor"):
+        ours(torch.ones(2))
+
+
+@pytest.mark.parametrize("name", [n for n in NUMBERS if n not in ("label_smoothing", "linear")])
+def test_gradients_of_numbers(name):
+    """First and second derivatives of every number, eager and compiled, at zero, too; as of native operations."""
+    calls, tensors = calls_of_numbers()
+    ours, expected = calls[name]
+    for value in (0.7, 0.0):
+        if value == 0 and name in ("temperature", "softcap"):
+            continue
+        number = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+        of = (*tensors, number)
+        found, exact = (gradients_of(f(number), of, create_graph=True) for f in (ours, expected))
+        close(found, exact, 1e-11)
+        if name in ("logit_scale", "linear_none"):  # without a graph: the kernels' own, in chunks
+            close(gradients_of(ours(number), of), exact, 1e-11)
+        close(gradients_of(compiled(ours)(number), of), exact, 1e-9)
+        found, exact = (
+            torch.autograd.grad(sum(g.square().sum() for g in gs[1:] if g is not None), of, allow_unused=True)
+            for gs in (found, exact)
+        )
+        close(found, exact, 1e-9)
+
+
+def test_gradient_of_the_scale_alone():
+    """Of frozen logits or a frozen layer; a class of -inf adds nothing; in bfloat16; with inplace."""
+    scale = torch.tensor(1.5, requires_grad=True)
+    x, y, h, w = torch.randn(300, 7), labels(7, 300), torch.randn(40, 4), torch.randn(7, 4)
+    masked = x.clone()
+    masked[:, 3], y[y == 3] = -torch.inf, 2
+    for logits, dtype, tolerance in ((x, None, 1e-6), (masked, None, 1e-6), (x, torch.bfloat16, 1e-2)):
+        kept = logits[:, [0, 1, 2, 4, 5, 6]] if logits is masked else logits
+        label = y - (y > 3).long() if logits is masked else y
+        (found,) = torch.autograd.grad(cross_entropy(logits.to(dtype), y, logit_scale=scale), scale)
+        (exact,) = torch.autograd.grad(F.cross_entropy(kept.to(dtype).double() * scale, label), scale)
+        torch.testing.assert_close(found, exact, rtol=tolerance, atol=tolerance)
+    (found,) = torch.autograd.grad(functional.linear_cross_entropy(h, w, y[:40], logit_scale=scale), scale)
+    (exact,) = torch.autograd.grad(F.cross_entropy(h @ w.t() * scale, y[:40]), scale)
+    torch.testing.assert_close(found, exact)
+    leaf = x.clone().requires_grad_()
+    copy = leaf * 1
+    found = torch.autograd.grad(cross_entropy(copy, y, logit_scale=scale, inplace=True), (leaf, scale))
+    exact = torch.autograd.grad(F.cross_entropy(leaf * scale, y), (leaf, scale))
+    torch.testing.assert_close(found, exact)
+    assert torch.equal(copy, leaf)
+    loss = CrossEntropyLoss(logit_scale=nn.Parameter(torch.tensor(2.0)))
+    loss(x, y).backward()
+    assert loss.logit_scale.grad != 0 and "logit_scale" in dict(loss.named_parameters())
+
+
+def test_transforms_of_numbers():
+    """vmap over a temperature; grad, jvp and forward mode by a scale."""
+    x, z, y = normal(6, 5), normal(6, 5), labels(5, 6)
+    values, one = torch.tensor([1.0, 2.0, 3.0]).double(), torch.ones((), dtype=torch.float64)
+    found = torch.vmap(lambda t: functional.distillation_loss(x, z, temperature=t))(values)
+    close(found, torch.stack([functional.distillation_loss(x, z, temperature=float(t)) for t in values]))
+    ours = lambda s: cross_entropy(x, y, logit_scale=s)  # noqa: E731
+    exact = torch.func.grad(lambda s: F.cross_entropy(x * s, y))(one)
+    close(torch.func.grad(ours)(one), exact)
+    close(torch.func.jvp(ours, (one,), (one,))[1], exact)
+    with torch.autograd.forward_ad.dual_level():
+        dual = ours(torch.autograd.forward_ad.make_dual(one, one))
+        close(torch.autograd.forward_ad.unpack_dual(dual).tangent, exact)
 
 
 # -- with real tensors beside the fake ones, where PyTorch checks what operators do ---------------------------

@@ -173,21 +173,23 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
 }
 
 ForwardResult forward_cpu(XENT_INPUTS, XENT_OPTIONS) {
-  auto [loss, lse, denominator, grad_logits] =
-      run_forward(Others(others).with(logits, target), Options::of(integers, numbers), GradientOfForward::kNone);
+  const Others unpacked(others);
+  auto [loss, lse, denominator, grad_logits] = run_forward(
+      unpacked.with(logits, target), unpacked.options(integers, numbers).with_values(), GradientOfForward::kNone);
   return {loss, lse, denominator};
 }
 
 ForwardBackwardResult forward_backward_cpu(XENT_INPUTS, XENT_OPTIONS) {
-  const Options options = Options::of(integers, numbers);
+  const Others unpacked(others);
+  const Options options = unpacked.options(integers, numbers).with_values();
   TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
-  return run_forward(Others(others).with(logits, target), options, GradientOfForward::kNew);
+  return run_forward(unpacked.with(logits, target), options, GradientOfForward::kNew);
 }
 
 ForwardResult forward_backward_cpu_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
-  const Options options = Options::of(integers, numbers);
+  const Options options = unpacked.options(integers, numbers).with_values();
   TORCH_CHECK(options.reduction != kNone && inputs.form(options) != Form::kPairs,
               "cross_entropy_ext::_forward_backward_: needs a reduction, and no pairs");
   logits.mutable_data_ptr();  // no lazy copy shares it from here on
@@ -230,7 +232,7 @@ at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
 BackwardResult backward_cpu(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
-  const Options options = Options::of(integers, numbers);
+  const Options options = unpacked.options(integers, numbers).with_values();
   const at::Tensor& probabilities = inputs.probabilities(options);
   const at::Tensor grad_logits = wanted[0] ? empty_gradient(logits) : at::Tensor();
   const at::Tensor grad_target = wanted[1] ? empty_gradient(probabilities) : at::Tensor();
@@ -243,7 +245,7 @@ at::Tensor backward_cpu_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, 
                          bool target_wanted) {
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
-  const Options options = Options::of(integers, numbers);
+  const Options options = unpacked.options(integers, numbers).with_values();
   const at::Tensor& probabilities = inputs.probabilities(options);
   const at::Tensor grad_target = target_wanted ? empty_gradient(probabilities) : at::Tensor();
   backward_into(logits, grad_target, {grad_output, element_of(grad_statistics, 0), lse, denominator}, inputs, options);

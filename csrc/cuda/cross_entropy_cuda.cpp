@@ -178,14 +178,16 @@ ForwardResult run_forward(const Inputs& inputs, const Options& options, const at
 }
 
 ForwardResult forward_cuda(XENT_INPUTS, XENT_OPTIONS) {
-  return run_forward(Others(others).with(logits, target), Options::of(integers, numbers));
+  const Others unpacked(others);
+  return run_forward(unpacked.with(logits, target), unpacked.options(integers, numbers).with_values());
 }
 
 ForwardBackwardResult forward_backward_cuda(XENT_INPUTS, XENT_OPTIONS) {
-  const Options options = Options::of(integers, numbers);
+  const Others unpacked(others);
+  const Options options = unpacked.options(integers, numbers).with_values();
   TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
   const at::Tensor grad_logits = at::empty_like(logits);
-  const auto [loss, lse, denominator] = run_forward(Others(others).with(logits, target), options, grad_logits);
+  const auto [loss, lse, denominator] = run_forward(unpacked.with(logits, target), options, grad_logits);
   return {loss, lse, denominator, grad_logits};
 }
 
@@ -230,7 +232,7 @@ at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
 BackwardResult backward_cuda(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
-  const Options options = Options::of(integers, numbers);
+  const Options options = unpacked.options(integers, numbers).with_values();
   const at::Tensor& of_target = inputs.probabilities(options);
   const at::Tensor grad_logits = gradient_of(logits, wanted[0]), grad_target = gradient_of(of_target, wanted[1]);
   backward_into(grad_logits, grad_target, {grad_output, element_of(grad_statistics, 0), lse, denominator}, inputs,
@@ -242,7 +244,7 @@ at::Tensor backward_cuda_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS,
                           bool target_wanted) {
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
-  const Options options = Options::of(integers, numbers);
+  const Options options = unpacked.options(integers, numbers).with_values();
   const at::Tensor& of_target = inputs.probabilities(options);
   const at::Tensor grad_target = gradient_of(of_target, target_wanted);
   TORCH_CHECK(inputs.form(options) != Form::kPairs, "cross_entropy_ext::_backward_: not for pairs");
@@ -256,7 +258,7 @@ at::Tensor backward_cuda_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS,
 ForwardResult forward_backward_cuda_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
-  const Options options = Options::of(integers, numbers);
+  const Options options = unpacked.options(integers, numbers).with_values();
   TORCH_CHECK(options.reduction != kNone && inputs.form(options) != Form::kPairs,
               "cross_entropy_ext::_forward_backward_: needs a reduction, and no pairs");
   const bool may_guess = options.reduction == kMean && options.empty_is_zero;
@@ -271,8 +273,9 @@ ForwardResult forward_backward_cuda_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT
 }
 
 void adapt_gradient_cuda_(XENT_GRADIENTS, at::Tensor& grad_logits, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS) {
+  const Others unpacked(others);
   backward_into(grad_logits, {}, {grad_output, element_of(grad_statistics, 0), lse, denominator},
-                Others(others).with(logits, target), Options::of(integers, numbers), true);
+                unpacked.with(logits, target), unpacked.options(integers, numbers).with_values(), true);
 }
 
 static_assert(std::is_same_v<decltype(forward_cuda), schema::Forward>);
