@@ -590,6 +590,9 @@ def distillation_loss(
     cross entropy of the student's logits at temperature 1, from the same read of them; ``label_smoothing`` and
     ``weight`` take another.
 
+    The divergence is exactly 0 for equal logits, never below 0, and as exact for near ones as for any other. Classes at
+    -inf in both add nothing.
+
     Args:
         student_logits, teacher_logits: (C), (N, C) or (N, C, d1, ..., dK), in any floating dtypes and strides. Both may
             require a gradient.

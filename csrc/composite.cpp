@@ -93,6 +93,38 @@ at::Tensor safe_denominator(const at::Tensor& denominator, const at::Tensor& sum
   return at::where(denominator.eq(0).logical_and(sum.eq(0)), at::ones_like(denominator), denominator);
 }
 
+// The divergence of softmax(z / T) from softmax(x / T) as the kernels have it: see online_softmax.h.
+at::Tensor divergence_of(const at::Tensor& x, const at::Tensor& z, double temperature, int64_t dim) {
+  struct Softmax {
+    at::Tensor difference, lost, rest;  // log softmax = (difference + lost) / T - rest
+
+    Softmax(const at::Tensor& logits, double temperature, int64_t dim) {
+      const at::Tensor lse = log_softmax_and_lse(logits * (1 / temperature), dim).second;
+      const at::Tensor origin = lse * temperature;
+      rest = lse - origin * (1 / temperature);
+      difference = logits - origin;
+      const at::Tensor subtracted = difference - logits;
+      lost = (logits - (difference - subtracted)) - (origin + subtracted);
+      lost = zero_unless(lost.isfinite(), lost);
+    }
+    at::Tensor softmax(double temperature) const { return ((difference + lost) * (1 / temperature) - rest).exp(); }
+  };
+  const Softmax student(x, temperature, dim), teacher(z, temperature, dim);
+  const at::Tensor p = student.softmax(temperature), q = teacher.softmax(temperature);
+  const at::Tensor r = ((teacher.difference - student.difference) + (teacher.lost - student.lost)) * (1 / temperature) -
+                       (teacher.rest - student.rest);
+  const int last = x.scalar_type() == at::kDouble ? 19 : 11;
+  double coefficient = 1;
+  for (int k = 2; k <= last; ++k) coefficient /= k;
+  at::Tensor series = at::full_like(r, coefficient);
+  for (int k = last; k > 2; --k) series = (coefficient *= k) - r * series;
+  const at::Tensor near = r.abs().lt(1), bend = r * r * series;
+  const at::Tensor none = q.eq(0), change = at::where(none, p, at::where(near, q * (bend - r), p - q));
+  const at::Tensor excess = at::where(none, p, at::where(near, q * bend, (p - q + q * r).clamp_min(0)));
+  const at::Tensor mass = q.sum(dim, true), s = change.sum(dim, true) / mass;
+  return (excess.sum(dim, true) / mass - s * s * (0.5 - s * (1.0 / 3 - s * 0.25))).clamp_min(0);
+}
+
 // Whether a mean divides the cross entropy by class weights, and a z-loss besides it not.
 bool has_two_denominators(const Inputs& in, const Options& options) {
   return options.z_loss != 0 && options.reduction == kMean && has_value(in.weight) && !has_value(in.divisor) &&
@@ -200,9 +232,16 @@ class Composite {
     const Number square = temperature_ * temperature_;
     const at::Tensor log_q = log_softmax_and_lse(target_ / temperature_, dim_).first;
     const at::Tensor q = log_q.exp(), terms = zero_unless(q.ne(0), options_.kl ? log_q - log_p_ : -log_p_);
-    const at::Tensor loss = (q * terms).sum(dim_, true) * square;
+    const at::Tensor written = (q * terms).sum(dim_, true);
+    const at::Tensor loss = (options_.kl ? divergence(written) : written) * square;
     if (!has_labels()) return loss;
     return loss * alpha_ - at::gather(log_softmax_and_lse(raw_, dim_).first, dim_, index_) * (Number(1) - alpha_);
+  }
+
+  // With the derivatives of the formula as it is written, and a value without its cancellation.
+  at::Tensor divergence(const at::Tensor& written) const {
+    const at::Tensor value = divergence_of(raw_.detach(), target_.detach(), options_.temperature, dim_);
+    return at::where(written.isfinite(), value + (written - written.detach()), written);
   }
 
   at::Tensor typed(const at::Tensor& result) const { return result.to(loss_type(in_, options_)); }

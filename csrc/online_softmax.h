@@ -72,6 +72,64 @@ XENT_INLINE T target_gradient(T hit, T rest_of_total, T smoothed, T log_softmax)
   return hit * softmax_minus_one + (rest_of_total * softmax - smoothed);
 }
 
+// ---- the divergence of a teacher ------------------------------------------------------------------------------------
+//
+// With q the teacher's softmax, p the student's and r_c = log q_c - log p_c, so that q_c exp(-r_c) = p_c,
+//
+//   KL = sum_c q_c r_c = sum_c q_c (expm1(-r_c) + r_c)      for sum p = sum q = 1
+//
+// where every term is >= 0, and zero where the softmaxes are equal. r is (z_c - x_c) / T less a constant, the
+// difference of the two lse. That this is rounded, and that the sum of q is not one to the last bit, changes the sum of
+// terms by as much as s - log(1 + s), with s the sum of q_c expm1(-r_c), which is zero but for rounding.
+
+// (expm1(-r) + r) / r^2 for |r| < 1, to all digits of E, the type of T's elements.
+template <class E, class T>
+XENT_INLINE T series_of_excess(T r) {
+  const T one = T{} + E(1);
+  T sum{};
+  if constexpr (sizeof(E) == 8) {
+    sum = one * E(1.0 / 121645100408832000);
+    sum = one * E(1.0 / 6402373705728000) - r * sum;
+    sum = one * E(1.0 / 355687428096000) - r * sum;
+    sum = one * E(1.0 / 20922789888000) - r * sum;
+    sum = one * E(1.0 / 1307674368000) - r * sum;
+    sum = one * E(1.0 / 87178291200) - r * sum;
+    sum = one * E(1.0 / 6227020800) - r * sum;
+    sum = one * E(1.0 / 479001600) - r * sum;
+  }
+  sum = one * E(1.0 / 39916800) - r * sum;
+  sum = one * E(1.0 / 3628800) - r * sum;
+  sum = one * E(1.0 / 362880) - r * sum;
+  sum = one * E(1.0 / 40320) - r * sum;
+  sum = one * E(1.0 / 5040) - r * sum;
+  sum = one * E(1.0 / 720) - r * sum;
+  sum = one * E(1.0 / 120) - r * sum;
+  sum = one * E(1.0 / 24) - r * sum;
+  sum = one * E(1.0 / 6) - r * sum;
+  return one * E(1.0 / 2) - r * sum;
+}
+
+// q (expm1(-r) + r) and q expm1(-r) = p - q. Where q is zero, r may be anything.
+template <class E, class T>
+XENT_INLINE void divergence_terms(T q, T p, T r, T& excess, T& change) {
+  const T zero{}, one = T{} + E(1);
+  const auto near = (r < one) & (r > -one);
+  const T bend = r * r * series_of_excess<E>(r), far = (p - q) + q * r;
+  excess = select(near, q * bend, select(far < zero, zero, far));
+  change = select(near, q * (bend - r), p - q);
+  excess = select(q == zero, p, excess);
+  change = select(q == zero, p, change);
+}
+
+// From the sums of both, and that of q.
+template <class E, class T>
+XENT_INLINE T divergence_of(T excess, T change, T mass) {
+  const T zero{}, one = T{} + E(1);
+  const T s = change / mass;
+  const T result = excess / mass - s * s * (one * E(1.0 / 2) - s * (one * E(1.0 / 3) - s * E(1.0 / 4)));
+  return select(result < zero, zero, result);
+}
+
 // ---- logits that are transformed first: x = cap tanh(scale x' / cap) ------------------------------------------------
 
 // With all relative accuracy, through expm1(-2 |x|).

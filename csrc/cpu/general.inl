@@ -82,15 +82,12 @@ template <class T>
 struct GeneralLaneSums : LaneSums<T, true> {
   Vector<T> energy{}, label_rest{};
 
-  // Of a teacher's divergence log_q is not zero, and its spread sum of q (max - x + log q): where the distributions are
-  // nearly the same, its terms are nearly log_sum each, and do not cancel.
-  XENT_INLINE_MEMBER void add(Vector<T> x, Vector<T> max, Vector<T> a, Vector<T> log_q, const Wanted<T>& wanted) {
+  XENT_INLINE_MEMBER void add(Vector<T> x, Vector<T> max, Vector<T> a, const Wanted<T>& wanted) {
     const Vector<T> zero{}, difference = x - max, exponential = exp(difference);
     const auto other = difference != zero;
     this->rest = select(other, this->rest + exponential, this->rest);
     this->others = select(other, this->others + 1, this->others);
-    const Vector<T> length = log_q - difference;
-    this->spread = select((a != zero) & (length != zero), this->spread + a * length, this->spread);
+    this->spread = select((a != zero) & other, this->spread - a * difference, this->spread);
     this->mass += a;
     if (wanted.energy) energy = select(exponential != zero, energy - exponential * difference, energy);
     if (wanted.temperature != 0) {
@@ -127,25 +124,97 @@ struct GeneralRowSums : RowSums<T> {
 
 template <class T>
 static GeneralLaneSums<T> sum_general_block(const Block<T>& block, T row_max, const Coefficients<T>& coefficients,
-                                            bool kl, const Wanted<T>& wanted) {
+                                            const Wanted<T>& wanted) {
   constexpr int W = kLanes<T>;
   const Vector<T> max = broadcast(row_max), zero{};
-  const T *const x = block.x, *const a = coefficients.a, *const log_q = kl ? coefficients.log_q : nullptr;
+  const T *const x = block.x, *const a = coefficients.a;
   const int64_t n = block.n;
   GeneralLaneSums<T> sums;
   int64_t i = 0;
   while (i + W <= n) {
     GeneralLaneSums<T> part;
     for (const int64_t end = std::min(i + kTermsOfASum * W, n); i + W <= end; i += W) {
-      part.add(load(x + i), max, a ? load(a + i) : zero, log_q ? load(log_q + i) : zero, wanted);
+      part.add(load(x + i), max, a ? load(a + i) : zero, wanted);
     }
     sums.add(part);
   }
   if (i < n) {
-    sums.add(load_last(x, n, -std::numeric_limits<T>::infinity()), max, a ? load_last(a, n, T(0)) : zero,
-             log_q ? load_last(log_q, n, T(0)) : zero, wanted);
+    sums.add(load_last(x, n, -std::numeric_limits<T>::infinity()), max, a ? load_last(a, n, T(0)) : zero, wanted);
   }
   return sums;
+}
+
+// log softmax = (x - origin) / T - rest, for logits x as they were given: the difference has no rounding to speak of,
+// of whatever magnitude the logits are. Where origin is T lse, rest is what rounding has lost.
+template <class T>
+struct Origin {
+  Vector<T> origin, rest;
+
+  XENT_INLINE_MEMBER Origin(const Problem& problem, Vector<T> lse, Vector<T> lost)
+      : origin(lse * T(problem.temperature)), rest((lse - origin * T(1 / problem.temperature)) + lost) {}
+
+  XENT_INLINE_MEMBER void subtract_from(Vector<T> x, Vector<T>& difference, Vector<T>& lost) const {
+    two_sum(x, -origin, difference, lost);
+    lost = select(lost == lost, lost, Vector<T>{});  // of infinity nothing is
+  }
+};
+
+// What a teacher's divergence is made of, of which the student's lse has to be known: a second read of the logits.
+template <class T>
+struct DivergenceTerms {
+  using V = Vector<T>;
+  T inverse, inverse_lost;  // of the temperature
+  Origin<T> student, teacher;
+
+  XENT_INLINE_MEMBER DivergenceTerms(const Problem& problem, V lse, V lse_lost, V of_teacher, V of_teacher_lost)
+      : inverse(T(1 / problem.temperature)),
+        inverse_lost(T(1 / problem.temperature - double(inverse))),
+        student(problem, lse, lse_lost),
+        teacher(problem, of_teacher, of_teacher_lost) {}
+
+  // Logits as they were given; -inf where there is no class.
+  XENT_INLINE_MEMBER void add(V x, V z, V& excess, V& change, V& mass) const {
+    V of_x, of_z, lost_of_x, lost_of_z, term, of_change;
+    student.subtract_from(x, of_x, lost_of_x);
+    teacher.subtract_from(z, of_z, lost_of_z);
+    const V p = exp(of_x * inverse + (lost_of_x * inverse - student.rest));
+    const V q = exp(of_z * inverse + (lost_of_z * inverse - teacher.rest));
+    const V gap = of_z - of_x, lost_of_gap = select(gap - gap == V{}, gap * inverse_lost, V{});
+    const V r = gap * inverse + (((lost_of_z - lost_of_x) * inverse + lost_of_gap) - (teacher.rest - student.rest));
+    divergence_terms<T>(q, p, r, term, of_change);
+    excess += term;
+    change += of_change;
+    mass += q;
+  }
+};
+
+template <class T>
+static double divergence_of_row(const Problem& problem, const Row& row, int64_t position, T lse, T lse_lost) {
+  constexpr int W = kLanes<T>;
+  constexpr T kNone = -std::numeric_limits<T>::infinity();
+  alignas(64) T of_student[kBlock<T>], of_teacher[kBlock<T>];
+  const DivergenceTerms<T> terms(problem, broadcast(lse), broadcast(lse_lost),
+                                 broadcast(saved_row<T>(problem, saved::kTeacherLse)[position]),
+                                 broadcast(saved_row<T>(problem, saved::kTeacherLseLost)[position]));
+  double excess = 0, change = 0, mass = 0;
+  for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
+    const int64_t n = std::min(kBlock<T>, problem.classes - c);
+    const int64_t of_logits = problem.logits.class_stride, of_target = problem.target.class_stride;
+    const T* const x = read_or_point(of_student, problem.logits, row.logits + c * of_logits, of_logits, n);
+    const T* const z = read_or_point(of_teacher, problem.target, row.target + c * of_target, of_target, n);
+    for (int64_t first = 0; first < n; first += kTermsOfASum * W) {
+      Vector<T> part{}, part_of_change{}, part_of_mass{};
+      for (int64_t i = first; i < std::min(first + kTermsOfASum * W, n); i += W) {
+        const bool whole = i + W <= n;
+        terms.add(whole ? load(x + i) : load_partial(x + i, n - i, kNone),
+                  whole ? load(z + i) : load_partial(z + i, n - i, kNone), part, part_of_change, part_of_mass);
+      }
+      excess += sum_of_lanes<T>(part);
+      change += sum_of_lanes<T>(part_of_change);
+      mass += sum_of_lanes<T>(part_of_mass);
+    }
+  }
+  return divergence_of<double>(excess, change, mass);
 }
 
 // ---- what a position's sums say -------------------------------------------------------------------------------------
@@ -425,8 +494,12 @@ static void forward_general_rows(const Forward& problem, int64_t begin, int64_t 
         of_row.raise_max(block.max, wanted);
         block_of_maximum = c;
       }
-      const auto a = coefficients.read(p, row.target, c, block.n);
-      of_row.add(sum_general_block(block, of_row.max, a, problem.kl, wanted), block.n);
+      const auto a = problem.kl ? Coefficients<T>{} : coefficients.read(p, row.target, c, block.n);
+      of_row.add(sum_general_block(block, of_row.max, a, wanted), block.n);
+    }
+    if (problem.kl) {
+      const auto lse = Lse<T>::of(double(of_row.max), log_of_sum(of_row.ties, of_row.rest));
+      of_row.spread = divergence_of_row(problem, row, p, lse.rounded, lse.lost);
     }
     Own<double> own;
     for_own<T>(problem, cursor, row.y, [&](int64_t y, T probability, int64_t) {
@@ -559,11 +632,12 @@ struct GeneralTile {
   Tile<T> x;      // logits, transformed
   Tile<T> q;      // probabilities, or the teacher's, or a place for the gradient of pairs
   Tile<T> log_q;  // of a teacher; of pairs the probability of each class
+  bool as_given;  // then q are the logits and log_q the teacher's, before they are transformed
   int64_t lanes;
   int64_t y[kTile + kLanes<T>];  // as read_labels has them
 
-  GeneralTile(const Problem& problem, const Cursor& cursor, int64_t first, int64_t count)
-      : x(problem), q(problem), log_q(problem), lanes(whole_groups<T>(count)) {
+  GeneralTile(const Problem& problem, const Cursor& cursor, int64_t first, int64_t count, bool as_given = false)
+      : x(problem), q(problem), log_q(problem), as_given(as_given), lanes(whole_groups<T>(count)) {
     read_labels(y, problem, cursor, first, count);
     std::fill(y + count, y + lanes, int64_t{-1});
     read_tile(x, cursor, count, problem.logits, 0, problem.classes);
@@ -581,6 +655,10 @@ struct GeneralTile {
     }
     if (problem.form == Form::kTeacher) {
       read_tile(log_q, cursor, count, problem.target, 0, problem.classes);
+      if (as_given) {
+        read_tile(q, cursor, count, problem.logits, 0, problem.classes);
+        return;
+      }
       alignas(64) T rounded[kTile + kGroupLanes<T>], lost[kTile + kGroupLanes<T>];
       std::copy_n(saved_row<T>(problem, saved::kTeacherLse) + first, count, rounded);
       std::copy_n(saved_row<T>(problem, saved::kTeacherLseLost) + first, count, lost);
@@ -605,7 +683,7 @@ struct GeneralTile {
 
   // The dense coefficient of class c.
   XENT_INLINE_MEMBER Vector<T> coefficient(const Problem& problem, int64_t c, int64_t v) const {
-    if (problem.form == Form::kNone) return Vector<T>{};
+    if (problem.form == Form::kNone || as_given) return Vector<T>{};
     if (is_dense(problem.form)) return load(q.row(c) + v);
     return problem.label_smoothing == 0 ? Vector<T>{} : broadcast(weight_of_class<T>(problem, c));
   }
@@ -697,8 +775,7 @@ static Totals<Vector<T>> sum_general_tile(const Problem& problem, const GeneralT
   for (int64_t first = 0; first < problem.classes; first += kTermsOfASum) {
     GeneralLaneSums<T> part;
     for (int64_t c = first; c < std::min(first + kTermsOfASum, problem.classes); ++c) {
-      part.add(load(tile.x.row(c) + v), max, tile.coefficient(problem, c, v),
-               problem.kl ? load(tile.log_q.row(c) + v) : Vector<T>{}, wanted);
+      part.add(load(tile.x.row(c) + v), max, tile.coefficient(problem, c, v), wanted);
     }
     sums.add(part);
   }
@@ -708,11 +785,25 @@ static Totals<Vector<T>> sum_general_tile(const Problem& problem, const GeneralT
 }
 
 template <class T>
+static Vector<T> divergence_of_tile(const Problem& problem, const GeneralTile<T>& tile, const DivergenceTerms<T>& terms,
+                                    int64_t v) {
+  Vector<T> sums[3] = {}, lost[3] = {};
+  for (int64_t first = 0; first < problem.classes; first += kTermsOfASum) {
+    Vector<T> part[3] = {};
+    for (int64_t c = first; c < std::min(first + kTermsOfASum, problem.classes); ++c) {
+      terms.add(load(tile.q.row(c) + v), load(tile.log_q.row(c) + v), part[0], part[1], part[2]);
+    }
+    for (int i = 0; i < 3; ++i) add_keeping_lost(sums[i], part[i], lost[i]);
+  }
+  return divergence_of<T>(sums[0] + lost[0], sums[1] + lost[1], sums[2] + lost[2]);
+}
+
+template <class T>
 static void forward_general_tile(const Forward& problem, const Cursor& cursor, int64_t first, int64_t count,
                                  Sums& sums) {
   using V = Vector<T>;
   const Wanted<T> wanted{problem.statistics, T(problem.labels ? problem.temperature : 0)};
-  const GeneralTile<T> tile(problem, cursor, first, count);
+  const GeneralTile<T> tile(problem, cursor, first, count, /*as_given=*/problem.kl);
   alignas(64) T maxima[kTile], sample_weights[kTile + kGroupLanes<T>], losses[kTile + kGroupLanes<T>];
   read_sample_weights(sample_weights, problem, cursor, count);
   std::fill(sample_weights + count, sample_weights + tile.lanes, T(0));
@@ -727,7 +818,16 @@ static void forward_general_tile(const Forward& problem, const Cursor& cursor, i
     const V zero{}, max = load(maxima + v);
     const auto counts = tile.counts_at(v) != Ints<T>{};
     const auto keep = [&](V value) { return select(counts, value, zero); };
-    const Found<V> found = find<V>(problem, sum_general_tile(problem, tile, max, v, wanted), own.at(v));
+    Totals<V> totals = sum_general_tile(problem, tile, max, v, wanted);
+    if (problem.kl) {
+      V lse, lse_lost;
+      two_sum(max, log_of_sum(totals.ties, totals.rest), lse, lse_lost);
+      const auto of_teacher = [&](int row) { return load_some(saved_row<T>(problem, row) + p, 0, n); };
+      const DivergenceTerms<T> terms(problem, lse, lse_lost, of_teacher(saved::kTeacherLse),
+                                     of_teacher(saved::kTeacherLseLost));
+      totals.spread = divergence_of_tile(problem, tile, terms, v);
+    }
+    const Found<V> found = find<V>(problem, totals, own.at(v));
     store(losses + v, keep(found.loss * load(sample_weights + v)));
     V rounded, lost;
     two_sum(max, found.log_sum, rounded, lost);

@@ -88,6 +88,61 @@ struct DenseTarget {
   }
 };
 
+// log softmax = (x - origin) / T - rest, for logits x as they were given: the difference has no rounding to speak of,
+// of whatever magnitude the logits are.
+template <class A>
+struct Origin {
+  A origin, rest;
+
+  XENT_DEVICE Origin(const Task& task, A max, A log_sum)
+      : origin(rounded_product(max, numbers<A>(task).temperature)),
+        rest((max - rounded_product(origin, numbers<A>(task).logit_scale)) + log_sum) {}
+
+  XENT_DEVICE void subtract_from(A x, A& difference, A& lost) const {
+    two_sum(x, -origin, difference, lost);
+    if (lost != lost) lost = A(0);  // of infinity nothing is
+  }
+};
+
+// What a thread has of a teacher's divergence, whose terms need the student's lse: a second look at the logits.
+template <class A>
+struct Divergence {
+  A max;  // of the student
+  Origin<A> student, teacher;
+  A scale, lost_of_scale;  // 1 / T
+
+  XENT_DEVICE Divergence(const Task& task, const DenseTarget<A>& dense, A max, A log_sum)
+      : max(max),
+        student(task, max, log_sum),
+        teacher(task, dense.lse_high, dense.lse_low),
+        scale(numbers<A>(task).logit_scale),
+        lost_of_scale(fused(-scale, numbers<A>(task).temperature, A(1)) * scale) {}
+
+  // Logits as they were given. The sums of `statistics` are used for others: spread for what is added up to the loss,
+  // rest for the change, mass for the teacher's softmax.
+  template <class S>
+  XENT_DEVICE void add(A x, A z, S& statistics) const {
+    A of_x, of_z, lost_of_x, lost_of_z, excess, change;
+    student.subtract_from(x, of_x, lost_of_x);
+    teacher.subtract_from(z, of_z, lost_of_z);
+    const A p = exp2_fast(fused(of_x, scale, fused(lost_of_x, scale, -student.rest)) * kLog2E<A>);
+    const A q = exp2_fast(fused(of_z, scale, fused(lost_of_z, scale, -teacher.rest)) * kLog2E<A>);
+    const A gap = of_z - of_x, lost_of_gap = gap - gap == A(0) ? gap * lost_of_scale : A(0);
+    const A lost = fused(lost_of_z - lost_of_x, scale, lost_of_gap) - (teacher.rest - student.rest);
+    divergence_terms<A>(q, p, fused(gap, scale, lost), excess, change);
+    statistics.spread.add(excess);
+    statistics.rest.add(change);
+    statistics.mass.add(q);
+  }
+
+  template <class S>
+  XENT_DEVICE S of_nothing(const Task& task) const {
+    S statistics = S::of_nothing(task);
+    statistics.max = max;  // the same for all threads
+    return statistics;
+  }
+};
+
 // The k classes of a position and their probabilities. A class may be there several times.
 template <class A>
 struct Pairs {
@@ -121,6 +176,13 @@ struct AllFound : Found<A> {
     return found;
   }
 };
+
+// Puts a divergence, when all threads have added what they have of it, where the loss is made of.
+template <class A, class S>
+XENT_DEVICE void set_divergence(AllFound<A>& found, const S& sums) {
+  found.spread = divergence_of<A>(sums.spread.value(), sums.rest.value(), sums.mass.value());
+  found.mass = A(0);
+}
 
 template <TargetKind kind, class A>
 using FoundOf = std::conditional_t<kind == TargetKind::kGeneral, AllFound<A>, Found<A>>;

@@ -260,6 +260,7 @@ struct Coefficients<T, TargetKind::kGeneral> {
   const Task& task;
   DenseTarget<A> dense;
   TargetRow<T> target;
+  bool skipped = false;  // a teacher's: all are zero
 
   XENT_DEVICE Coefficients(const Task& task, int64_t position, const T* row)
       : task(task), dense(task, position), target(task, position, row) {}
@@ -270,7 +271,7 @@ struct Coefficients<T, TargetKind::kGeneral> {
   XENT_DEVICE void for_class(int64_t c, A logit, const Use& use) const {
     A x[1] = {logit};
     Terms<A, 1> terms;
-    if (is_dense(task.form)) target.load(c, terms.a);
+    if (is_dense(task.form) && !skipped) target.load(c, terms.a);
     finish(c, x, terms);
     use(x, terms);
   }
@@ -281,9 +282,22 @@ struct Coefficients<T, TargetKind::kGeneral> {
       A x[kPerPart<T>];
       Terms<A, kPerPart<T>> terms;
       widen_part<T>(raw, begin, x);
-      if (is_dense(task.form)) target.load_part(c, begin, terms.a);
+      if (is_dense(task.form) && !skipped) target.load_part(c, begin, terms.a);
       finish(c + begin, x, terms);
       use(x, terms, begin);
+    }
+  }
+
+  // Calls use(logit, teacher's logit), both as they were given, for each class of a vector of neighbours from c on.
+  template <class Use>
+  XENT_DEVICE void for_given(int64_t c, uint4 raw, const Use& use) const {
+#pragma unroll 1
+    for (int begin = 0; begin < kPerVector<T>; begin += kPerPart<T>) {
+      A x[kPerPart<T>], z[kPerPart<T>];
+      widen_part<T>(raw, begin, x);
+      target.load_part(c, begin, z);
+#pragma unroll 1
+      for (int j = 0; j < kPerPart<T>; ++j) use(pick(x, j), pick(z, j));
     }
   }
 
@@ -292,7 +306,7 @@ struct Coefficients<T, TargetKind::kGeneral> {
   XENT_DEVICE void finish(int64_t c, A (&x)[N], Terms<A, N>& terms) const {
     terms.first = c;
     terms.step = 1;
-    const bool any = has_coefficients<A>(task);
+    const bool any = has_coefficients<A>(task) && !skipped;
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       if (any) {
@@ -372,6 +386,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     const auto add_general = [&](const auto& x, const auto& terms, int = 0) { add_logits(task, x, terms, statistics); };
     FoundOf<kind, A> found;
     if (forward) {
+      if constexpr (kGeneral) coefficients.skipped = task.kl;
       if (task.is_here(label) && members.leads()) target_logit = read_logit<kind>(task, row, label);
       if (counts) {
         for (int stage = 0; stage < RowSlice::kStages; ++stage) {
@@ -405,8 +420,27 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       } else {
         if (has_edge) statistics.add(edge_logit, edge_coefficient);
       }
-      members.join(task, statistics, exchange, round);
+      members.join(task, statistics, exchange, kGeneral && task.kl ? 2 * round : round);
       found = FoundOf<kind, A>::of(task, statistics);
+      if constexpr (kGeneral) {
+        coefficients.skipped = false;
+        if (task.kl) {
+          const Divergence<A> divergence(task, coefficients.dense, found.max, found.log_sum);
+          statistics = divergence.template of_nothing<S>(task);
+          const auto add = [&](A x, A z) { divergence.add(x, z, statistics); };
+          if (counts) {
+            slice.for_each(0, slice.count, members.thread,
+                           [&](int64_t c, uint4 raw) { coefficients.for_given(c, raw, add); });
+          }
+          if (has_edge) {
+            A z[1];
+            coefficients.target.load(edge, z);
+            add(edge_logit[0], z[0]);
+          }
+          members.join(task, statistics, exchange, 2 * round + 1);
+          set_divergence(found, statistics);
+        }
+      }
       if (members.leads()) {
         finish_loss<kind>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
         if constexpr (kGeneral) finish_statistics(task, position, label, row, target_logit, found);

@@ -208,10 +208,10 @@ struct Statistics {
 
 // ---- and what else can be asked for ---------------------------------------------------------------------------------
 
-// What N logits mean for the loss: coefficients a_c, what is added to each lse - x_c, and which classes they are.
+// What N logits mean for the loss: coefficients a_c, and which classes they are.
 template <class A, int N>
 struct Terms {
-  A a[N], log[N];  // log a_c, for a divergence; else zero
+  A a[N], log[N];  // log a_c, for a divergence's gradient; else zero
   int64_t first, step;
 
   XENT_DEVICE int64_t class_of(int j) const { return first + j * step; }
@@ -289,7 +289,7 @@ struct AllStatistics : Statistics<A, true, kLong> {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const A gap = x[j] == max ? A(0) : max - x[j];
-      losses[j] = terms.a[j] == A(0) ? A(0) : terms.a[j] * (gap + terms.log[j]);
+      losses[j] = terms.a[j] == A(0) ? A(0) : terms.a[j] * gap;
       masses[j] = terms.a[j];
     }
     spread.add(tree_sum(losses));

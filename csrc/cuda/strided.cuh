@@ -17,6 +17,7 @@ struct ElementsOfTarget {
   const Task& task;
   int64_t offset;
   std::conditional_t<kGeneral, DenseTarget<A>, Nothing> dense;
+  bool skipped = false;  // a teacher's: all are zero
 
   XENT_DEVICE ElementsOfTarget(const Task& task, int64_t position)
       : task(task), offset(offset_of(task, task.target, position)), dense(task, position) {}
@@ -42,7 +43,7 @@ struct ElementsOfTarget {
     for (int j = 0; j < N; ++j) {
       const int64_t at = c + j * step;
       terms.a[j] = terms.log[j] = A(0);
-      if (at < task.classes && has_coefficients<A>(task)) {
+      if (at < task.classes && has_coefficients<A>(task) && !skipped) {
         dense.set(task, at, element(at), terms.a[j], terms.log[j]);
       }
     }
@@ -63,19 +64,20 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
   const A scale_of_all = gradient_scale<A>(task);
   const bool forward = task.pass != Pass::kBackward, backward = task.pass != Pass::kForward;
   Sums sums{0, 0};
-  int64_t round = 0;
+  int64_t joins = 0;
 
-  for (int64_t position = members.first; position < task.positions; position += members.step, ++round) {
+  for (int64_t position = members.first; position < task.positions; position += members.step) {
     const T* const logits = static_cast<const T*>(task.logits.data) + offset_of(task, task.logits, position);
     const int64_t target = offset_of(task, labels_of<kind>(task), position);
     const int64_t label = read_label<kind, kWarp>(task, target);
     const bool counts = is_counted(label);
-    const ElementsOfTarget<kind, A> elements(task, position);
+    ElementsOfTarget<kind, A> elements(task, position);
 
     S statistics = S::of_nothing(task);
     FoundOf<kind, A> found;
     if (forward) {
       A target_logit = 0;
+      elements.skipped = kGeneral && task.kl;
       if (task.is_here(label) && members.leads()) target_logit = read_logit<kind, T, A>(task, logits, label);
       if (counts) {
         for (int64_t c = members.thread; c < task.classes; c += kTogether * members.kThreads) {
@@ -93,8 +95,20 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
       if constexpr (kGeneral) {
         if (counts) add_pairs(task, position, logits, members.index(), members.count(), statistics);
       }
-      members.join(task, statistics, exchange, round);
+      members.join(task, statistics, exchange, joins++);
       found = FoundOf<kind, A>::of(task, statistics);
+      elements.skipped = false;
+      if constexpr (kGeneral) {
+        if (task.kl) {
+          const Divergence<A> divergence(task, elements.dense, found.max, found.log_sum);
+          statistics = divergence.template of_nothing<S>(task);
+          for (int64_t c = members.thread; counts && c < task.classes; c += members.kThreads) {
+            divergence.add(widen<A>(logits[c * task.logits.class_stride]), elements.element(c), statistics);
+          }
+          members.join(task, statistics, exchange, joins++);
+          set_divergence(found, statistics);
+        }
+      }
       if (members.leads()) {
         finish_loss<kind>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
         if constexpr (kGeneral) finish_statistics(task, position, label, logits, target_logit, found);
