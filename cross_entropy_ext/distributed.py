@@ -674,7 +674,9 @@ def _forward(logits, target, weight, numbered):
 
 def _backward(grad_output, grad_statistics, logits, target, weight, sample_weight, lse, denominator, numbered, wanted):
     inputs = logits, target, _as_list(weight, None, sample_weight)
-    return _ops._backward.default(grad_output, _as_list(grad_statistics), *inputs, lse, denominator, *numbered, wanted)
+    if grad_statistics is None:
+        grad_statistics = denominator  # any scalar
+    return _ops._backward.default(grad_output, grad_statistics, *inputs, lse, denominator, *numbered, wanted)
 
 
 # ---- the loss -------------------------------------------------------------------------------------------------------
@@ -1187,7 +1189,7 @@ class _VocabParallelLinear(torch.autograd.Function):
             given = input, linear_weight, _as_list(linear_bias), target, _as_list(weight, None, sample_weight)
             numbered = problem.numbered(problem.options.reduction, z_loss=True)
             gradients = _ops._linear_backward.default(
-                grad, [], *given, saved, denominator, *numbered, ctx.chunk, wanted
+                grad, denominator, *given, saved, denominator, *numbered, ctx.chunk, wanted
             )
             gradients = list(gradients)
         if wanted[0]:  # of which each rank has what its classes contribute

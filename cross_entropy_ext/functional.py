@@ -873,7 +873,7 @@ def _arguments(
     if not -(2**63) <= operator.index(ignore_index) < 2**63:
         raise ValueError(f"ignore_index must be an integer of 64 bits, but got {ignore_index}")
     values = [label_smoothing, z_loss, 0.0 if softcap is None else softcap, logit_scale, temperature, alpha]
-    in_tensors = ()
+    in_tensors, is_capped = (), softcap is not None
     if _is_dynamo_compiling() or set(map(type, values)) != _FLOAT:
         values = [_number_or_tensor(name, value) for name, value in zip(_NUMBERS, values, strict=True)]
         in_tensors = [None if _is_known(value) else _in_tensor(value) for value in values]
@@ -881,16 +881,19 @@ def _arguments(
         if _is_dynamo_compiling() and scale is not None and scale.requires_grad and tensors[0].dtype != torch.float16:
             # The gradient of a zero is a quotient of zeros, for which eager takes another path than a graph may.
             in_tensors[3] = scale + (scale == 0) * 2.0**-40
-    if softcap is not None and _is_known(values[2]) and not 0 < values[2] < math.inf:
+        is_capped = is_capped and in_tensors[2] is None
+        values = [value if tensor is None else 0.0 for value, tensor in zip(values, in_tensors, strict=True)]
+    if is_capped and not 0 < values[2] < math.inf:
         raise ValueError(f"softcap must be None or a finite number above 0, but got {softcap}")
-    check_loss_dtype(loss_dtype)
+    if loss_dtype is not None:
+        check_loss_dtype(loss_dtype)
     sample_weight = tensors[4]
     if isinstance(sample_weight, Tensor) and not (sample_weight.is_floating_point() or sample_weight.is_complex()):
         wide = tensors[0].dtype == torch.float64
         tensors = (*tensors[:4], sample_weight.to(torch.float64 if wide else torch.float32), tensors[5])
     flags = (empty == "zero") | inplace << 1 | statistics << 2 | kl << 3 | _FORMS[form] << 4
     integers = [F._Reduction.get_enum(reduction), operator.index(ignore_index), _LOSS_DTYPES[loss_dtype], flags, 0, 0]
-    return (*tensors, *in_tensors), integers, [value if _is_known(value) else 0.0 for value in values]
+    return (*tensors, *in_tensors), integers, values
 
 
 def _is_known(value: float | Tensor) -> bool:

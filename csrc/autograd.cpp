@@ -447,7 +447,7 @@ BackwardResult backward_autograd(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_O
   const Others unpacked(others);
   const Options options = unpacked.options(integers, numbers);
   const Inputs inputs = unpacked.with(logits, target);
-  const OptionalTensor statistics = element_of(grad_statistics, 0);
+  const OptionalTensor statistics = unless_scalar(grad_statistics);
   if (has_tangent(grad_output) || has_tangent(statistics)) {
     // Function has no forward mode; but the gradients are linear in those of the results.
     const auto unpack = [](const at::Tensor& grad) {

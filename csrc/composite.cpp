@@ -37,10 +37,13 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
 // The logarithm of the softmax, and lse. A sum without the largest logit's own 1 makes what is small exact: that
 // logit's log-probability is -log1p(S), and its gradient S / (1 + S), where at::log_softmax has 0 for both.
 std::pair<at::Tensor, at::Tensor> log_softmax_and_lse(const at::Tensor& x, int64_t dim) {
-  const at::Tensor index = at::argmax(x, dim, true);
-  const at::Tensor top = at::gather(x, dim, index);
-  const at::Tensor below = at::scatter(x - top, dim, index, 0);
-  const at::Tensor others = at::scatter(below.exp(), dim, index, 0).sum(dim, true);
+  // Gradients have the layout of this mask, which is that of the logits: of two layouts an operation takes the first,
+  // and what scatter and gather make is contiguous.
+  const at::Tensor all = at::ones_like(x, at::kBool);
+  const at::Tensor is_other = all.logical_and(at::scatter(all, dim, at::argmax(x, dim, true), 0));
+  const at::Tensor top = zero_unless(is_other.logical_not(), x).sum(dim, true);
+  const at::Tensor below = zero_unless(is_other, x - top);
+  const at::Tensor others = zero_unless(is_other, below.exp()).sum(dim, true);
   const at::Tensor log_s = at::log1p(others + (top - top));  // NaN for an infinite maximum
   return {below - log_s, top + log_s};
 }
@@ -94,30 +97,32 @@ at::Tensor safe_denominator(const at::Tensor& denominator, const at::Tensor& sum
 }
 
 // The divergence of softmax(z / T) from softmax(x / T) as the kernels have it: see online_softmax.h.
-at::Tensor divergence_of(const at::Tensor& x, const at::Tensor& z, double temperature, int64_t dim) {
+at::Tensor divergence_of(const at::Tensor& x, const at::Tensor& z, const Number& temperature, int64_t dim) {
+  const Number inverse = Number(1) / temperature;
   struct Softmax {
     at::Tensor difference, lost, rest;  // log softmax = (difference + lost) / T - rest
 
-    Softmax(const at::Tensor& logits, double temperature, int64_t dim) {
-      const at::Tensor lse = log_softmax_and_lse(logits * (1 / temperature), dim).second;
+    Softmax(const at::Tensor& logits, const Number& temperature, const Number& inverse, int64_t dim) {
+      const at::Tensor lse = log_softmax_and_lse(logits * inverse, dim).second;
       const at::Tensor origin = lse * temperature;
-      rest = lse - origin * (1 / temperature);
+      rest = lse - origin * inverse;
       difference = logits - origin;
       const at::Tensor subtracted = difference - logits;
       lost = (logits - (difference - subtracted)) - (origin + subtracted);
       lost = zero_unless(lost.isfinite(), lost);
     }
-    at::Tensor softmax(double temperature) const { return ((difference + lost) * (1 / temperature) - rest).exp(); }
+    at::Tensor softmax(const Number& inverse) const { return ((difference + lost) * inverse - rest).exp(); }
   };
-  const Softmax student(x, temperature, dim), teacher(z, temperature, dim);
-  const at::Tensor p = student.softmax(temperature), q = teacher.softmax(temperature);
-  const at::Tensor r = ((teacher.difference - student.difference) + (teacher.lost - student.lost)) * (1 / temperature) -
+  const Softmax student(x, temperature, inverse, dim), teacher(z, temperature, inverse, dim);
+  const at::Tensor p = student.softmax(inverse), q = teacher.softmax(inverse);
+  const at::Tensor r = ((teacher.difference - student.difference) + (teacher.lost - student.lost)) * inverse -
                        (teacher.rest - student.rest);
   const int last = x.scalar_type() == at::kDouble ? 19 : 11;
   double coefficient = 1;
   for (int k = 2; k <= last; ++k) coefficient /= k;
-  at::Tensor series = at::full_like(r, coefficient);
-  for (int k = last; k > 2; --k) series = (coefficient *= k) - r * series;
+  at::Tensor series = r * -coefficient + (coefficient * last);
+  coefficient *= last;
+  for (int k = last - 1; k > 2; --k) series = (coefficient *= k) - r * series;
   const at::Tensor near = r.abs().lt(1), bend = r * r * series;
   const at::Tensor none = q.eq(0), change = at::where(none, p, at::where(near, q * (bend - r), p - q));
   const at::Tensor excess = at::where(none, p, at::where(near, q * bend, (p - q + q * r).clamp_min(0)));
@@ -240,7 +245,7 @@ class Composite {
 
   // With the derivatives of the formula as it is written, and a value without its cancellation.
   at::Tensor divergence(const at::Tensor& written) const {
-    const at::Tensor value = divergence_of(raw_.detach(), target_.detach(), options_.temperature, dim_);
+    const at::Tensor value = divergence_of(raw_.detach(), target_.detach(), temperature_, dim_).detach();
     return at::where(written.isfinite(), value + (written - written.detach()), written);
   }
 

@@ -28,6 +28,12 @@ using OptionalTensors = c10::List<OptionalTensor>;
 OptionalTensors as_list(std::initializer_list<std::reference_wrapper<const OptionalTensor>> tensors);
 OptionalTensor element_of(const OptionalTensors& list, size_t place);
 
+// The gradients of statistics travel by themselves, for PyTorch's batched gradients do not look into lists. Where there
+// are none, the denominator stands in their place, which is a scalar.
+inline OptionalTensor unless_scalar(const at::Tensor& grad_statistics) {
+  return grad_statistics.dim() == 0 ? std::nullopt : OptionalTensor(grad_statistics);
+}
+
 // Everything a loss is made of that is a tensor. What the arguments mean is said in cross_entropy_ext/functional.py.
 struct Inputs {
   const at::Tensor& logits;
@@ -136,6 +142,9 @@ struct Gradients {
   const OptionalTensor& grad_statistics;
   const at::Tensor& lse;
   const at::Tensor& denominator;
+
+  // As an operator takes them.
+  const at::Tensor& statistics_or_scalar() const { return grad_statistics ? *grad_statistics : denominator; }
 };
 
 // cross_entropy_ext::_backward -> gradients of the logits, and of probabilities or the teacher's logits; empty where
@@ -178,7 +187,7 @@ Results cross_entropy_with_stats(const Inputs& inputs, const Options& options);
 #define XENT_INPUTS [[maybe_unused]] const at::Tensor &logits, XENT_OTHER_INPUTS
 #define XENT_OPTIONS [[maybe_unused]] at::IntArrayRef integers, [[maybe_unused]] at::ArrayRef<double> numbers
 #define XENT_GRADIENTS \
-  [[maybe_unused]] const at::Tensor &grad_output, [[maybe_unused]] const OptionalTensors &grad_statistics
+  [[maybe_unused]] const at::Tensor &grad_output, [[maybe_unused]] const at::Tensor &grad_statistics
 #define XENT_SAVED [[maybe_unused]] const at::Tensor &lse, [[maybe_unused]] const at::Tensor &denominator
 
 namespace schema {

@@ -167,23 +167,25 @@ void check_shard(const Inputs& inputs, const Options& options) {
   TORCH_CHECK_VALUE(options.form != Form::kTeacher, "cross_entropy_ext: a teacher's classes cannot be sharded");
 }
 
+// With class weights in the type of arithmetic, which go with a wider loss.
+bool is_supported_in_float(const Inputs& inputs, Options options) {
+  options.loss_dtype = at::kFloat;
+  return is_supported(inputs, options);
+}
+
 }  // namespace
 
 void check_forward(const Inputs& inputs, const Options& options) {
   check_options(options);
   check_shard(inputs, options);
-  Options with_float = options;  // class weights may be in the type of arithmetic
-  with_float.loss_dtype = at::kFloat;
-  TORCH_CHECK(options.loss_dtype && (is_supported(inputs, options) || is_supported(inputs, with_float)),
+  TORCH_CHECK(options.loss_dtype && (is_supported(inputs, options) || is_supported_in_float(inputs, options)),
               "cross_entropy_ext::_forward: arguments that cross_entropy_ext::cross_entropy does not pass on");
 }
 
 void check_backward(const Gradients& gradients, const Inputs& inputs, const Options& options, bool target_wanted,
                     bool finds_lse) {
   check_shard(inputs, options);
-  Options with_float = options;
-  with_float.loss_dtype = at::kFloat;
-  TORCH_CHECK(is_supported(inputs, options) || is_supported(inputs, with_float),
+  TORCH_CHECK(is_supported(inputs, options) || is_supported_in_float(inputs, options),
               "cross_entropy_ext::_backward: arguments that _forward does not accept");
   const auto arithmetic = arithmetic_type(inputs, options);
   const Form form = inputs.form(options);

@@ -78,7 +78,7 @@ ForwardBackwardResult forward_backward(const Layer& layer, const Inputs& in, con
 BackwardResult backward(const Layer& layer, const Gradients& gradients, const Inputs& in, const Options& options,
                         int64_t chunk, std::array<bool, 4> wanted) {
   static const auto op = find_operator<schema::Backward>("cross_entropy_ext::_linear_backward");
-  return op.call(gradients.grad_output, as_list({gradients.grad_statistics}), layer.input, layer.weight,
+  return op.call(gradients.grad_output, gradients.statistics_or_scalar(), layer.input, layer.weight,
                  as_list({layer.bias}), in.target, Others::of(in, options), gradients.lse, gradients.denominator,
                  options.integers(), options.numbers(), chunk, wanted);
 }
@@ -515,7 +515,7 @@ TORCH_LIBRARY_FRAGMENT(cross_entropy_ext, m) {
   define("_linear_forward(" + layer + inputs + options + ") -> (Tensor loss, Tensor lse, Tensor denominator)");
   define("_linear_forward_backward(" + layer + inputs + options + ", bool[3] wanted) -> (Tensor loss, " + gradients +
          ")");
-  define("_linear_backward(Tensor grad_output, Tensor?[] grad_statistics, " + layer + inputs +
+  define("_linear_backward(Tensor grad_output, Tensor grad_statistics, " + layer + inputs +
          "Tensor lse, Tensor denominator, " + options + ", bool[4] wanted) -> (" + gradients + ", Tensor grad_target)");
 }
 

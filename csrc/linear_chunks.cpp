@@ -334,7 +334,7 @@ BackwardResult chunked_backward(XENT_GRADIENTS, XENT_LAYER, XENT_OTHER_INPUTS, X
   const Others unpacked(others);
   const Inputs all = unpacked.with(shape_of_logits, target);
   const Options options = unpacked.options(integers, numbers).with_values();
-  const OptionalTensor statistics = element_of(grad_statistics, 0);
+  const OptionalTensor statistics = unless_scalar(grad_statistics);
   const bool pairs = all.form(options) == Form::kPairs;
   const int64_t size = chunk_size(layer, chunk, wanted[1]);
   LayerGradients gradients(layer, matrix, {wanted[0], wanted[1], wanted[2]}, count_chunks(layer, size));

@@ -71,21 +71,19 @@ ForwardResult forward_backward_(const Inputs& in, const Options& options) {
 BackwardResult backward(const Gradients& gradients, const Inputs& in, const Options& options,
                         std::array<bool, 2> wanted) {
   static const auto op = find_operator<schema::Backward>("cross_entropy_ext::_backward");
-  return op.call(gradients.grad_output, as_list({gradients.grad_statistics}), in.logits, in.target,
-                 Others::of(in, options), gradients.lse, gradients.denominator, options.integers(), options.numbers(),
-                 wanted);
+  return op.call(gradients.grad_output, gradients.statistics_or_scalar(), in.logits, in.target, Others::of(in, options),
+                 gradients.lse, gradients.denominator, options.integers(), options.numbers(), wanted);
 }
 
 at::Tensor backward_(const Gradients& gradients, const Inputs& in, const Options& options, bool target_wanted) {
   static const auto op = find_operator<schema::BackwardInplace>("cross_entropy_ext::_backward_");
   at::Tensor logits = in.logits;
-  return op.call(gradients.grad_output, as_list({gradients.grad_statistics}), logits, in.target,
-                 Others::of(in, options), gradients.lse, gradients.denominator, options.integers(), options.numbers(),
-                 target_wanted);
+  return op.call(gradients.grad_output, gradients.statistics_or_scalar(), logits, in.target, Others::of(in, options),
+                 gradients.lse, gradients.denominator, options.integers(), options.numbers(), target_wanted);
 }
 
 void adapt_gradient_(const Gradients& gradients, at::Tensor& grad_logits, const Inputs& in, const Options& options) {
-  adapt_gradient_operator().call(gradients.grad_output, as_list({gradients.grad_statistics}), grad_logits, in.logits,
+  adapt_gradient_operator().call(gradients.grad_output, gradients.statistics_or_scalar(), grad_logits, in.logits,
                                  in.target, Others::of(in, options), gradients.lse, gradients.denominator,
                                  options.integers(), options.numbers());
 }
@@ -276,7 +274,7 @@ TORCH_LIBRARY(cross_entropy_ext, m) {
   const std::string inputs = "Tensor target, Tensor?[] others";
   const std::string saved = "Tensor lse, Tensor denominator", options = "int[] integers, float[] numbers";
   const std::string loss = "(Tensor logits, " + inputs + ", " + options + ") -> ";
-  const std::string gradients = "(Tensor grad_output, Tensor?[] grad_statistics, ";
+  const std::string gradients = "(Tensor grad_output, Tensor grad_statistics, ";
   const auto define = [&m](const std::string& schema) { m.def(schema.c_str()); };
   const std::string plain =
       "int reduction=1, int ignore_index=-100, float label_smoothing=0.0, *, ScalarType? loss_dtype=None, "

@@ -315,17 +315,20 @@ def cross_entropy_with_stats(
     bend = zero_if((f.p == 0) | (g_h == 0), g_h * f.p * (f.terms - f.entropy.unsqueeze(-1)))
     bend_scale = g_h.abs() * f.p * f.lengths * (finite(f.terms + f.terms_scale) + f.entropy_scale.unsqueeze(-1))
 
-    # What is lost with probabilities of 2^-126 and less: each with a log p of 88 nats.
-    flushed = 88 * SMALLEST_POWER * classes
+    # What is lost with probabilities of 2^-126 and less: of an entropy, each with a log p of 88 nats.
+    vanished = SMALLEST_POWER * classes
+    flushed = 88 * vanished
+    mass = finite(hits.abs().sum(-1) + spread.abs().sum(-1))
+    flushed_of_loss = finite(total(mass * vanished, mass * vanished).value).abs()
     flushed_of_input = flushed * float(finite(g_h).abs().max()) if g_h.numel() else 0.0
 
     def statistic(value: Tensor, scale: Tensor) -> Exact:
         return Exact(zero_if(~counts, value), finite(zero_if(~counts, scale)))
 
     results = {
-        "loss": loss,
-        "lse": statistic(f.lse, f.lse_scale),
-        "target_log_prob": statistic(target_log_prob.value, target_log_prob.scale),
+        "loss": replace(loss, flushed=flushed_of_loss),
+        "lse": replace(statistic(f.lse, f.lse_scale), flushed=vanished),
+        "target_log_prob": replace(statistic(target_log_prob.value, target_log_prob.scale), flushed=vanished),
         "entropy": replace(statistic(f.entropy, f.entropy_scale), flushed=flushed),
         "input": replace(
             logits.gradient(dx.value + bend, (dx.scale + bend_scale) * total.condition), flushed=flushed_of_input

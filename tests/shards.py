@@ -101,8 +101,8 @@ class Sharded(torch.autograd.Function):
         else:
             counts = target != options.get("ignore_index", -100)
             counts = counts.any(axis) if companion is not None else counts
-        w = torch.ones((), dtype=torch.double)
-        if weight is not None and companion is None and not soft:
+        w, weighted = torch.ones((), dtype=torch.double), weight is not None and companion is None and not soft
+        if weighted:
             w = weight.double()[zero_if(~counts, target.long())]
         s = torch.ones((), dtype=torch.double) if sample_weight is None else sample_weight.double()
 
@@ -117,7 +117,7 @@ class Sharded(torch.autograd.Function):
         z = z_loss * lse.square()
         if reduction == "mean":
             divide_by = zero_if(~counts, (w * s).expand(positions)).sum()
-            if z_loss != 0 and w.dim():  # class weights that divide the cross entropy do not divide the z-loss
+            if z_loss != 0 and weighted:  # class weights that divide the cross entropy do not divide the z-loss
                 of_classes, divide_by = divide_by, zero_if(~counts, s.expand(positions)).sum()
                 loss, weight = loss * (divide_by / of_classes), weight.double() * (divide_by / of_classes)
             if empty == "zero" and divide_by == 0 and zero_if(~counts, (loss + z).reshape(positions) * s).sum() == 0:
@@ -156,7 +156,7 @@ class Sharded(torch.autograd.Function):
     def backward(ctx, grad_output, *grads):
         input, target, weight, companion, sample_weight, saved, divide_by = ctx.saved_tensors
         sizes, begins, axis, soft, options = ctx.given
-        grad_statistics = None
+        grad_statistics = divide_by  # a scalar, for none
         if options["statistics"]:
             grad_statistics = torch.stack([g.reshape(-1).to(saved.dtype) for g in grads[:3]])
         probabilities = companion if companion is not None else target
@@ -167,7 +167,7 @@ class Sharded(torch.autograd.Function):
             part = target.narrow(axis, begin, size) if soft else target
             of_logits, of_target = ops._backward(
                 grad_output,
-                [grad_statistics],
+                grad_statistics,
                 input.narrow(axis, begin, size),
                 part,
                 [weight, companion, sample_weight],

@@ -214,7 +214,7 @@ def test_class_indices_have_no_gradient():
     inputs, options = (logits, target, []), numbered(loss_dtype=7)
     loss, lse, denominator = torch.ops.cross_entropy_ext._forward(*inputs, *options)
     with pytest.raises(RuntimeError, match="class indices have no gradient"):
-        torch.ops.cross_entropy_ext._backward(loss, [], *inputs, lse, denominator, *options, [True, True])
+        torch.ops.cross_entropy_ext._backward(loss, denominator, *inputs, lse, denominator, *options, [True, True])
 
 
 def test_inplace_leaves_a_lazy_copys_source_alone():

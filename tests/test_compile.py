@@ -799,10 +799,12 @@ def test_opcheck_private(sample):
         torch.library.opcheck(BACKWARD, (torch.rand_like(loss), [], logits, *saved, wanted))
     if wanted[0] or not target.is_floating_point():
         upstream = torch.rand_like(loss).requires_grad_()
-        torch.library.opcheck(BACKWARD, (upstream, [], logits.detach().requires_grad_(), *saved, [True, False]))
+        torch.library.opcheck(
+            BACKWARD, (upstream, torch.ones(()), logits.detach().requires_grad_(), *saved, [True, False])
+        )
     inplace = torch.ops.cross_entropy_ext._backward_.default
     copy = logits.clone(memory_format=torch.preserve_format)
-    torch.library.opcheck(inplace, (torch.rand_like(loss), [], copy, *saved, False))
+    torch.library.opcheck(inplace, (torch.rand_like(loss), torch.ones(()), copy, *saved, False))
 
 
 def test_operators_are_named():

@@ -221,8 +221,10 @@ def test_one_pass(kernels: ModuleType, device: str, dtype: torch.dtype, shape, o
         grad_output = torch.tensor(0.75)
         _, saved, _ = ops._forward(logits, *others)
         assert saved.numel() > 0
-        expected, _ = ops._backward(grad_output, [], logits, *others[:2], saved, denominator, *options, [True, False])
-        ops._adapt_gradient_(grad_output, [], gradient, logits, *others[:2], lse, denominator, *options)
+        expected, _ = ops._backward(
+            grad_output, denominator, logits, *others[:2], saved, denominator, *options, [True, False]
+        )
+        ops._adapt_gradient_(grad_output, denominator, gradient, logits, *others[:2], lse, denominator, *options)
         assert_close(gradient, expected, rtol=16 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
 
 
@@ -635,7 +637,7 @@ def test_bad_classes_of_shards(kernels: ModuleType, shape: tuple[int, ...]) -> N
             assert torch.equal(loss.isnan(), first)
             g = torch.ones(positions, dtype=double)
             rest = (logits, labels, [], saved, one, *arguments, [True, False])
-            gradient, _ = ops._backward(g, [], *rest)
+            gradient, _ = ops._backward(g, one, *rest)
             assert gradient.isfinite().all() and not gradient[0].any()
             with pytest.raises(IndexError):
                 kernels.check_errors()

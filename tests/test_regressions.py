@@ -139,15 +139,15 @@ def test_private_operators_refuse_what_they_would_misread() -> None:
     x, target = torch.randn(6, 4), torch.tensor([1, 2, -100, 3, 1, 2])
     inputs, options, one = (x, target, []), numbered(), torch.ones(())
     _, lse, denominator = ops._forward(*inputs, *options)
-    rest = ([], *inputs, lse, denominator, *options)
+    rest = (denominator, *inputs, lse, denominator, *options)
     assert all(g.numel() == 0 for g in ops._backward(one, *rest, [False, False]))
     with pytest.raises(RuntimeError, match="grad_output of type"):
         ops._backward(torch.ones((), dtype=torch.int32), *rest, [True, False])
     for other in (lse[:1], torch.cat([lse, lse]), lse.double(), lse.t().contiguous().t()):
         with pytest.raises(RuntimeError, match="lse is not what _forward returned"):
-            ops._backward(one, [], *inputs, other, denominator, *options, [True, False])
+            ops._backward(one, denominator, *inputs, other, denominator, *options, [True, False])
     with pytest.raises(RuntimeError, match="grad_statistics are not those"):
-        ops._backward(one, [torch.zeros(3, 6)], *inputs, lse, denominator, *options, [True, False])
+        ops._backward(one, torch.zeros(3, 6), *inputs, lse, denominator, *options, [True, False])
     with pytest.raises(RuntimeError, match="loss_dtype must be"):
         ops._forward(*inputs, *numbered(loss_dtype=3))
     with pytest.raises(RuntimeError, match="got 3 integers"):

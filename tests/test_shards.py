@@ -348,7 +348,7 @@ def test_bad_targets_of_shards() -> None:
             memory = logits.clone()
             with pytest.raises(IndexError, match=f"^Target {bad} is out of bounds.$"):
                 options = numbered(begin, 12, reduction="sum")
-                ops._backward_(one, [], memory, labels, [], saved, one, *options, False)
+                ops._backward_(one, one, memory, labels, [], saved, one, *options, False)
             assert torch.equal(memory, logits)
 
 
@@ -365,8 +365,8 @@ def test_the_gradient_of_a_shard_in_its_place(form: str, shape: tuple[int, ...])
         options = numbered(begin, shape[1], label_smoothing=0.1, softcap=5.0, z_loss=0.1)
         logits = whole.narrow(1, begin, size).clone(memory_format=torch.contiguous_format)
         _, saved, one = ops._forward(logits, part, [], *options)
-        gradient, _ = ops._backward(g, [], logits, part, [None, None, s], saved, one, *options, [True, False])
-        ops._backward_(g, [], logits, part, [None, None, s], saved, one, *options, False)
+        gradient, _ = ops._backward(g, one, logits, part, [None, None, s], saved, one, *options, [True, False])
+        ops._backward_(g, one, logits, part, [None, None, s], saved, one, *options, False)
         assert torch.equal(gradient, logits)
 
 

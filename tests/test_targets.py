@@ -1558,8 +1558,8 @@ def test_the_oracle_agrees_with_the_compositions() -> None:
             if not target.loss:
                 exact.pop("sample_weight", None)
             for name, value in composed.items():
-                if name == "argmax":
-                    continue
+                if name == "argmax" or (name == "sample_weight" and call.name == "mixup_cross_entropy"):
+                    continue  # of a mixture the oracle has no gradient to sample weights
                 assert value.shape == exact[name].value.shape and torch.allclose(
                     value, exact[name].value, rtol=1e-11, atol=1e-12, equal_nan=True
                 ), f"{target.id}: {name}"

@@ -501,9 +501,10 @@ def test_saved_tensors_of_every_target(reduction: str, dtype: torch.dtype) -> No
     given = {t.data_ptr() for t in (x, z, q, w, s, y, pairs, probs)}
     for number, call in enumerate(calls):
         own = [t for t in saved_by(lambda call=call: call(reduction=reduction)) if t.data_ptr() not in given]
-        large = [tuple(t.shape) for t in own if t.numel() >= c]
+        large = [tuple(t.shape) for t in own if t.numel() > c]
         assert not large, f"call {number} keeps {large}"
-        assert sum(t.numel() for t in own) <= 16 * n + 8 * n * k, f"call {number}"
+        weights_of_a_mean = c * (number == 1 and reduction == "mean")  # with a z-loss besides, class weights are scaled
+        assert sum(t.numel() for t in own) <= 16 * n + 8 * n * k + weights_of_a_mean, f"call {number}"
 
 
 @some("everything", "pairs_everything", "divergence_labels", "statistics", "soft_statistics")
@@ -679,7 +680,7 @@ def test_no_recompilation_for_another_size(kind: str, compiler: Callable) -> Non
             "cross_entropy",
         ),
         "pairs": (lambda n, c: sparse((n, c), 3), "sparse_cross_entropy"),
-        "teacher": (lambda n, c: teacher(n, c, target=labels(c, n), alpha=0.5), "distillation_loss"),
+        "teacher": (lambda n, c: teacher(n, c, target=labels(c, n)), "distillation_loss"),
         "statistics": (lambda n, c: index((n, c)), "cross_entropy_with_stats"),
     }[kind]
     options = {"temperature": 2.0, "alpha": 0.5} if kind == "teacher" else {"z_loss": 0.1, "softcap": 4.0}
@@ -784,13 +785,21 @@ def test_a_lam_that_is_drawn_anew_is_not_compiled_anew() -> None:
 
 
 def test_fx_records_the_operator_of_every_loss() -> None:
-    x, t, y = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
+    class Weighted(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loss = CrossEntropyLoss(z_loss=0.1, softcap=5.0)
+
+        def forward(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+            return self.loss(x, y, sample_weight=weight)
+
+    x, t, y = normal(4, 6), normal(4, 6), torch.tensor([0, 1, 2, 3])
     for module, arguments in (
         (CrossEntropyLoss(), (x, y)),
-        (CrossEntropyLoss(z_loss=0.1, softcap=5.0), (x, y, torch.rand(4))),
+        (Weighted(), (x, y, weights(4))),
         (DistillationLoss(2.0, 0.5), (x, t, y)),
     ):
-        same(torch.fx.symbolic_trace(module)(*arguments), module(*arguments))
+        close(torch.fx.symbolic_trace(module)(*arguments), module(*arguments))
 
 
 @pytest.mark.parametrize("shape", [(5, 30), (5, 3000), (2, 19, 4, 8)], ids=str)

@@ -236,7 +236,7 @@ BackwardResult backward_cpu(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTION
   const at::Tensor& probabilities = inputs.probabilities(options);
   const at::Tensor grad_logits = wanted[0] ? empty_gradient(logits) : at::Tensor();
   const at::Tensor grad_target = wanted[1] ? empty_gradient(probabilities) : at::Tensor();
-  backward_into(grad_logits, grad_target, {grad_output, element_of(grad_statistics, 0), lse, denominator}, inputs,
+  backward_into(grad_logits, grad_target, {grad_output, unless_scalar(grad_statistics), lse, denominator}, inputs,
                 options);
   return {or_empty(grad_logits, logits), or_empty(grad_target, probabilities)};
 }
@@ -248,7 +248,7 @@ at::Tensor backward_cpu_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, 
   const Options options = unpacked.options(integers, numbers).with_values();
   const at::Tensor& probabilities = inputs.probabilities(options);
   const at::Tensor grad_target = target_wanted ? empty_gradient(probabilities) : at::Tensor();
-  backward_into(logits, grad_target, {grad_output, element_of(grad_statistics, 0), lse, denominator}, inputs, options);
+  backward_into(logits, grad_target, {grad_output, unless_scalar(grad_statistics), lse, denominator}, inputs, options);
   return or_empty(grad_target, probabilities);
 }
 

@@ -82,12 +82,15 @@ template <class T>
 struct GeneralLaneSums : LaneSums<T, true> {
   Vector<T> energy{}, label_rest{};
 
-  XENT_INLINE_MEMBER void add(Vector<T> x, Vector<T> max, Vector<T> a, const Wanted<T>& wanted) {
+  // Of a teacher's divergence log_q is not zero, and its spread sum of q (max - x + log q): where the distributions are
+  // nearly the same, its terms are nearly log_sum each, and do not cancel.
+  XENT_INLINE_MEMBER void add(Vector<T> x, Vector<T> max, Vector<T> a, Vector<T> log_q, const Wanted<T>& wanted) {
     const Vector<T> zero{}, difference = x - max, exponential = exp(difference);
     const auto other = difference != zero;
     this->rest = select(other, this->rest + exponential, this->rest);
     this->others = select(other, this->others + 1, this->others);
-    this->spread = select((a != zero) & other, this->spread - a * difference, this->spread);
+    const Vector<T> length = log_q - difference;
+    this->spread = select((a != zero) & (length != zero), this->spread + a * length, this->spread);
     this->mass += a;
     if (wanted.energy) energy = select(exponential != zero, energy - exponential * difference, energy);
     if (wanted.temperature != 0) {
@@ -124,22 +127,23 @@ struct GeneralRowSums : RowSums<T> {
 
 template <class T>
 static GeneralLaneSums<T> sum_general_block(const Block<T>& block, T row_max, const Coefficients<T>& coefficients,
-                                            const Wanted<T>& wanted) {
+                                            bool kl, const Wanted<T>& wanted) {
   constexpr int W = kLanes<T>;
   const Vector<T> max = broadcast(row_max), zero{};
-  const T *const x = block.x, *const a = coefficients.a;
+  const T *const x = block.x, *const a = coefficients.a, *const log_q = kl ? coefficients.log_q : nullptr;
   const int64_t n = block.n;
   GeneralLaneSums<T> sums;
   int64_t i = 0;
   while (i + W <= n) {
     GeneralLaneSums<T> part;
     for (const int64_t end = std::min(i + kTermsOfASum * W, n); i + W <= end; i += W) {
-      part.add(load(x + i), max, a ? load(a + i) : zero, wanted);
+      part.add(load(x + i), max, a ? load(a + i) : zero, log_q ? load(log_q + i) : zero, wanted);
     }
     sums.add(part);
   }
   if (i < n) {
-    sums.add(load_last(x, n, -std::numeric_limits<T>::infinity()), max, a ? load_last(a, n, T(0)) : zero, wanted);
+    sums.add(load_last(x, n, -std::numeric_limits<T>::infinity()), max, a ? load_last(a, n, T(0)) : zero,
+             log_q ? load_last(log_q, n, T(0)) : zero, wanted);
   }
   return sums;
 }
@@ -159,7 +163,11 @@ struct Origin {
   }
 };
 
-// What a teacher's divergence is made of, of which the student's lse has to be known: a second read of the logits.
+// The terms of a teacher's divergence that do not cancel. They need the student's lse, and so a second read of the
+// logits: made only where the sum of the first read is below `kFarDivergence`, from where on it cancels by a few
+// roundings at most.
+constexpr double kFarDivergence = 0.125;
+
 template <class T>
 struct DivergenceTerms {
   using V = Vector<T>;
@@ -494,12 +502,14 @@ static void forward_general_rows(const Forward& problem, int64_t begin, int64_t 
         of_row.raise_max(block.max, wanted);
         block_of_maximum = c;
       }
-      const auto a = problem.kl ? Coefficients<T>{} : coefficients.read(p, row.target, c, block.n);
-      of_row.add(sum_general_block(block, of_row.max, a, wanted), block.n);
+      const auto a = coefficients.read(p, row.target, c, block.n);
+      of_row.add(sum_general_block(block, of_row.max, a, problem.kl, wanted), block.n);
     }
-    if (problem.kl) {
-      const auto lse = Lse<T>::of(double(of_row.max), log_of_sum(of_row.ties, of_row.rest));
+    const double log_sum = log_of_sum(of_row.ties, of_row.rest);
+    if (problem.kl && !(of_row.spread + of_row.mass * log_sum >= kFarDivergence)) {
+      const auto lse = Lse<T>::of(double(of_row.max), log_sum);
       of_row.spread = divergence_of_row(problem, row, p, lse.rounded, lse.lost);
+      of_row.mass = 0;
     }
     Own<double> own;
     for_own<T>(problem, cursor, row.y, [&](int64_t y, T probability, int64_t) {
@@ -632,12 +642,11 @@ struct GeneralTile {
   Tile<T> x;      // logits, transformed
   Tile<T> q;      // probabilities, or the teacher's, or a place for the gradient of pairs
   Tile<T> log_q;  // of a teacher; of pairs the probability of each class
-  bool as_given;  // then q are the logits and log_q the teacher's, before they are transformed
   int64_t lanes;
   int64_t y[kTile + kLanes<T>];  // as read_labels has them
 
-  GeneralTile(const Problem& problem, const Cursor& cursor, int64_t first, int64_t count, bool as_given = false)
-      : x(problem), q(problem), log_q(problem), as_given(as_given), lanes(whole_groups<T>(count)) {
+  GeneralTile(const Problem& problem, const Cursor& cursor, int64_t first, int64_t count)
+      : x(problem), q(problem), log_q(problem), lanes(whole_groups<T>(count)) {
     read_labels(y, problem, cursor, first, count);
     std::fill(y + count, y + lanes, int64_t{-1});
     read_tile(x, cursor, count, problem.logits, 0, problem.classes);
@@ -655,10 +664,6 @@ struct GeneralTile {
     }
     if (problem.form == Form::kTeacher) {
       read_tile(log_q, cursor, count, problem.target, 0, problem.classes);
-      if (as_given) {
-        read_tile(q, cursor, count, problem.logits, 0, problem.classes);
-        return;
-      }
       alignas(64) T rounded[kTile + kGroupLanes<T>], lost[kTile + kGroupLanes<T>];
       std::copy_n(saved_row<T>(problem, saved::kTeacherLse) + first, count, rounded);
       std::copy_n(saved_row<T>(problem, saved::kTeacherLseLost) + first, count, lost);
@@ -683,7 +688,7 @@ struct GeneralTile {
 
   // The dense coefficient of class c.
   XENT_INLINE_MEMBER Vector<T> coefficient(const Problem& problem, int64_t c, int64_t v) const {
-    if (problem.form == Form::kNone || as_given) return Vector<T>{};
+    if (problem.form == Form::kNone) return Vector<T>{};
     if (is_dense(problem.form)) return load(q.row(c) + v);
     return problem.label_smoothing == 0 ? Vector<T>{} : broadcast(weight_of_class<T>(problem, c));
   }
@@ -775,7 +780,8 @@ static Totals<Vector<T>> sum_general_tile(const Problem& problem, const GeneralT
   for (int64_t first = 0; first < problem.classes; first += kTermsOfASum) {
     GeneralLaneSums<T> part;
     for (int64_t c = first; c < std::min(first + kTermsOfASum, problem.classes); ++c) {
-      part.add(load(tile.x.row(c) + v), max, tile.coefficient(problem, c, v), wanted);
+      part.add(load(tile.x.row(c) + v), max, tile.coefficient(problem, c, v),
+               problem.kl ? load(tile.log_q.row(c) + v) : Vector<T>{}, wanted);
     }
     sums.add(part);
   }
@@ -784,18 +790,60 @@ static Totals<Vector<T>> sum_general_tile(const Problem& problem, const GeneralT
           sums.energy, sums.label_rest};
 }
 
+// Both logits of a tile as they were given.
 template <class T>
-static Vector<T> divergence_of_tile(const Problem& problem, const GeneralTile<T>& tile, const DivergenceTerms<T>& terms,
+struct GivenTile {
+  Tile<T> x, z;
+
+  GivenTile(const Problem& problem, const Cursor& cursor, int64_t count) : x(problem), z(problem) {
+    read_tile(x, cursor, count, problem.logits, 0, problem.classes);
+    read_tile(z, cursor, count, problem.target, 0, problem.classes);
+  }
+};
+
+template <class T>
+static Vector<T> divergence_of_tile(const Problem& problem, const GivenTile<T>& tile, const DivergenceTerms<T>& terms,
                                     int64_t v) {
   Vector<T> sums[3] = {}, lost[3] = {};
   for (int64_t first = 0; first < problem.classes; first += kTermsOfASum) {
     Vector<T> part[3] = {};
     for (int64_t c = first; c < std::min(first + kTermsOfASum, problem.classes); ++c) {
-      terms.add(load(tile.q.row(c) + v), load(tile.log_q.row(c) + v), part[0], part[1], part[2]);
+      terms.add(load(tile.x.row(c) + v), load(tile.z.row(c) + v), part[0], part[1], part[2]);
     }
     for (int i = 0; i < 3; ++i) add_keeping_lost(sums[i], part[i], lost[i]);
   }
   return divergence_of<T>(sums[0] + lost[0], sums[1] + lost[1], sums[2] + lost[2]);
+}
+
+// Puts the divergences of near softmaxes in the place of the sums that cancel.
+template <class T>
+static void refine_divergences(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t first,
+                               int64_t count, Totals<Vector<T>>* totals) {
+  using V = Vector<T>;
+  constexpr int64_t W = kLanes<T>;
+  const auto is_near = [&](int64_t v) {
+    const Totals<V>& sums = totals[v / W];
+    const V rough = sums.spread + sums.mass * log_of_sum(sums.ties, sums.rest);
+    return (tile.counts_at(v) != Ints<T>{}) & ~(rough >= broadcast(T(kFarDivergence)));
+  };
+  Ints<T> any{};
+  for (int64_t v = 0; v < count; v += W) any |= is_near(v);
+  bool found = false;
+  for (int64_t i = 0; i < W; ++i) found |= any[i] != 0;
+  if (!found) return;
+  const GivenTile<T> given(problem, cursor, count);
+  for (int64_t v = 0; v < count; v += W) {
+    const int64_t n = std::min(W, count - v), p = first + v;
+    const auto of_teacher = [&](int row) { return load_some(saved_row<T>(problem, row) + p, 0, n); };
+    Totals<V>& sums = totals[v / W];
+    V lse, lse_lost;
+    two_sum(sums.max, log_of_sum(sums.ties, sums.rest), lse, lse_lost);
+    const DivergenceTerms<T> terms(problem, lse, lse_lost, of_teacher(saved::kTeacherLse),
+                                   of_teacher(saved::kTeacherLseLost));
+    const auto near = is_near(v);
+    sums.spread = select(near, divergence_of_tile(problem, given, terms, v), sums.spread);
+    sums.mass = select(near, V{}, sums.mass);
+  }
 }
 
 template <class T>
@@ -803,7 +851,7 @@ static void forward_general_tile(const Forward& problem, const Cursor& cursor, i
                                  Sums& sums) {
   using V = Vector<T>;
   const Wanted<T> wanted{problem.statistics, T(problem.labels ? problem.temperature : 0)};
-  const GeneralTile<T> tile(problem, cursor, first, count, /*as_given=*/problem.kl);
+  const GeneralTile<T> tile(problem, cursor, first, count);
   alignas(64) T maxima[kTile], sample_weights[kTile + kGroupLanes<T>], losses[kTile + kGroupLanes<T>];
   read_sample_weights(sample_weights, problem, cursor, count);
   std::fill(sample_weights + count, sample_weights + tile.lanes, T(0));
@@ -813,21 +861,17 @@ static void forward_general_tile(const Forward& problem, const Cursor& cursor, i
     store(maxima + v, max);
   }
   const OwnOfTile<T> own(problem, tile, cursor, count, maxima);
+  Totals<V> totals[kTile / kLanes<T>];
+  for (int64_t v = 0; v < count; v += kLanes<T>) {
+    totals[v / kLanes<T>] = sum_general_tile(problem, tile, load(maxima + v), v, wanted);
+  }
+  if (problem.kl) refine_divergences(problem, tile, cursor, first, count, totals);
   for (int64_t v = 0; v < count; v += kLanes<T>) {
     const int64_t n = std::min<int64_t>(kLanes<T>, count - v), p = first + v;
     const V zero{}, max = load(maxima + v);
     const auto counts = tile.counts_at(v) != Ints<T>{};
     const auto keep = [&](V value) { return select(counts, value, zero); };
-    Totals<V> totals = sum_general_tile(problem, tile, max, v, wanted);
-    if (problem.kl) {
-      V lse, lse_lost;
-      two_sum(max, log_of_sum(totals.ties, totals.rest), lse, lse_lost);
-      const auto of_teacher = [&](int row) { return load_some(saved_row<T>(problem, row) + p, 0, n); };
-      const DivergenceTerms<T> terms(problem, lse, lse_lost, of_teacher(saved::kTeacherLse),
-                                     of_teacher(saved::kTeacherLseLost));
-      totals.spread = divergence_of_tile(problem, tile, terms, v);
-    }
-    const Found<V> found = find<V>(problem, totals, own.at(v));
+    const Found<V> found = find<V>(problem, totals[v / kLanes<T>], own.at(v));
     store(losses + v, keep(found.loss * load(sample_weights + v)));
     V rounded, lost;
     two_sum(max, found.log_sum, rounded, lost);

@@ -235,7 +235,7 @@ BackwardResult backward_cuda(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIO
   const Options options = unpacked.options(integers, numbers).with_values();
   const at::Tensor& of_target = inputs.probabilities(options);
   const at::Tensor grad_logits = gradient_of(logits, wanted[0]), grad_target = gradient_of(of_target, wanted[1]);
-  backward_into(grad_logits, grad_target, {grad_output, element_of(grad_statistics, 0), lse, denominator}, inputs,
+  backward_into(grad_logits, grad_target, {grad_output, unless_scalar(grad_statistics), lse, denominator}, inputs,
                 options, false);
   return {or_empty(grad_logits, logits), or_empty(grad_target, of_target)};
 }
@@ -248,7 +248,7 @@ at::Tensor backward_cuda_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS,
   const at::Tensor& of_target = inputs.probabilities(options);
   const at::Tensor grad_target = gradient_of(of_target, target_wanted);
   TORCH_CHECK(inputs.form(options) != Form::kPairs, "cross_entropy_ext::_backward_: not for pairs");
-  backward_into(logits, grad_target, {grad_output, element_of(grad_statistics, 0), lse, denominator}, inputs, options,
+  backward_into(logits, grad_target, {grad_output, unless_scalar(grad_statistics), lse, denominator}, inputs, options,
                 false);
   return or_empty(grad_target, of_target);
 }
@@ -274,7 +274,7 @@ ForwardResult forward_backward_cuda_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT
 
 void adapt_gradient_cuda_(XENT_GRADIENTS, at::Tensor& grad_logits, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS) {
   const Others unpacked(others);
-  backward_into(grad_logits, {}, {grad_output, element_of(grad_statistics, 0), lse, denominator},
+  backward_into(grad_logits, {}, {grad_output, unless_scalar(grad_statistics), lse, denominator},
                 unpacked.with(logits, target), unpacked.options(integers, numbers).with_values(), true);
 }
 
