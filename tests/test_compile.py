@@ -796,7 +796,7 @@ def test_opcheck_private(sample):
     for wanted in ([True, False], [True, True], [False, True]):
         if wanted[1] and not target.is_floating_point():
             continue
-        torch.library.opcheck(BACKWARD, (torch.rand_like(loss), [], logits, *saved, wanted))
+        torch.library.opcheck(BACKWARD, (torch.rand_like(loss), torch.ones(()), logits, *saved, wanted))
     if wanted[0] or not target.is_floating_point():
         upstream = torch.rand_like(loss).requires_grad_()
         torch.library.opcheck(

@@ -388,9 +388,9 @@ def test_errors_of_shards() -> None:
             op(logits, labels, [], *options)
     _, saved, one = ops._forward(logits, labels, [], *options)
     with pytest.raises(RuntimeError, match="lse is not what _forward returned"):
-        ops._backward(one, [], logits, labels, [], saved[:2], one, *options, [True, False])
+        ops._backward(one, one, logits, labels, [], saved[:2], one, *options, [True, False])
     leaf = logits.clone().requires_grad_()
-    gradient, _ = ops._backward(one, [], leaf, labels, [], saved, one, *options, [True, False])
+    gradient, _ = ops._backward(one, one, leaf, labels, [], saved, one, *options, [True, False])
     with pytest.raises(NotImplementedError, match="it has no derivative"):
         gradient.sum().backward()
 
@@ -413,7 +413,7 @@ def test_one_shard_is_the_whole() -> None:
                 assert torch.equal(saved[row].view(torch.uint8), rows[row].view(torch.uint8))
             g = draw.normal("g", draw.positions)
             gradients = [
-                ops._backward(g, [], logits, labels, [weight], lse, one, *numbers, [True, False])[0]
+                ops._backward(g, one, logits, labels, [weight], lse, one, *numbers, [True, False])[0]
                 for lse, numbers in ((saved, as_shard), (rows, plain))
             ]
             assert torch.equal(*gradients)
