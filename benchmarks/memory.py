@@ -24,7 +24,7 @@ import cross_entropy_ext
 from .providers import REGISTRY, Loss, forget_compiled
 from .records import first_line
 from .shapes import Case, Shape, make_inputs
-from .timing import Run, step
+from .timing import Run, as_of_a_layer, step
 
 # Allocations of more than a few pages come from the system, and go back to it.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
@@ -105,7 +105,7 @@ def _loss_of(provider: str) -> Loss:
 
 def _provider_step(case: Case, shape: Shape, provider: str, backward: bool) -> tuple[Run, torch.Tensor]:
     inputs = make_inputs(case, shape, "cpu")
-    return step(_loss_of(provider), inputs, backward), inputs.logits.requires_grad_(backward)
+    return step(_loss_of(provider), inputs, backward), as_of_a_layer(inputs.logits) if backward else inputs.logits
 
 
 def _serve(connection: Connection, threads: int) -> None:

@@ -36,7 +36,7 @@ from . import records as files
 from .memory import CpuPeaks, cuda_peak
 from .providers import Loss, Provider, Refused, forget_compiled, importable
 from .shapes import CASES, Case, Inputs, make_inputs, make_logits
-from .timing import Timed, count_of_sets, halves, measure, step
+from .timing import Timed, as_of_a_layer, count_of_sets, halves, measure, step
 from .values import Expected
 
 TRAINING, EVALUATION, BACKWARD = "forward+backward", "forward", "backward"
@@ -97,9 +97,11 @@ class Measurement:
         return self.records[provider]
 
     def leaves(self, overwrites: bool) -> list[torch.Tensor]:
-        """The sets as leaves of a graph: the tensors themselves, or copies for who overwrites them."""
+        """The sets as leaves of a graph; or copies, which are no leaves, for who overwrites them."""
         if overwrites and not self.copies:
             self.copies = [tensor.clone(memory_format=torch.preserve_format) for tensor in self.sets]
+        if overwrites and self.backward:
+            return [as_of_a_layer(tensor) for tensor in self.copies]
         return [tensor.detach().requires_grad_(self.backward) for tensor in (self.copies if overwrites else self.sets)]
 
     def timed_of(self, provider: Provider) -> Timed:

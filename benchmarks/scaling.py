@@ -36,7 +36,7 @@ from . import command_line
 from . import records as files
 from .providers import PEERS, Loss, Provider, Refused, forget_compiled, importable
 from .shapes import Case, make_inputs
-from .timing import Timed, measure, step
+from .timing import Timed, as_of_a_layer, measure, step
 
 console = Console(width=max(150, Console().width))
 
@@ -114,7 +114,7 @@ def point(
     timed, said = [], {}
     for provider in found:
         try:
-            own = spare.detach().requires_grad_() if provider.overwrites else logits
+            own = as_of_a_layer(spare) if provider.overwrites else logits
             refill = [logits.detach()] if provider.overwrites else None
             one = Timed(provider.name, step(provider.load(), inputs, True), [own], refill)
             if wrong := disagreement(values_of(one), native):

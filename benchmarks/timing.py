@@ -38,6 +38,21 @@ Run = Callable[[Tensor], object]
 Made = tuple[Tensor, Tensor]  # logits, and their loss
 
 
+class _Made(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, anything: Tensor, logits: Tensor) -> Tensor:
+        return logits.data
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def as_of_a_layer(logits: Tensor) -> Tensor:
+    """The same memory as the result of a graph, as a model has it: a leaf is nothing that a loss overwrites."""
+    return _Made.apply(torch.zeros((), device=logits.device, requires_grad=True), logits)
+
+
 def step(loss: Loss, inputs: Inputs, backward: bool) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
     """The loss, and the gradient or None, of logits: what a training step, or an evaluation, does with them."""
     forward_of, backward_of = halves(loss, inputs)
