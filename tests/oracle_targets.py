@@ -320,7 +320,10 @@ def cross_entropy_with_stats(
     flushed = 88 * vanished
     mass = finite(hits.abs().sum(-1) + spread.abs().sum(-1))
     flushed_of_loss = finite(total(mass * vanished, mass * vanished).value).abs()
-    flushed_of_input = flushed * float(finite(g_h).abs().max()) if g_h.numel() else 0.0
+    of_gradient = finite(scaled.hits.abs().sum(-1) + scaled.spread.abs().sum(-1))
+    flushed_of_input = 0.0
+    if g_h.numel():
+        flushed_of_input = flushed * float(finite(g_h).abs().max()) + vanished * float(of_gradient.max())
 
     def statistic(value: Tensor, scale: Tensor) -> Exact:
         return Exact(zero_if(~counts, value), finite(zero_if(~counts, scale)))
