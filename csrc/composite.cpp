@@ -8,6 +8,8 @@
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/gather.h>
 #include <ATen/ops/log1p.h>
+#include <ATen/ops/log_softmax.h>
+#include <ATen/ops/logsumexp.h>
 #include <ATen/ops/ne.h>
 #include <ATen/ops/ones_like.h>
 #include <ATen/ops/scatter.h>
@@ -45,7 +47,10 @@ std::pair<at::Tensor, at::Tensor> log_softmax_and_lse(const at::Tensor& x, int64
   const at::Tensor below = zero_unless(is_other, x - top);
   const at::Tensor others = zero_unless(is_other, below.exp()).sum(dim, true);
   const at::Tensor log_s = at::log1p(others + (top - top));  // NaN for an infinite maximum
-  return {below - log_s, top + log_s};
+  // Without a majority, the largest logit's gradient would be a difference of larger numbers.
+  const at::Tensor is_confident = others.lt(1);
+  return {at::where(is_confident, below - log_s, at::log_softmax(x, dim)),
+          at::where(is_confident, top + log_s, at::logsumexp(x, {dim}, true))};
 }
 
 // A number of the options, or the tensor that it comes as.

@@ -187,6 +187,7 @@ def test_what_counts_is_the_default() -> None:
     for form, dtype in itertools.product(("labels", "weighted", "soft", "everything"), DTYPES):
         function, arguments, options = arguments_of(form, (37, 50), dtype)
         target, options = arguments[1], dict(options)
+        options.pop("z_loss", None)  # whose mean is not over class weights
         if form == "soft":
             count = torch.tensor(37)
         else:
