@@ -127,12 +127,12 @@ at::Tensor divergence_of(const at::Tensor& x, const at::Tensor& z, const Number&
   for (int k = 2; k <= last; ++k) coefficient /= k;
   at::Tensor series = r * -coefficient + (coefficient * last);
   coefficient *= last;
-  for (int k = last - 1; k > 2; --k) series = (coefficient *= k) - r * series;
+  for (int k = last - 1; k > 2; --k) series = (r * series).neg() + (coefficient *= k);
   const at::Tensor near = r.abs().lt(1), bend = r * r * series;
   const at::Tensor none = q.eq(0), change = at::where(none, p, at::where(near, q * (bend - r), p - q));
   const at::Tensor excess = at::where(none, p, at::where(near, q * bend, (p - q + q * r).clamp_min(0)));
   const at::Tensor mass = q.sum(dim, true), s = change.sum(dim, true) / mass;
-  return (excess.sum(dim, true) / mass - s * s * (0.5 - s * (1.0 / 3 - s * 0.25))).clamp_min(0);
+  return (excess.sum(dim, true) / mass - s * s * (s * (s * 0.25 - 1.0 / 3) + 0.5)).clamp_min(0);
 }
 
 // Whether a mean divides the cross entropy by class weights, and a z-loss besides it not.

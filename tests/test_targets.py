@@ -689,7 +689,10 @@ def test_a_divergence_is_never_below_zero(dtype: torch.dtype, shape: tuple[int, 
             assert (loss >= 0).all(), name
             if dtype != torch.float64:  # where the reference is not exact itself
                 error = (loss.double() - exact).abs() - 1e-17
-                assert (error <= 16 * torch.finfo(torch.float32).eps * exact).all(), (name, scale)
+                # Far ones are a sum of logits, with their roundings.
+                of_logits = temperature**2 * (x.abs().amax(1) + z.abs().amax(1))
+                size = torch.where(exact < temperature**2 / 9, exact, exact + of_logits)
+                assert (error <= 16 * torch.finfo(torch.float32).eps * size).all(), (name, scale)
 
 
 def test_a_divergence_of_masked_classes() -> None:
