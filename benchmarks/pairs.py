@@ -174,7 +174,7 @@ PAIRS = [
     Pair("distillation", distillation_today, distillation_now),
     Pair("distillation with labels", distillation_with_labels_today, distillation_with_labels_now),
     Pair("a teacher's 16 best classes", top_k_teacher_today, top_k_teacher_now),
-    Pair("MixUp", mixup_today, mixup_now, (1024, 1000), (64, 1000)),
+    Pair("MixUp", mixup_today, mixup_now, (1024, 1000), (256, 1000)),
     Pair("negative log likelihood", nll_today, nll_now),
 ]
 

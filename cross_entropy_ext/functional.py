@@ -19,9 +19,10 @@ from torch.autograd import forward_ad
 
 from ._extension import load
 
-_call = load().cross_entropy
-_call_with_extras = load().cross_entropy_with_extras
-_call_nll_loss = load().nll_loss
+_C = load()
+_call = _C.cross_entropy
+_call_with_extras = _C.cross_entropy_with_extras
+_call_nll_loss = _C.nll_loss
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_torch_function_mode_enabled = torch._C._is_torch_function_mode_enabled
 
@@ -107,9 +108,9 @@ def cross_entropy(
         softcap: a positive bound that logits approach smoothly, or None.
         logit_scale: what logits are multiplied by first, an inverse temperature. As a tensor it may require a gradient,
             which takes one more read of the logits and of their gradient.
-        label_smoothing, z_loss, softcap, logit_scale: or scalar tensors. Of one on another device than the CPU the
-            value is waited for. ``torch.compile`` compiles a call twice at most, whatever they are. Where another
-            one than ``logit_scale`` requires a gradient, the loss is made by PyTorch's own operations.
+        label_smoothing, z_loss, softcap, logit_scale: these four may be scalar tensors, too. A call waits for the value
+            of one that is not on the CPU. ``torch.compile`` compiles a call twice at most, whatever their values are.
+            If one other than ``logit_scale`` requires a gradient, PyTorch's own operations compute the loss.
         loss_dtype: dtype of the result. Default: the input's, promoted with probabilities and their weights; float32
             for half logits under autocast. Sums are formed in float32 or better whatever it is.
         empty: what a mean over nothing (0 / 0) is: ``'nan'``, as in PyTorch, or ``'zero'``.
@@ -134,6 +135,8 @@ def cross_entropy(
             ``z_loss`` below 0, ``softcap`` not above 0; ``denominator`` with another reduction, not a scalar, or the
             number 0.
         RuntimeError, ValueError, TypeError: as PyTorch's own function, with its messages.
+
+        Values of scalar tensors are checked, too, but not those that a transform of ``torch.func`` batches.
     """
     if size_average is not None or reduce is not None:
         reduction = _legacy_reduction(size_average, reduce)
@@ -178,7 +181,7 @@ def cross_entropy(
     if not _is_known(label_smoothing):
         if not _is(label_smoothing, 0):
             return _general(
-                _ops.general_cross_entropy.default,
+                "general_cross_entropy",
                 (input, target, weight, None, None, None),
                 reduction=reduction,
                 ignore_index=ignore_index,
@@ -258,7 +261,7 @@ def cross_entropy_with_stats(
     if dim != 1:
         input, target = _classes_at_one(dim, input=input, target=target)
     results = _general(
-        _ops.cross_entropy_with_stats.default,
+        "cross_entropy_with_stats",
         (input, target, weight, None, sample_weight, denominator),
         reduction=reduction,
         ignore_index=ignore_index,
@@ -321,7 +324,7 @@ def sparse_cross_entropy(
     if dim != 1:
         input, indices, probs = _classes_at_one(dim, input=input, indices=indices, probs=probs)
     return _general(
-        _ops.general_cross_entropy.default,
+        "general_cross_entropy",
         (input, indices, weight, probs, sample_weight, denominator),
         form="pairs",
         reduction=reduction,
@@ -380,7 +383,8 @@ def mixup_cross_entropy(
     """
     if dim != 1:
         (input,) = _classes_at_one(dim, input=input)
-    check_tensors(input=input, target_a=target_a, target_b=target_b)
+    if not (isinstance(input, Tensor) and isinstance(target_a, Tensor) and isinstance(target_b, Tensor)):
+        check_tensors(input=input, target_a=target_a, target_b=target_b)
     for name, target in (("target_a", target_a), ("target_b", target_b)):
         if target.is_floating_point() or target.is_complex():
             raise ValueError(f"{name} must be a tensor of class indices, but got {target.dtype}")
@@ -414,7 +418,8 @@ def mixup_cross_entropy(
             shares = torch.arange(2, **wide) * (1 - 2 * lam) + lam
         else:
             shares = torch.linspace(lam, 1 - lam, 2, **wide)
-        shares = shares.view((1,) * axis + (2,) + (1,) * (target_a.dim() - axis))
+        if target_a.dim() > axis:
+            shares = shares.view((2,) + (1,) * (target_a.dim() - axis))
     return _mixture(
         input,
         (target_a, target_b),
@@ -464,7 +469,8 @@ def _mixture(
             empty=empty,
             **options,
         )
-    indices = indices.long()
+    if indices.dtype != torch.int64:
+        indices = indices.long()
     counted = reduction in ("mean", "elementwise_mean") and denominator is None
     smoothed, penalized = (_may_differ(options[name], 0) for name in ("label_smoothing", "z_loss"))
     valid = indices != ignore_index if counted or smoothed or penalized else None
@@ -475,8 +481,9 @@ def _mixture(
             of_classes = _denominators(indices, valid, axis, weight, sample_weight)
     apart = smoothed and penalized and of_classes is not counts
     if apart or (shares.requires_grad and (smoothed or penalized)):
+        of_positions = shares.expand(indices.shape)
         loss = _mixture_of_two_passes(
-            input, targets, shares, weight, axis, counts, of_classes, reduction, sample_weight, empty, **options
+            input, targets, of_positions, weight, axis, counts, of_classes, reduction, sample_weight, empty, **options
         )
         if denominator is not None:
             denominator = _divisor(denominator, input)
@@ -493,14 +500,11 @@ def _mixture(
         of_position = torch.where(valid, of_each, 0.0).sum(axis)
         factors = factors / torch.where(of_position == 0, 1.0, of_position).unsqueeze(axis)
         sample_weight = of_position if sample_weight is None else of_position * sample_weight
-    loss = sparse_cross_entropy(
-        input,
-        indices,
-        factors.expand(indices.shape),
-        weight,
+    loss = _general(
+        "general_cross_entropy",
+        (input, indices, weight, factors.expand(indices.shape), sample_weight, denominator),
+        form="pairs",
         reduction="sum" if counted else reduction,
-        sample_weight=sample_weight,
-        denominator=denominator,
         loss_dtype=loss_dtype,
         empty=empty,
         **options,
@@ -508,7 +512,8 @@ def _mixture(
     if counted and empty == "nan":  # a part over nothing is NaN, and has no gradient
         if nothing.requires_grad or nothing.numel() != 2:
             nothing = 0.0 / of_classes.detach()
-        loss = torch.add(loss, nothing.sum(dtype=_arithmetic(loss)), alpha=0).to(loss.dtype)
+        dtype, loss = loss.dtype, torch.add(loss, nothing.sum(dtype=_arithmetic(loss)), alpha=0)
+        return loss if loss.dtype == dtype else loss.to(dtype)
     return loss
 
 
@@ -542,7 +547,7 @@ def _quotient(values: Tensor, denominator: Tensor, empty: str) -> Tensor:
 
 
 def _denominators(indices, valid, axis, weight, sample_weight) -> Tensor:
-    """Of the means of cross entropy with each of the labels, beside the indices (N, 2, d1, ..., dK)."""
+    """Returns what the mean of each label's cross entropy divides by, of a shape beside (N, 2, d1, ..., dK)."""
     parts = valid
     if weight is not None:  # a class out of range is an error elsewhere
         of_labels = weight.double()[indices.clamp(0, weight.numel() - 1)]
@@ -590,8 +595,8 @@ def distillation_loss(
     cross entropy of the student's logits at temperature 1, from the same read of them; ``label_smoothing`` and
     ``weight`` take another.
 
-    The divergence is exactly 0 for equal logits, never below 0, and as exact for near ones as for any other. Classes at
-    -inf in both add nothing.
+    The divergence is exactly 0 for equal logits and never below 0. Below 1/8 it is exact to a few roundings of itself;
+    above, to a few roundings of the logits, as PyTorch's. Classes at -inf in both add nothing.
 
     Args:
         student_logits, teacher_logits: (C), (N, C) or (N, C, d1, ..., dK), in any floating dtypes and strides. Both may
@@ -605,8 +610,9 @@ def distillation_loss(
             ``sample_weight``; the ``'batchmean'`` of :func:`torch.nn.functional.kl_div` for logits (N, C).
         sample_weight: a factor for each position, of the shape of ``target``.
         ignore_index: positions with this target add nothing to either part.
-        label_smoothing, weight: of the labels' cross entropy alone, as for :func:`cross_entropy`. Its ``'mean'``
-            divides by class weights, where there are some; that of the distillation stays over positions.
+        label_smoothing, weight: of the labels' cross entropy alone, as for :func:`cross_entropy`; without effect where
+            there is no target. Its ``'mean'`` divides by class weights, if there are any; that of the distillation
+            stays over positions.
         loss_dtype: dtype of the result; default: that of student and teacher, promoted.
         dim: the dimension of the classes in both, as for :func:`cross_entropy`: -1 for logits (B, T, V).
 
@@ -630,8 +636,9 @@ def distillation_loss(
         # Two passes, each with its own denominator. In that of the teacher the labels tell no more than who is ignored.
         check_tensors(student_logits=student_logits, teacher_logits=teacher_logits, target=target)
         alpha = _number_or_tensor("alpha", alpha)
-        if _is_known(alpha) and not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must be between 0 and 1, but got {alpha}")
+        value = float(alpha.detach()) if isinstance(alpha, Tensor) and _is_readable(alpha) else alpha
+        if _is_known(value) and not 0 <= value <= 1:
+            raise ValueError(f"alpha must be between 0 and 1, but got {value}")
         if weight is not None:
             check_tensors(weight=weight)
             weight = weight.to(widened(student_logits.dtype))
@@ -648,7 +655,7 @@ def distillation_loss(
             loss = alpha * distilled + (1 - alpha) * of_labels
         return loss.to(loss_dtype or loss_type(student_logits, teacher_logits, None))
     return _general(
-        _ops.general_cross_entropy.default,
+        "general_cross_entropy",
         (student_logits, teacher_logits, None, target, sample_weight, None),
         form="teacher",
         reduction=reduction,
@@ -742,7 +749,7 @@ _NAMES = {
 }
 # csrc/cross_entropy.h: Options::Number.
 _NUMBERS = ("label_smoothing", "z_loss", "softcap", "logit_scale", "temperature", "alpha")
-_FLOAT = {float}
+_FLOATS = [float] * len(_NUMBERS)
 _LOSS_DTYPES = {None: -1, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bfloat16: 15}
 
 
@@ -807,7 +814,7 @@ def _with_extras(
             dim=1,
         )
     return _general(
-        _ops.general_cross_entropy.default,
+        "general_cross_entropy",
         (input, target, weight, None, sample_weight, denominator),
         reduction=reduction,
         ignore_index=ignore_index,
@@ -821,13 +828,13 @@ def _with_extras(
     )
 
 
-def _general(op, tensors, **options):
+def _general(name, tensors, **options):
     """Calls an operator of everything that native does not have: tensors, and its options as two lists of numbers."""
     all_tensors, integers, values = _arguments(tensors, **options)
     tensors = all_tensors[:6]
-    # What is no tensor but stands for one, as for torch.fx, records the operator.
+    # A proxy of torch.fx, which stands for a tensor, records the operator.
     if all(tensor is None or type(tensor) in _PLAIN or not isinstance(tensor, Tensor) for tensor in all_tensors):
-        return op(*tensors[:2], _as_list(*all_tensors[2:]), integers, values)
+        return call_operator(name, *tensors[:2], _as_list(*all_tensors[2:]), integers, values)
     if options.get("form") is None and _is_dtensor(tensors[0]):
         from . import dtensor  # the one look at a layer above, whose import takes as long as its tensors are rare
 
@@ -874,7 +881,7 @@ def _arguments(
         raise ValueError(f"ignore_index must be an integer of 64 bits, but got {ignore_index}")
     values = [label_smoothing, z_loss, 0.0 if softcap is None else softcap, logit_scale, temperature, alpha]
     in_tensors, is_capped = (), softcap is not None
-    if _is_dynamo_compiling() or set(map(type, values)) != _FLOAT:
+    if _is_dynamo_compiling() or [*map(type, values)] != _FLOATS:
         values = [_number_or_tensor(name, value) for name, value in zip(_NUMBERS, values, strict=True)]
         in_tensors = [None if _is_known(value) else _in_tensor(value) for value in values]
         scale = in_tensors[3]
@@ -897,7 +904,7 @@ def _arguments(
 
 
 def _is_known(value: float | Tensor) -> bool:
-    """Whether a number has its value: it is no tensor, nor left open by a compiler."""
+    """Returns True if a number has its value: no tensor, and not left open by a compiler."""
     if isinstance(value, Tensor):
         return False
     if not _is_dynamo_compiling() and not isinstance(value, (torch.SymFloat, torch.SymInt)):
@@ -908,15 +915,15 @@ def _is_known(value: float | Tensor) -> bool:
 
 
 def _is(value: float | Tensor, usual: int) -> bool:
-    """Whether a number is what it is without being asked for. Where a compiler leaves it open, that is not asked, lest
-    the call be compiled again for each answer; unless all numbers are left open from the first call on."""
+    """Returns True if a number is known to be its default. A number that a compiler leaves open is not compared, for
+    each answer would compile the call again; unless all numbers are open from the first call on."""
     if isinstance(value, Tensor):
         return False
     return bool(value == usual) if _is_known(value) or _leaves_all_open() else False
 
 
 def _leaves_all_open() -> bool:
-    """Whether that is how the compiler at work was asked to (``dynamic=True``)."""
+    """Returns True under ``torch.compile(dynamic=True)``."""
     return not torch._dynamo.config.assume_static_by_default
 
 
@@ -938,8 +945,15 @@ def _as_list(*tensors: Tensor | None) -> list[Tensor | None]:
     return others
 
 
+def call_operator(name: str, tensor: Tensor, *arguments):
+    """Calls an operator, without the general parser where no compiler and no mode is to see the call."""
+    if _is_dynamo_compiling() or _is_torch_function_mode_enabled() or type(tensor) not in _PLAIN:
+        return getattr(_ops, name).default(tensor, *arguments)
+    return getattr(_C, name)(tensor, *arguments)
+
+
 def _is_dtensor(tensor: Tensor) -> bool:
-    """Where nobody has imported its module there is none."""
+    """Returns True for a DTensor. There is none before its module was imported."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -965,7 +979,7 @@ def widened(dtype: torch.dtype) -> torch.dtype:
 
 
 def loss_type(logits: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
-    """Of the loss, where it is not asked for: as of `functional.cross_entropy`."""
+    """Returns the dtype that `cross_entropy` gives a loss without ``loss_dtype``."""
     types = [logits.dtype]
     if target.is_floating_point():
         types += [target.dtype] if weight is None else [target.dtype, weight.dtype]
@@ -978,7 +992,7 @@ def loss_type(logits: Tensor, target: Tensor, weight: Tensor | None) -> torch.dt
 
 
 def is_tensor(value: object) -> bool:
-    """Whether it is one, or stands for one, as for torch.fx."""
+    """Returns True for a tensor, and for a proxy of torch.fx that stands for one."""
     return isinstance(value, Tensor) or hasattr(type(value), "__torch_function__")
 
 
@@ -1030,10 +1044,15 @@ def _number_or_tensor(name: str, value: float | Tensor) -> float | Tensor:
             f"{tuple(value.shape)}"
         )
     differentiated = value.requires_grad and torch.is_grad_enabled()
-    if differentiated or _is_dynamo_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
-        return value
+    return float(value) if _is_readable(value) and not differentiated else value
+
+
+def _is_readable(value: Tensor) -> bool:
+    """Returns True for a tensor whose value can be read: no compiler traces and no transform batches it."""
+    if _is_dynamo_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
+        return False
     transformed = torch._C._functorch.is_functorch_wrapped_tensor(value) or forward_ad._current_level >= 0
-    return value if transformed or torch._C._len_torch_dispatch_stack() > 0 else float(value)
+    return not transformed and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _legacy_reduction(size_average: bool | None, reduce: bool | None) -> str:
@@ -1057,7 +1076,8 @@ def _unusual(input, target, weight, ignore_index, reduction, label_smoothing, lo
     tensors = [input, target] if weight is None else [input, target, weight]
     if all(isinstance(tensor, Tensor) for tensor in tensors):
         # PyTorch's own parser judges the other arguments; what it accepts (numbers of other types) is then converted.
-        known = 0.0 if isinstance(label_smoothing, Tensor) else label_smoothing
+        is_scalar = isinstance(label_smoothing, Tensor) and label_smoothing.dim() == 0
+        known = 0.0 if is_scalar else label_smoothing
         _native_cross_entropy(
             torch.zeros(1, 1), torch.zeros(1).long(), None, None, ignore_index, None, reduction, known
         )
@@ -1069,7 +1089,7 @@ def _unusual(input, target, weight, ignore_index, reduction, label_smoothing, lo
         # Raises PyTorch's own TypeError, or for a proxy of torch.fx records the native function.
         return _native_cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
     return _general(
-        _ops.general_cross_entropy.default,
+        "general_cross_entropy",
         (input, target, weight, None, None, None),
         reduction=reduction,
         ignore_index=ignore_index,

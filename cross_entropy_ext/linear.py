@@ -16,7 +16,7 @@ from .functional import (
     _arguments,
     _as_list,
     _is_dtensor,
-    _ops,
+    call_operator,
     check_tensors,
     cross_entropy,
     cross_entropy_with_stats,
@@ -117,7 +117,7 @@ def linear_cross_entropy(
     if layer.probabilities and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     return layer.call(
-        _ops.linear_cross_entropy.default,
+        "linear_cross_entropy",
         cross_entropy,
         (target, weight, None, sample_weight, denominator),
         reduction=reduction,
@@ -161,7 +161,7 @@ def linear_cross_entropy_with_stats(
     if layer.probabilities and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     return layer.call(
-        _ops.linear_cross_entropy_with_stats.default,
+        "linear_cross_entropy_with_stats",
         cross_entropy_with_stats,
         (target, weight, None, sample_weight, denominator),
         reduction=reduction,
@@ -207,7 +207,7 @@ def linear_sparse_cross_entropy(
     """
     layer = _Layer(input, linear_weight, linear_bias, None, options)
     return layer.call(
-        _ops.linear_cross_entropy.default,
+        "linear_cross_entropy",
         sparse_cross_entropy,
         (indices, weight, probs, sample_weight, denominator),
         reduction=reduction,
@@ -244,15 +244,21 @@ def size_of_chunk(options: LinearCrossEntropyOptions | None, positions: int, cla
     return chosen
 
 
+def _check_types(input, linear_weight, linear_bias, target) -> None:
+    if isinstance(linear_weight, nn.Module):
+        raise TypeError(f"linear_weight must be a tensor, as the layer's weight is, but got {linear_weight!r}")
+    optional = {"linear_bias": linear_bias, "target": target}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    check_tensors(input=input, linear_weight=linear_weight, **given)
+
+
 class _Layer:
     """What the logits are made of, checked as PyTorch's function checks it."""
 
     def __init__(self, input, linear_weight, linear_bias, target, options) -> None:
-        if isinstance(linear_weight, nn.Module):
-            raise TypeError(f"linear_weight must be a tensor, as the layer's weight is, but got {linear_weight!r}")
-        optional = {"linear_bias": linear_bias, "target": target}
-        given = {name: tensor for name, tensor in optional.items() if tensor is not None}
-        check_tensors(input=input, linear_weight=linear_weight, **given)
+        optional = [tensor for tensor in (linear_bias, target) if tensor is not None]
+        if not all(isinstance(tensor, Tensor) for tensor in (input, linear_weight, *optional)):
+            _check_types(input, linear_weight, linear_bias, target)
         if input.dim() < 1 or (input.dim() > 2 and linear_weight.dim() > 2):
             raise RuntimeError(f"expected input with dimensionality 1 or 2, got {input.dim()}")
         if linear_weight.dim() < 2:
@@ -292,7 +298,7 @@ class _Layer:
             )
         return tensor.flatten(0, -1 - axes)
 
-    def call(self, op, composition, tensors, **options):
+    def call(self, name, composition, tensors, **options):
         """The operator, with everything flat. For tensors of another kind, what `composition` makes of the logits."""
         target, weight, companion, sample_weight, denominator = tensors
         input = self.flat(self.input, 1)
@@ -307,9 +313,8 @@ class _Layer:
         layer = (self.weight, self.bias)
         if all(type(tensor) in _PLAIN for tensor in (*layer, *named) if isinstance(tensor, Tensor)):
             arguments, integers, values = _arguments(named, **options)
-            others = _as_list(*arguments[2:])
-            bias = _as_list(self.bias)
-            return self.unflat(op(input, self.weight, bias, arguments[1], others, integers, values, self.chunk))
+            layer, others = (input, self.weight, _as_list(self.bias)), _as_list(*arguments[2:])
+            return self.unflat(call_operator(name, *layer, arguments[1], others, integers, values, self.chunk))
         matrix, bias = self.weight, self.bias
         if _is_dtensor(matrix):
             from . import dtensor
@@ -323,7 +328,7 @@ class _Layer:
                     "input as a DTensor: DTensor.from_local(input, linear_weight.device_mesh, [Replicate()]) if it is "
                     "the same on every rank"
                 )
-            if op is _ops.linear_cross_entropy.default and companion is None and not self.inner:
+            if name == "linear_cross_entropy" and companion is None and not self.inner:
                 arguments = {"weight": weight, "sample_weight": sample_weight, "denominator": denominator, **options}
                 loss = dtensor.linear_loss(input, matrix, target, linear_bias=bias, options=self.options, **arguments)
                 if loss is not None:

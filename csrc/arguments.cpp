@@ -3,7 +3,9 @@
 #include <ATen/core/grad_mode.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 
+#include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 
 #include "cross_entropy.h"
@@ -11,14 +13,24 @@
 namespace xent {
 namespace {
 
+// Calls compare(sizes of a, sizes of b): as integers where none is symbolic, which takes a tenth of the time.
+template <class Compare>
+bool with_sizes(const at::Tensor& a, const at::Tensor& b, const Compare& compare) {
+  const bool symbolic =
+      a.unsafeGetTensorImpl()->has_symbolic_sizes_strides() || b.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  return symbolic ? compare(a.sym_sizes(), b.sym_sizes()) : compare(a.sizes(), b.sizes());
+}
+
 // (N, C, d1..dK) against (N, d1..dK), or (C) against ().
 bool is_shape_of_positions(const at::Tensor& logits, const at::Tensor& target) {
   if (target.dim() != logits.dim() - 1) return false;
-  const int64_t dim = class_dim(logits);
-  for (int64_t d = 0; d < target.dim(); ++d) {
-    if (target.sym_size(d) != logits.sym_size(d < dim ? d : d + 1)) return false;
-  }
-  return true;
+  const size_t dim = size_t(class_dim(logits));
+  return with_sizes(logits, target, [&](const auto& of_logits, const auto& of_target) {
+    for (size_t d = 0; d < of_target.size(); ++d) {
+      if (of_target[d] != of_logits[d < dim ? d : d + 1]) return false;
+    }
+    return true;
+  });
 }
 
 // (N, C, d1..dK) against (N, k, d1..dK), or (C) against (k).
@@ -46,8 +58,6 @@ bool has_kernel(c10::Device device) {
 
 }  // namespace
 
-bool has_value(const OptionalTensor& tensor) { return tensor && tensor->defined(); }
-
 bool is_logits_type(at::ScalarType type) {
   return type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble;
 }
@@ -64,7 +74,7 @@ bool is_concrete(const at::Tensor& tensor) {
 }
 
 bool has_shape_of_logits(const at::Tensor& logits, const at::Tensor& target) {
-  return logits.dim() == target.dim() && logits.sym_sizes() == target.sym_sizes();
+  return logits.dim() == target.dim() && with_sizes(logits, target, std::equal_to<>());
 }
 
 // ---- options, as numbers --------------------------------------------------------------------------------------------
@@ -79,7 +89,7 @@ const OptionalTensor Inputs::kNothing;
 OptionalTensors as_list(std::initializer_list<std::reference_wrapper<const OptionalTensor>> tensors) {
   size_t size = tensors.size();
   while (size > 0 && !has_value(tensors.begin()[size - 1].get())) --size;
-  // What most calls have, without an allocation; not empty, which AOTInductor's runtime takes for no list.
+  // Most calls have this list, so it is allocated once. It is not empty: AOTInductor's runtime takes that for no list.
   static const OptionalTensors none({OptionalTensor()});
   if (size == 0) return none;
   OptionalTensors list;
@@ -89,9 +99,10 @@ OptionalTensors as_list(std::initializer_list<std::reference_wrapper<const Optio
 }
 
 OptionalTensor element_of(const OptionalTensors& list, size_t place) {
-  if (place >= list.size()) return std::nullopt;
-  OptionalTensor tensor = list.get(place);
-  return has_value(tensor) ? tensor : std::nullopt;
+  OptionalTensor tensor;
+  if (place < list.size()) tensor = list.get(place);
+  if (!has_value(tensor)) tensor.reset();
+  return tensor;
 }
 
 Others::Others(const OptionalTensors& list)
@@ -148,22 +159,39 @@ Options Options::of(at::IntArrayRef integers, at::ArrayRef<double> numbers, std:
   options.form = Form(integers[3] >> 4);
   options.class_begin = integers[4];
   options.total_classes = integers[5];
-  double* const all[] = {&options.label_smoothing, &options.z_loss,      &options.softcap,
-                         &options.logit_scale,     &options.temperature, &options.alpha};
-  for (size_t i = 0; i < kNumbers; ++i) {
-    *all[i] = tensors.empty() || !tensors[i].defined() ? numbers[i] : std::numeric_limits<double>::quiet_NaN();
-  }
+  const auto number = [&](size_t i) {
+    return tensors.empty() || !tensors[i].defined() ? numbers[i] : std::numeric_limits<double>::quiet_NaN();
+  };
+  options.label_smoothing = number(kLabelSmoothing);
+  options.z_loss = number(kZLoss);
+  options.softcap = number(kSoftcap);
+  options.logit_scale = number(kLogitScale);
+  options.temperature = number(kTemperature);
+  options.alpha = number(kAlpha);
   options.tensors = std::move(tensors);
   return options;
 }
 
-Options Options::with_values() const {
-  if (tensors.empty()) return *this;
+Options Options::with_values() && {
+  if (tensors.empty()) return std::move(*this);
   std::array<double, kNumbers> all = numbers();
   for (size_t i = 0; i < kNumbers; ++i) {
     if (tensors[i].defined()) all[i] = tensors[i].item<double>();
   }
   return of(integers(), all);
+}
+
+Options Options::without_weights(at::ScalarType type) const {
+  Options result;
+  result.reduction = kNone;
+  result.loss_dtype = type;
+  result.softcap = softcap;
+  result.logit_scale = logit_scale;
+  if (!tensors.empty()) {
+    result.tensors.resize(kNumbers);
+    for (const Number number : {kSoftcap, kLogitScale}) result.tensors[number] = tensors[number];
+  }
+  return result;
 }
 
 bool numbers_need_composite(const Options& options) {
@@ -217,7 +245,16 @@ int64_t saved_rows(Form form, const Options& options) {
 // ---- checks ---------------------------------------------------------------------------------------------------------
 
 void check_options(const Options& options) {
-  if (!options.tensors.empty()) return check_options(Options::of(options.integers(), options.numbers()));
+  if (!options.tensors.empty()) {
+    // A compiler or a transform leaves values open. The kernels check the values that they get.
+    const bool known = std::all_of(options.tensors.begin(), options.tensors.end(),
+                                   [](const at::Tensor& number) { return !number.defined() || is_concrete(number); });
+    if (!known) return check_options(Options::of(options.integers(), options.numbers()));
+    const Options valued = Options(options).with_values();
+    TORCH_CHECK_VALUE(!options.tensor(Options::kSoftcap) || valued.softcap > 0,
+                      "softcap must be None or a finite number above 0, but got ", valued.softcap);
+    return check_options(valued);
+  }
   TORCH_CHECK(options.reduction >= kNone && options.reduction <= kSum,
               "reduction must be 0, 1 or 2. Got: ", options.reduction);
   TORCH_CHECK(!options.loss_dtype || is_logits_type(*options.loss_dtype),

@@ -1,4 +1,4 @@
-// Derivatives. The only file that knows autograd.
+// Derivatives of cross entropy.
 //
 // The loss saves its inputs and lse, never probabilities; the backward recomputes them from the logits. The backward is
 // an operator with derivatives of its own: those of the composite, taken twice.
@@ -228,9 +228,9 @@ bool can_overwrite(const Inputs& in, const at::Tensor& grad_output, const Option
          has_distinct_addresses(logits);
 }
 
-// Whether the logits are in the memory of a leaf, whose values no node asks for again but the user keeps. They are the
-// leaf, or a view of it; or a user's function has made them by `detach` or `data`, which the last nodes of the graph
-// show.
+// Returns true if the logits are in the memory of a leaf. No node asks for a leaf's values again, but the user keeps
+// them. The logits are the leaf, or a view of it; or a user's function has made them by `detach` or `data`, as the last
+// nodes of the graph show.
 bool are_of_a_leaf(const at::Tensor& logits) {
   if (logits.is_leaf() || (logits.is_view() && logits._base().is_leaf())) return true;
   constexpr size_t kMostNodes = 16;
@@ -437,7 +437,11 @@ Outputs outputs_autograd(const Inputs& inputs, const Options& given) {
   return outputs;
 }
 
+}  // namespace
+
 at::Tensor loss_autograd(const Inputs& inputs, const Options& options) { return outputs_autograd(inputs, options)[0]; }
+
+namespace {
 
 Results results_autograd(const Inputs& inputs, const Options& options) {
   return as_tuple(outputs_autograd(inputs, options));

@@ -135,7 +135,7 @@ at::Tensor divergence_of(const at::Tensor& x, const at::Tensor& z, const Number&
   return (excess.sum(dim, true) / mass - s * s * (s * (s * 0.25 - 1.0 / 3) + 0.5)).clamp_min(0);
 }
 
-// Whether a mean divides the cross entropy by class weights, and a z-loss besides it not.
+// Returns true if a mean divides the cross entropy by class weights, and has a z-loss, which it does not.
 bool has_two_denominators(const Inputs& in, const Options& options) {
   return options.z_loss != 0 && options.reduction == kMean && has_value(in.weight) && !has_value(in.divisor) &&
          in.form(options) == Form::kIndices;
@@ -209,7 +209,7 @@ class Composite {
   }
 
  private:
-  // Of all sizes the one that a graph with symbols for them has to have as a number.
+  // The number of classes is the only size that a graph with symbolic sizes has to know.
   double classes() const { return double(in_.logits.sym_size(dim_).guard_int(__FILE__, __LINE__)); }
 
   bool has_labels() const { return form_ == Form::kTeacher && has_value(in_.companion); }
@@ -367,9 +367,9 @@ at::Tensor sum_of_products(const at::Tensor& gradient, const at::Tensor& tensor)
   };
   if (c10::GradMode::is_enabled() || !is_concrete(gradient) || gradient.dim() == 0) return products(gradient, tensor);
   constexpr int64_t kElements = int64_t{1} << 20;  // at a time
-  const int64_t N = gradient.size(0),
-                rows =
-                    std::max<int64_t>(1, kElements / std::max<int64_t>(1, gradient.numel() / std::max<int64_t>(1, N)));
+  const int64_t N = gradient.size(0);
+  const int64_t elements_of_row = std::max<int64_t>(1, gradient.numel() / std::max<int64_t>(1, N));
+  const int64_t rows = std::max<int64_t>(1, kElements / elements_of_row);
   at::Tensor sum = at::zeros({}, gradient.options().dtype(at::kDouble));
   for (int64_t n = 0; n < N; n += rows) {
     const int64_t count = std::min(rows, N - n);

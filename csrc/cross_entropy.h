@@ -78,8 +78,11 @@ struct Options {
   std::array<double, kNumbers> numbers() const;
   static Options of(at::IntArrayRef integers, at::ArrayRef<double> numbers, std::vector<at::Tensor> tensors = {});
 
-  // The same with the tensors' values, for whoever computes with them.
-  Options with_values() const;
+  // The same with the values of the tensors, as kernels take them.
+  Options with_values() &&;
+
+  // Those of the bare log-probability of probabilities, which the loss has weighted or smoothed.
+  Options without_weights(at::ScalarType type) const;
 
   OptionalTensor tensor(Number number) const {
     return tensors.empty() || !tensors[number].defined() ? std::nullopt : OptionalTensor(tensors[number]);
@@ -174,6 +177,9 @@ at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, con
                          std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace);
 at::Tensor general_cross_entropy(const Inputs& inputs, const Options& options);
 
+// Their kernel for autograd: the loss, with a node in the graph where one of its tensors requires a gradient.
+at::Tensor loss_autograd(const Inputs& inputs, const Options& options);
+
 // loss, lse, target_log_prob, entropy, z_loss, argmax.
 using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 Results cross_entropy_with_stats(const Inputs& inputs, const Options& options);
@@ -226,12 +232,15 @@ Result from_lists(XENT_INPUTS, XENT_OPTIONS) {
 
 // ---- decisions ------------------------------------------------------------------------------------------------------
 
-bool has_value(const OptionalTensor& tensor);
+inline bool has_value(const OptionalTensor& tensor) { return tensor && tensor->defined(); }
 inline OptionalTensor optional(const at::Tensor& tensor) {
   return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
 }
 bool is_logits_type(at::ScalarType type);  // of logits, probabilities and losses
 bool is_index_type(at::ScalarType type);
+inline at::ScalarType widened(at::ScalarType type) {
+  return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
+}
 
 // A tensor with memory behind it, rather than one that a compiler or a transform of functions traces with.
 bool is_concrete(const at::Tensor& tensor);
@@ -282,7 +291,7 @@ at::Tensor denominator_of_mean(const Inputs& inputs, const Options& options);
 //   sum_i s_i w_i ce_i / D + z sum_i s_i lse_i^2 / Z = sum_i s_i (w_i Z / D ce_i + z lse_i^2) / Z
 //
 // So where a mean has both, the kernels are given the class weights w Z / D, and Z as a denominator. Whatever else
-// there is stays as it is.
+// there is stays as it is. The result refers to this object and to `inputs`, which have to outlive it.
 class KernelInputs {
  public:
   KernelInputs(const Inputs& inputs, const Options& options);
@@ -321,8 +330,8 @@ Outputs outputs_of(const at::Tensor& loss, const at::Tensor& lse, const at::Tens
 at::Tensor sum_of_products(const at::Tensor& gradient, const at::Tensor& tensor);
 at::Tensor scale_gradient(const at::Tensor& sum, const at::Tensor& logit_scale);
 
-// Whether a number that is to get a gradient is one for which it takes the composite: any but logit_scale, and that
-// where it is zero.
+// Returns true if a number requires a gradient that the composite alone has: any number but logit_scale, and a
+// logit_scale of zero.
 bool numbers_need_composite(const Options& options);
 
 // The log-probability is of probabilities as they are: where the loss has weighted or smoothed them, it has no sum of

@@ -110,17 +110,7 @@ Outputs fallback_of(const Layer& layer, const Inputs& in, const Options& options
 // As xent::correct_target_log_prob.
 void correct(Outputs& outputs, const Layer& layer, const Inputs& in, const Options& options, int64_t chunk) {
   if (in.form(options) != Form::kProbabilities || (!has_value(in.weight) && options.label_smoothing == 0)) return;
-  Options unweighted;
-  unweighted.reduction = kNone;
-  unweighted.softcap = options.softcap;
-  unweighted.logit_scale = options.logit_scale;
-  if (!options.tensors.empty()) {
-    unweighted.tensors.resize(Options::kNumbers);
-    for (const auto number : {Options::kSoftcap, Options::kLogitScale}) {
-      unweighted.tensors[number] = options.tensors[number];
-    }
-  }
-  unweighted.loss_dtype = arithmetic_type(in, options);
+  const Options unweighted = options.without_weights(arithmetic_type(in, options));
   outputs[2] = -loss(layer, {in.logits, in.target, std::nullopt}, unweighted, chunk);
 }
 
@@ -183,8 +173,8 @@ struct Saved {
   Inputs inputs() const { return {logits, target, class_weight, companion, sample_weight, divisor}; }
 };
 
-// Whether to make the gradients together with the loss, where the logits are: if they are those of the layer alone.
-// float16 comes with a loss scale, without which gradients may be too small for it.
+// Returns true if the gradients are made together with the loss, while a chunk's logits are in memory: for gradients of
+// the layer alone. float16 comes with a loss scale, without which gradients may be too small for it.
 bool wants_one_pass(const Layer& layer, const Inputs& in, const Options& options) {
   const auto needs_none = [](const OptionalTensor& tensor) { return !has_value(tensor) || !tensor->requires_grad(); };
   return options.reduction != kNone && !options.statistics && !in.target.requires_grad() && needs_none(in.companion) &&

@@ -1,6 +1,7 @@
 // The extension's own Python module.
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -15,6 +16,7 @@
 #endif
 #include "cross_entropy.h"
 #include "dispatch.h"
+#include "linear.h"
 #include "nll_loss.h"
 
 namespace xent {
@@ -45,6 +47,27 @@ at::Tensor cross_entropy_with_extras_from_python(const at::Tensor& logits, const
 at::Tensor nll_loss_from_python(const at::Tensor& input, const at::Tensor& target, const OptionalTensor& weight,
                                 int64_t reduction, int64_t ignore_index) {
   return nll::loss(input, target, weight, reduction, ignore_index, std::nullopt);
+}
+
+// The operators that take lists, with the tensors among them as Python has them.
+using ListOfTensors = std::vector<OptionalTensor>;
+using ListOfIntegers = std::vector<int64_t>;
+using ListOfNumbers = std::vector<double>;
+
+template <class Result, Result (*function)(const Inputs&, const Options&)>
+Result from_python(const at::Tensor& logits, const at::Tensor& target, const ListOfTensors& others,
+                   const ListOfIntegers& integers, const ListOfNumbers& numbers) {
+  const Others unpacked{OptionalTensors(others)};
+  return function(unpacked.with(logits, target), unpacked.options(integers, numbers));
+}
+
+template <class Result, Result (*function)(const linear::Layer&, const Inputs&, const Options&, int64_t)>
+Result linear_from_python(const at::Tensor& input, const at::Tensor& weight, const ListOfTensors& biases,
+                          const at::Tensor& target, const ListOfTensors& others, const ListOfIntegers& integers,
+                          const ListOfNumbers& numbers, int64_t chunk) {
+  const OptionalTensor bias = biases.empty() ? std::nullopt : biases.front();
+  const Others unpacked{OptionalTensors(others)};
+  return function({input, weight, bias}, unpacked.with(input, target), unpacked.options(integers, numbers), chunk);
 }
 
 // torch.jit.trace has an operator as one node, as any operator for whose tracing there is no kernel. ONNX has no such
@@ -101,6 +124,14 @@ TORCH_LIBRARY_IMPL(cross_entropy_ext, Tracer, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cross_entropy", torch::wrap_pybind_function_no_gil(&xent::cross_entropy_from_python));
   m.def("cross_entropy_with_extras", torch::wrap_pybind_function_no_gil(&xent::cross_entropy_with_extras_from_python));
+  m.def("general_cross_entropy",
+        torch::wrap_pybind_function_no_gil(&xent::from_python<at::Tensor, &xent::general_cross_entropy>));
+  m.def("cross_entropy_with_stats",
+        torch::wrap_pybind_function_no_gil(&xent::from_python<xent::Results, &xent::cross_entropy_with_stats>));
+  m.def("linear_cross_entropy",
+        torch::wrap_pybind_function_no_gil(&xent::linear_from_python<at::Tensor, &xent::linear::loss>));
+  m.def("linear_cross_entropy_with_stats",
+        torch::wrap_pybind_function_no_gil(&xent::linear_from_python<xent::Results, &xent::linear::loss_with_stats>));
   m.def("nll_loss", torch::wrap_pybind_function_no_gil(&xent::nll_loss_from_python));
   m.def("build_info", &xent::build_info);
   m.def("check_errors", &xent::check_errors, pybind11::call_guard<pybind11::gil_scoped_release>());

@@ -12,6 +12,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "cpu/operators.h"
 #include "dispatch.h"
 
 namespace xent::nll {
@@ -24,7 +25,15 @@ using torch::autograd::variable_list;
 
 // ---- the operators, for callers in C++ ------------------------------------------------------------------------------
 
+c10::DispatchKeySet keys_of(XENT_NLL_INPUTS) {
+  const c10::DispatchKeySet keys = input.key_set() | target.key_set();
+  return has_value(weight) ? keys | weight->key_set() : keys;
+}
+
 ForwardResult forward(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
+  if (first_key(keys_of(input, target, weight)) == c10::DispatchKey::CPU) {
+    return cpu::forward(input, target, weight, reduction, ignore_index, loss_dtype);
+  }
   static const auto op = find_operator<schema::Forward>("cross_entropy_ext::_nll_loss_forward");
   return op.call(input, target, as_list({weight}), reduction, ignore_index, loss_dtype);
 }
@@ -50,9 +59,6 @@ bool has_kernel(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType>
 // Half log-probabilities are read as they are; the loss is float32, as native's is of a copy.
 std::pair<OptionalTensor, at::ScalarType> with_wide_loss(const at::Tensor& input, const OptionalTensor& weight,
                                                          std::optional<at::ScalarType> loss_dtype) {
-  const auto widened = [](at::ScalarType type) {
-    return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type;
-  };
   return {has_value(weight) ? OptionalTensor(weight->to(widened(weight->scalar_type()))) : std::nullopt,
           loss_dtype.value_or(widened(input.scalar_type()))};
 }
@@ -252,6 +258,9 @@ void register_function(torch::Library& m) {
 }  // namespace
 
 at::Tensor loss(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
+  if (is_autograd(first_key(keys_of(input, target, weight)))) {
+    return loss_autograd(input, target, weight, reduction, ignore_index, loss_dtype);
+  }
   if (has_value(weight)) {
     static const auto op = find_operator<schema::WeightedLoss>("cross_entropy_ext::nll_loss", "weight");
     return op.call(input, target, *weight, reduction, ignore_index, loss_dtype);

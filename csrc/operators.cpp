@@ -8,6 +8,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "cpu/operators.h"
 #include "cross_entropy.h"
 #include "dispatch.h"
 
@@ -17,6 +18,16 @@ namespace {
 const auto& adapt_gradient_operator() {
   static const auto op = find_operator<schema::AdaptGradient>("cross_entropy_ext::_adapt_gradient_");
   return op;
+}
+
+// As of dispatch.h. Numbers that are tensors have to reach compilers and transforms, so they go through the dispatcher.
+c10::DispatchKey first_key(const Inputs& in, const Options& options, c10::DispatchKeySet keys = {}) {
+  if (!options.tensors.empty()) return c10::DispatchKey::Undefined;
+  keys = keys | in.logits.key_set() | in.target.key_set();
+  for (const OptionalTensor* other : {&in.weight, &in.companion, &in.sample_weight, &in.divisor}) {
+    if (has_value(*other)) keys = keys | (*other)->key_set();
+  }
+  return xent::first_key(keys);
 }
 
 }  // namespace
@@ -33,6 +44,9 @@ bool one_pass_pays(const at::Tensor& logits, int64_t reduction) {
 at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, const OptionalTensor& weight,
                          int64_t reduction, int64_t ignore_index, double label_smoothing,
                          std::optional<at::ScalarType> loss_dtype, bool empty_is_zero, bool inplace) {
+  const Inputs in{logits, target, weight};
+  const Options options{reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero, inplace};
+  if (is_autograd(first_key(in, options))) return loss_autograd(in, options);
   if (has_value(weight)) {
     static const auto op = find_operator<schema::WeightedCrossEntropy>("cross_entropy_ext::cross_entropy", "weight");
     return op.call(logits, target, *weight, reduction, ignore_index, label_smoothing, loss_dtype, empty_is_zero,
@@ -43,6 +57,7 @@ at::Tensor cross_entropy(const at::Tensor& logits, const at::Tensor& target, con
 }
 
 at::Tensor general_cross_entropy(const Inputs& in, const Options& options) {
+  if (is_autograd(first_key(in, options))) return loss_autograd(in, options);
   static const auto op = find_operator<schema::General>("cross_entropy_ext::general_cross_entropy");
   return op.call(in.logits, in.target, Others::of(in, options), options.integers(), options.numbers());
 }
@@ -53,11 +68,13 @@ Results cross_entropy_with_stats(const Inputs& in, const Options& options) {
 }
 
 ForwardResult forward(const Inputs& in, const Options& options) {
+  if (first_key(in, options) == c10::DispatchKey::CPU) return cpu::forward(in, options);
   static const auto op = find_operator<schema::Forward>("cross_entropy_ext::_forward");
   return op.call(in.logits, in.target, Others::of(in, options), options.integers(), options.numbers());
 }
 
 ForwardBackwardResult forward_backward(const Inputs& in, const Options& options) {
+  if (first_key(in, options) == c10::DispatchKey::CPU) return cpu::forward_backward(in, options);
   static const auto op = find_operator<schema::ForwardBackward>("cross_entropy_ext::_forward_backward");
   return op.call(in.logits, in.target, Others::of(in, options), options.integers(), options.numbers());
 }
@@ -70,6 +87,9 @@ ForwardResult forward_backward_(const Inputs& in, const Options& options) {
 
 BackwardResult backward(const Gradients& gradients, const Inputs& in, const Options& options,
                         std::array<bool, 2> wanted) {
+  const c10::DispatchKeySet keys = gradients.grad_output.key_set() | gradients.statistics_or_scalar().key_set() |
+                                   gradients.lse.key_set() | gradients.denominator.key_set();
+  if (first_key(in, options, keys) == c10::DispatchKey::CPU) return cpu::backward(gradients, in, options, wanted);
   static const auto op = find_operator<schema::Backward>("cross_entropy_ext::_backward");
   return op.call(gradients.grad_output, gradients.statistics_or_scalar(), in.logits, in.target, Others::of(in, options),
                  gradients.lse, gradients.denominator, options.integers(), options.numbers(), wanted);
@@ -90,17 +110,7 @@ void adapt_gradient_(const Gradients& gradients, at::Tensor& grad_logits, const 
 
 void correct_target_log_prob(Outputs& outputs, const Inputs& in, const Options& options) {
   if (in.form(options) != Form::kProbabilities || (!has_value(in.weight) && options.label_smoothing == 0)) return;
-  Options unweighted;
-  unweighted.reduction = kNone;
-  unweighted.softcap = options.softcap;
-  unweighted.logit_scale = options.logit_scale;
-  if (!options.tensors.empty()) {
-    unweighted.tensors.resize(Options::kNumbers);
-    for (const auto number : {Options::kSoftcap, Options::kLogitScale}) {
-      unweighted.tensors[number] = options.tensors[number];
-    }
-  }
-  unweighted.loss_dtype = arithmetic_type(in, options);
+  const Options unweighted = options.without_weights(arithmetic_type(in, options));
   outputs[2] = -general_cross_entropy({in.logits, in.target, std::nullopt}, unweighted);
 }
 
@@ -175,8 +185,6 @@ at::Tensor backward_meta_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS,
 void adapt_gradient_meta_(XENT_GRADIENTS, at::Tensor&, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS) {}
 
 // ---- autocast: half logits are read as they are, the loss is float32 ------------------------------------------------
-
-at::ScalarType widened(at::ScalarType type) { return type == at::kHalf || type == at::kBFloat16 ? at::kFloat : type; }
 
 }  // namespace
 

@@ -99,6 +99,16 @@ def test_numbers_that_mean_nothing(call: str, argument: str, value: float) -> No
 
 
 @pytest.mark.parametrize(
+    ("call", "argument", "value"),
+    [(c, a, values[0]) for a, values in REFUSED.items() for c in CALLS if has(c, a) and a != "denominator"],
+)
+def test_learned_numbers_that_mean_nothing(call: str, argument: str, value: float) -> None:
+    number = torch.tensor(value, requires_grad=True)
+    with pytest.raises(ValueError, match=rf"{argument} must .*got:? {NUMBERS[value]}\b"):
+        CALLS[call](**{argument: number})
+
+
+@pytest.mark.parametrize(
     ("call", "argument"), [(c, a) for a in REFUSED for c in CALLS if has(c, a) and a != "logit_scale"]
 )
 def test_no_number_is_true(call: str, argument: str) -> None:

@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "host.h"
+#include "operators.h"
 
 namespace xent {
 namespace {
@@ -172,18 +173,24 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
   return {loss, lse, denominator, grad_logits};
 }
 
-ForwardResult forward_cpu(XENT_INPUTS, XENT_OPTIONS) {
-  const Others unpacked(others);
-  auto [loss, lse, denominator, grad_logits] = run_forward(
-      unpacked.with(logits, target), unpacked.options(integers, numbers).with_values(), GradientOfForward::kNone);
-  return {loss, lse, denominator};
+}  // namespace
+
+ForwardResult cpu::forward(const Inputs& inputs, const Options& options) {
+  auto [loss, lse, denominator, gradient] = run_forward(inputs, options, GradientOfForward::kNone);
+  return {std::move(loss), std::move(lse), std::move(denominator)};
 }
 
-ForwardBackwardResult forward_backward_cpu(XENT_INPUTS, XENT_OPTIONS) {
-  const Others unpacked(others);
-  const Options options = unpacked.options(integers, numbers).with_values();
+ForwardBackwardResult cpu::forward_backward(const Inputs& inputs, const Options& options) {
   TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
-  return run_forward(unpacked.with(logits, target), options, GradientOfForward::kNew);
+  return run_forward(inputs, options, GradientOfForward::kNew);
+}
+
+namespace {
+
+template <class Result, Result (*function)(const Inputs&, const Options&)>
+Result with_values(XENT_INPUTS, XENT_OPTIONS) {
+  const Others unpacked(others);
+  return function(unpacked.with(logits, target), unpacked.options(integers, numbers).with_values());
 }
 
 ForwardResult forward_backward_cpu_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
@@ -229,16 +236,23 @@ at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
   return gradient.defined() ? gradient : at::empty({0}, like.options());
 }
 
+}  // namespace
+
+BackwardResult cpu::backward(const Gradients& gradients, const Inputs& inputs, const Options& options,
+                             std::array<bool, 2> wanted) {
+  const at::Tensor& probabilities = inputs.probabilities(options);
+  const at::Tensor grad_logits = wanted[0] ? empty_gradient(inputs.logits) : at::Tensor();
+  const at::Tensor grad_target = wanted[1] ? empty_gradient(probabilities) : at::Tensor();
+  backward_into(grad_logits, grad_target, gradients, inputs, options);
+  return {or_empty(grad_logits, inputs.logits), or_empty(grad_target, probabilities)};
+}
+
+namespace {
+
 BackwardResult backward_cpu(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
   const Others unpacked(others);
-  const Inputs inputs = unpacked.with(logits, target);
-  const Options options = unpacked.options(integers, numbers).with_values();
-  const at::Tensor& probabilities = inputs.probabilities(options);
-  const at::Tensor grad_logits = wanted[0] ? empty_gradient(logits) : at::Tensor();
-  const at::Tensor grad_target = wanted[1] ? empty_gradient(probabilities) : at::Tensor();
-  backward_into(grad_logits, grad_target, {grad_output, unless_scalar(grad_statistics), lse, denominator}, inputs,
-                options);
-  return {or_empty(grad_logits, logits), or_empty(grad_target, probabilities)};
+  return cpu::backward({grad_output, unless_scalar(grad_statistics), lse, denominator}, unpacked.with(logits, target),
+                       unpacked.options(integers, numbers).with_values(), wanted);
 }
 
 at::Tensor backward_cpu_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
@@ -255,8 +269,8 @@ at::Tensor backward_cpu_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, CPU, m) {
-  m.impl("_forward", &forward_cpu);
-  m.impl("_forward_backward", &forward_backward_cpu);
+  m.impl("_forward", &with_values<ForwardResult, cpu::forward>);
+  m.impl("_forward_backward", &with_values<ForwardBackwardResult, cpu::forward_backward>);
   m.impl("_forward_backward_", &forward_backward_cpu_);
   m.impl("_backward", &backward_cpu);
   m.impl("_backward_", &backward_cpu_);

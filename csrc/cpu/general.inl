@@ -159,13 +159,13 @@ struct Origin {
 
   XENT_INLINE_MEMBER void subtract_from(Vector<T> x, Vector<T>& difference, Vector<T>& lost) const {
     two_sum(x, -origin, difference, lost);
-    lost = select(lost == lost, lost, Vector<T>{});  // of infinity nothing is
+    lost = select(lost == lost, lost, Vector<T>{});  // an infinite logit has no lost part
   }
 };
 
 // The terms of a teacher's divergence that do not cancel. They need the student's lse, and so a second read of the
-// logits: made only where the sum of the first read is below `kFarDivergence`, from where on it cancels by a few
-// roundings at most.
+// logits. It is made where the sum of the first read is below `kFarDivergence`. The first read's sum is off by a few
+// roundings of the logits, as native's is: above the bound that is little beside the divergence itself.
 constexpr double kFarDivergence = 0.125;
 
 template <class T>

@@ -1,14 +1,12 @@
 // The CPU operators of the negative log likelihood.
 #include <torch/library.h>
 
-#include "../nll_loss.h"
 #include "host.h"
+#include "operators.h"
 
 namespace xent::nll {
-namespace {
 
-ForwardResult forward_cpu(XENT_NLL_TENSORS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
-  const OptionalTensor weight = element_of(weights, 0);
+ForwardResult cpu::forward(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
   const Inputs inputs{input, target, weight};
   const Options options = options_of(reduction, ignore_index, loss_dtype);
   check_nll_forward(inputs, options);
@@ -43,6 +41,12 @@ ForwardResult forward_cpu(XENT_NLL_TENSORS, XENT_NLL_OPTIONS, at::ScalarType los
   }
   *denominator.mutable_data_ptr<double>() = divide_by;
   return {loss, denominator};
+}
+
+namespace {
+
+ForwardResult forward_cpu(XENT_NLL_TENSORS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
+  return cpu::forward(input, target, element_of(weights, 0), reduction, ignore_index, loss_dtype);
 }
 
 // So that pieces begin with a run of neighbours, or a tile of them.

@@ -37,8 +37,8 @@ int attribute(cudaDeviceAttr which, int index) {
   return value;
 }
 
-// Not from torch's allocator, whose memory may belong to a graph that is being captured. Where that one holds all there
-// is, it has to give back what nobody uses.
+// The memory does not come from torch's allocator, whose memory may belong to a graph that is being captured. If that
+// allocator holds all of the device's memory, it has to give back the unused part.
 void* allocate(size_t bytes) {
   void* memory = nullptr;
   cudaError_t status = cudaMalloc(&memory, bytes);

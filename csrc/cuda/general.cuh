@@ -100,11 +100,11 @@ struct Origin {
 
   XENT_DEVICE void subtract_from(A x, A& difference, A& lost) const {
     two_sum(x, -origin, difference, lost);
-    if (lost != lost) lost = A(0);  // of infinity nothing is
+    if (lost != lost) lost = A(0);  // an infinite logit has no lost part
   }
 };
 
-// What a thread has of a teacher's divergence, whose terms need the student's lse: a second look at the logits.
+// A thread's part of a teacher's divergence. Its terms need the student's lse, and so a second look at the logits.
 template <class A>
 struct Divergence {
   A max;  // of the student
@@ -177,7 +177,7 @@ struct AllFound : Found<A> {
   }
 };
 
-// Puts a divergence, when all threads have added what they have of it, where the loss is made of.
+// Puts a divergence in its place among the sums that the loss is made of, when all threads have added their parts.
 template <class A, class S>
 XENT_DEVICE void set_divergence(AllFound<A>& found, const S& sums) {
   found.spread = divergence_of<A>(sums.spread.value(), sums.rest.value(), sums.mass.value());

@@ -1,5 +1,6 @@
 // The CUDA kernels and their host code, compiled for the CPU, as a Python module. `install` puts them in the place of
 // the CPU kernels, so that every test of the package can run on them; `uninstall` undoes it.
+#include <ATen/record_function.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include <memory>
@@ -17,7 +18,17 @@ namespace {
 
 std::unique_ptr<torch::Library> installed;
 
+// While a profiler watches, C++ calls operators through the dispatcher (csrc/dispatch.h), and so these kernels.
+at::CallbackHandle watcher = at::INVALID_CALLBACK_HANDLE;
+
+void uninstall() {
+  installed.reset();
+  if (watcher != at::INVALID_CALLBACK_HANDLE) at::removeCallback(std::exchange(watcher, at::INVALID_CALLBACK_HANDLE));
+}
+
 void install() {
+  uninstall();
+  watcher = at::addGlobalCallback(at::RecordFunctionCallback(nullptr).scopes({at::RecordScope::FUNCTION}));
   installed = std::make_unique<torch::Library>(torch::Library::IMPL, "cross_entropy_ext", c10::DispatchKey::CPU,
                                                __FILE__, __LINE__);
   xent::gpu::register_kernels(*installed);
@@ -68,7 +79,7 @@ pybind11::dict plan(const at::Tensor& logits, const at::Tensor& target, bool gen
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using xent::gpu::Device;
   m.def("install", &install);
-  m.def("uninstall", [] { installed.reset(); });
+  m.def("uninstall", &uninstall);
   m.def("check_errors", &xent::gpu::check_errors);
   m.def("set_schedule", &set_schedule);
   m.def("tune", &xent::gpu::tune);
