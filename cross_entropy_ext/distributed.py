@@ -18,6 +18,7 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,8 @@ def vocab_parallel_cross_entropy(
         sample_weight: a factor for each position, the same on every rank. May not require a gradient.
         denominator: what ``'mean'`` divides by instead of its own denominator, a number or a scalar tensor.
         ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, loss_dtype, empty: as for
-            :func:`cross_entropy_ext.functional.cross_entropy`; smoothing is over all C classes.
+            :func:`cross_entropy_ext.functional.cross_entropy`; smoothing is over all C classes. A number in a tensor
+            may not require a gradient.
         dim: the dimension of the classes in local logits and probabilities: -1 for (B, T, C_r).
 
     Returns:
@@ -105,11 +107,17 @@ def vocab_parallel_cross_entropy(
     waits for the host, the others have a loss of NaN instead; and a target out of range is reported as all of them are
     (:func:`cross_entropy_ext.check_errors`), on every rank.
 
-    Ranks send checksums of what has to be the same on all of them (class indices, weights, a denominator, states): a
-    difference is an error, or NaN. They take 0.03 ms of a CPU for 2048 class indices, where forward and backward of
-    8000 classes take 33 ms, and 0.5 ms for states of 2048 x 512. It is an error, too, to hand all classes on every rank
-    instead of each rank's own. This is seen by logits that are the same on every rank, bit for bit, though not all
-    equal, while every target is among the first rank's classes; ``shard_sizes`` says that they are shards nevertheless.
+    Ranks send checksums of what has to be the same on all of them; a difference is an error, or NaN. Labels have to be
+    equal. Class weights and sample weights may differ by about 1/256 of their norm, a denominator by about a millionth,
+    and the states of :func:`vocab_parallel_linear_cross_entropy` by about 1/16 of their norm: each rank makes these on
+    its own, and rounding is no error. Smaller differences pass unseen. A tensor with an infinity or NaN is not
+    compared. Checksums take 0.03 ms of a CPU for 2048 class indices, where forward and backward of 8000 classes take
+    33 ms, and 0.5 ms for states of 2048 x 512.
+
+    It is an error, too, to hand all classes on every rank instead of each rank's own. This is seen by logits that are
+    the same on every rank, bit for bit, though not all equal, while every label is among the first rank's classes, or
+    the probabilities of each rank sum up to one. It is not seen for probabilities with a ``label_smoothing`` above
+    0.999, of which next to nothing is left. ``shard_sizes`` says that they are shards nevertheless.
 
     Where ranks have different numbers of positions, the collective is none: the group's backend or this function raises
     an error, and gloo may end the process with one; ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` names the shapes. If a rank
@@ -731,20 +739,33 @@ def _eager_results(local_logits, target, others, group, shard_sizes, options, la
         problem, tensors = _checked(local_logits, target, *others, group, shard_sizes, options, parts, rank, ranks)
     except Exception as error:
         if layer is not None:
-            positions, classes, device = layer.batch, _UNKNOWN, layer.input.device
+            positions, classes, device = layer.batch, None, layer.input.device
         elif isinstance(local_logits, Tensor):
             positions = positions_of(local_logits) if local_logits.dim() else torch.Size()
             known = local_logits.dim() > 0 and shard_sizes is None
-            classes = local_logits.size(class_dim(local_logits)) if known else _UNKNOWN
+            classes = local_logits.size(class_dim(local_logits)) if known else None
             device = local_logits.device
         else:
             raise
-        rows = _ROWS_WITH_STATISTICS if options.statistics else _ROWS
-        exchange(_Report(positions.numel(), classes, error=error), rows * positions.numel(), None, group, device)
-        raise
+        report_error(error, positions.numel(), classes, options.statistics, group, device)
     if parts is not None:
         return (_VocabParallelLinear.apply(*tensors, problem, *parts),)
     return _VocabParallel.apply(*tensors, problem)
+
+
+def report_error(
+    error: Exception,
+    positions: int,
+    classes: int | None,
+    statistics: bool,
+    group: dist.ProcessGroup | None,
+    device: torch.device,
+) -> NoReturn:
+    """Raises an error of this rank, after the exchange in which the others are."""
+    rows = _ROWS_WITH_STATISTICS if statistics else _ROWS
+    report = _Report(positions, _UNKNOWN if classes is None else classes, error=error)
+    exchange(report, rows * positions, None, group, device)
+    raise error
 
 
 class _Layer:
@@ -791,9 +812,7 @@ class _Layer:
 def _checked(local_logits, target, weight, sample_weight, denominator, group, shard_sizes, options, layer, rank, ranks):
     """The problem, and the tensors as the kernels take them. Raises for everything but targets out of range."""
     check_tensors(local_logits=local_logits, target=target)
-    for name, tensor in (("target", target), ("weight", weight), ("sample_weight", sample_weight)):
-        if isinstance(tensor, Tensor) and tensor.device != local_logits.device:
-            raise ValueError(f"{name} must be on the device of the logits, {local_logits.device}, not {tensor.device}")
+    check_devices(local_logits, target=target, weight=weight, sample_weight=sample_weight, denominator=denominator)
     options.checked()
     if local_logits.dim() == 0 or local_logits.dtype not in _LOSS_DTYPES:
         raise ValueError(
@@ -855,6 +874,12 @@ def _checked(local_logits, target, weight, sample_weight, denominator, group, sh
     return problem, (local_logits, target, weight, sample_weight, denominator)
 
 
+def check_devices(logits: Tensor, **others: object) -> None:
+    for name, tensor in others.items():
+        if isinstance(tensor, Tensor) and tensor.device != logits.device:
+            raise ValueError(f"{name} must be on the device of the logits, {logits.device}, not {tensor.device}")
+
+
 def _constant(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
     if not isinstance(tensor, Tensor) or tensor.is_complex():
         raise TypeError(f"{name} must be a tensor of a real type, but got {tensor!r}")
@@ -904,18 +929,27 @@ def _fill_rows(rows: Tensor, problem: _Problem, logits: Tensor, target: Tensor, 
     rows[8].copy_(argmax + shard.begin)
 
 
-def _refused_if_gathered(rows: Tensor, problem: _Problem, valid: Tensor | None) -> Tensor:
+_MOST_SMOOTHING_TO_JUDGE = 0.999  # of probabilities, whose sums are known up to rounding
+
+
+def _refused_if_gathered(rows: Tensor, problem: _Problem, target: Tensor, valid: Tensor | None) -> Tensor:
     """What is exchanged; but an error, or NaN where the host does not wait, if every rank has handed all classes.
 
-    Their logits are then the same on every rank, to the last bit, and every target is among the classes of the first.
-    Shards may be alike for another reason: a layer that starts with zeros makes logits that are all equal.
+    Their logits are then the same on every rank, to the last bit. Labels are all among the classes of the first rank.
+    Probabilities sum up to one on every rank, where shards of them do so on all ranks together; smoothing near 1, which
+    makes them all equal, leaves no trace of that. Shards may be alike for another reason: a layer that starts with
+    zeros makes logits that are all equal.
     """
-    reads = _reads_reports(rows.device)
-    if reads and not torch.equal(rows[0, :2], rows[1, :2]):
+    reads, ranks, smoothing = _reads_reports(rows.device), len(rows), float(problem.options.label_smoothing)
+    if (problem.soft and smoothing > _MOST_SMOOTHING_TO_JUDGE) or (reads and not torch.equal(rows[0, :2], rows[1, :2])):
         return rows
     first, log_size = rows[0], math.log(max(problem.shard.size, 1))
-    alike = (rows[:, :2] == first[:2]).flatten(0, 1).all(0) & (first[2] > (1 + 1 / len(rows)) / 2)
-    distinct = (first[3] - first[2] * log_size).abs() > 1e-3 * log_size
+    alike = (rows[:, :2] == first[:2]).flatten(0, 1).all(0)
+    if problem.soft:
+        alike &= rows[:, 2].sum(0) - smoothing > (1 - smoothing) * (1 + ranks) / 2
+    else:
+        alike &= target.reshape(-1).long() < problem.shard.size
+    distinct = (first[3] - first[2] * log_size).abs() > 1e-3 * log_size * first[2]
     if valid is not None:
         alike, distinct = alike | ~valid, distinct & valid
     gathered = alike.all() & distinct.any()
@@ -990,7 +1024,7 @@ class _Loss:
         received = received.view(len(received), rows, positions.numel())
         self.valid, self.sample_weight = positions_that_count(target, options.ignore_index), sample_weight
         if problem.report.classes != _UNKNOWN and not problem.weighted and len(received) > 1:
-            received = _refused_if_gathered(received, problem, self.valid)
+            received = _refused_if_gathered(received, problem, target, self.valid)
         self.found = found = _Combined(received)
         losses, self.weight = found.losses, weight
         counted = positions.numel(), self.valid

@@ -6,6 +6,7 @@ between the ranks whose positions differ. Classes that are sharded are `distribu
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,12 +18,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .distributed import (
     _Report,
+    check_devices,
     checksums,
     class_dim,
     denominator_of_mean,
     exchange,
     positions_of,
     positions_that_count,
+    report_error,
     sum_in_order,
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_with_stats,
@@ -34,6 +37,7 @@ from .functional import _EMPTY, CrossEntropyStats, check_loss_dtype, cross_entro
 __all__ = ["linear_loss", "on_mesh", "results"]
 
 _REDUCTIONS = ("none", "mean", "sum")  # in ATen's order
+_NUMBERS = ("label_smoothing", "z_loss", "softcap", "logit_scale")
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,16 @@ class _Layout:
         local = tensor.to_local(grad_placements=placements)
         return _Waited.apply(local) if isinstance(local, AsyncCollectiveTensor) else local
 
+    def number(self, value: float | Tensor | None) -> float | Tensor | None:
+        """An option, with tensors as plain ones. Every rank has the same; the losses of all positions depend on it."""
+        if not isinstance(value, Tensor):
+            return value
+        if isinstance(value, DTensor):
+            value = self.local(value, [Replicate()] * self.mesh.ndim)
+        if not (value.requires_grad and torch.is_grad_enabled()):
+            return value
+        return _OnEveryRank.apply(value.double(), self.groups_of_positions(), self.mesh.device_type)
+
     def shard_sizes(self, classes: int) -> list[int]:
         """As DTensor splits them: like torch.chunk, with nothing for ranks that are left over."""
         ranks = self.mesh.size(self.axis_of_classes)
@@ -99,8 +113,12 @@ def results(input: DTensor, target: Tensor, **arguments) -> Tensor | CrossEntrop
     results are DTensors: scalars Replicate, and what has an element for each position sharded as the positions are. The
     logits' gradient is placed as they are. ``inplace`` is without effect.
 
+    A number may be a scalar tensor that requires a gradient, as a learned ``logit_scale`` is, unless classes are
+    sharded. The ranks with other positions then sum its gradient, in a collective of the backward, which every rank has
+    to run.
+
     Errors are raised on every rank, as `distributed.vocab_parallel_cross_entropy` says; but where there is nothing to
-    exchange (whole classes, and ``reduction='none'``), a target out of range is its own rank's error alone.
+    exchange (whole classes, and ``reduction='none'``), an error is its own rank's alone.
     """
     if torch.compiler.is_dynamo_compiling():  # whose collectives are not these: a break in the graph
         return torch.compiler.disable(_results)(input, target, **arguments)
@@ -121,52 +139,58 @@ def _results(
     **options,
 ) -> Tensor | CrossEntropyStats:
     reduction = _REDUCTIONS[F._Reduction.get_enum(reduction)]
-    if empty not in _EMPTY:
-        raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
-    check_loss_dtype(loss_dtype)
     layout = _Layout.of(input)
-    positions = positions_of(input)
-    _check_shape("sample_weight", sample_weight, positions)
-    _check_shape("denominator", denominator, torch.Size())
-    if denominator is not None and reduction != "mean":
-        raise ValueError("denominator is what reduction 'mean' divides by, but got another one")
-    for name, tensor in (("weight", weight), ("sample_weight", sample_weight), ("denominator", denominator)):
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name} may not require a gradient where the logits are a DTensor")
-    soft = target.is_floating_point()
-    _check_shape("target", target, input.shape if soft else positions)
-
+    positions, soft = positions_of(input), target.is_floating_point()
     everywhere, of_positions = [Replicate()] * layout.mesh.ndim, layout.placements_of_positions()
     groups = layout.groups_of_positions() if reduction != "none" else []
-    plain = {"weight": weight, "denominator": denominator}
-    if layout.axis_of_classes is None:  # else those who have the same positions compare what is theirs
-        plain |= {"target": None if soft else target, "sample_weight": sample_weight}
-    plain = {name: None if isinstance(tensor, DTensor) else tensor for name, tensor in plain.items()}
-    sums_of_plain = checksums(plain, input.device) if groups else None
     logits = layout.local(input, layout.placements())
-    target = layout.local(target, layout.placements() if soft else of_positions)
-    if weight is not None:
-        weight = layout.local(weight, everywhere)
-    if sample_weight is not None:
-        sample_weight = layout.local(sample_weight, of_positions)
-    if isinstance(denominator, DTensor):
-        denominator = layout.local(denominator, everywhere)
-    loss_dtype = loss_dtype or loss_type(logits, target, weight)
+    options |= {name: layout.number(options[name]) for name in _NUMBERS if name in options}
+    z_loss = options.get("z_loss", 0.0)
+    # Class weights are in the denominator of the cross entropy and not in that of the z-loss: then there are two sums.
+    apart = bool(z_loss != 0) and reduction == "mean" and denominator is None and weight is not None and not soft
 
     # Each rank's own part, of which sums stay in float64 to be rounded once.
+    error = found = sums_of_plain = None
+    try:
+        if empty not in _EMPTY:
+            raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
+        check_loss_dtype(loss_dtype)
+        if denominator is not None and reduction != "mean":
+            raise ValueError("denominator is what reduction 'mean' divides by, but got another one")
+        if apart and not 0 <= z_loss < math.inf:  # else the loss itself is asked for
+            raise ValueError(f"z_loss must be a finite number of at least 0, but got {float(z_loss)}")
+        others = {"weight": weight, "sample_weight": sample_weight, "denominator": denominator}
+        check_devices(logits, target=target, **others)
+        _check_shape("target", target, input.shape if soft else positions)
+        _check_shape("sample_weight", sample_weight, positions)
+        _check_shape("denominator", denominator, torch.Size())
+        _check_gradients(layout, others, options)
+        plain = {"weight": weight, "denominator": denominator}
+        if layout.axis_of_classes is None:  # else those who have the same positions compare what is theirs
+            plain |= {"target": None if soft else target, "sample_weight": sample_weight}
+        plain = {name: None if isinstance(tensor, DTensor) else tensor for name, tensor in plain.items()}
+        sums_of_plain = checksums(plain, logits.device) if groups else None
+        target = layout.local(target, layout.placements() if soft else of_positions)
+        if weight is not None:
+            weight = layout.local(weight, everywhere)
+        if sample_weight is not None:
+            sample_weight = layout.local(sample_weight, of_positions)
+        if isinstance(denominator, DTensor):
+            denominator = layout.local(denominator, everywhere)
+        loss_dtype = loss_dtype or loss_type(logits, target, weight)
+    except Exception as raised:
+        error = raised
     options |= {"weight": weight, "sample_weight": sample_weight}
     options |= {"reduction": "none", "loss_dtype": loss_dtype}
     if reduction != "none":
         options |= {"reduction": "sum", "loss_dtype": torch.float64}
-    z_loss = options.get("z_loss", 0.0)
-    # Class weights are in the denominator of the cross entropy and not in that of the z-loss: then there are two sums.
-    apart = z_loss != 0 and reduction == "mean" and denominator is None and weight is not None and not soft
     if apart:
         options["z_loss"] = 0.0
-    error = found = None
     try:
         if layout.axis_of_classes is not None:
-            found = _of_shards(layout, input, logits, target, statistics or apart, options)
+            found = _of_shards(layout, input, logits, target, statistics or apart, options, error)
+        elif error is not None:
+            raise error
         elif statistics or apart:
             found = cross_entropy_with_stats(logits, target, **options)
         else:
@@ -187,7 +211,10 @@ def _results(
         if not apart:
             return found[4] if statistics else torch.zeros_like(found[0])
         terms = z_loss * found[1].double().square()  # lse, which is zero where positions are ignored
-        return sum_in_order((terms if sample_weight is None else terms * sample_weight).reshape(-1))
+        if sample_weight is not None:
+            counts = positions_that_count(target, options["ignore_index"]).view(target.shape)
+            terms = terms * torch.where(counts, sample_weight, 0.0)
+        return sum_in_order(terms.reshape(-1))
 
     def parts() -> Tensor:
         counted = target, positions_of(logits).numel(), positions_that_count(target, options["ignore_index"])
@@ -222,7 +249,7 @@ def _results(
     def scalar(value: Tensor) -> DTensor:
         return DTensor.from_local(value, layout.mesh, everywhere, run_check=False)
 
-    loss = scalar(_SumOfRanks.apply(share, result.to(loss_dtype)))
+    loss = scalar(_SumOfRanks.apply(share, result.to(loss_dtype), groups))
     if not statistics:
         return loss
     _, *of_each, _, argmax = found
@@ -230,13 +257,22 @@ def _results(
 
 
 def _of_shards(
-    layout: _Layout, input: DTensor, logits: Tensor, target: Tensor, statistics: bool, options: dict
+    layout: _Layout,
+    input: DTensor,
+    logits: Tensor,
+    target: Tensor,
+    statistics: bool,
+    options: dict,
+    error: Exception | None,
 ) -> tuple[Tensor, ...]:
+    group = layout.mesh.get_group(layout.axis_of_classes)
+    if error is not None:
+        report_error(error, positions_of(logits).numel(), None, statistics, group, logits.device)
     function = vocab_parallel_cross_entropy_with_stats if statistics else vocab_parallel_cross_entropy
     found = function(
         logits,
         target,
-        group=layout.mesh.get_group(layout.axis_of_classes),
+        group=group,
         shard_sizes=layout.shard_sizes(input.size(layout.class_dim)),
         **options,
     )
@@ -259,6 +295,7 @@ def linear_loss(
     for name in ("weight", "sample_weight", "denominator"):
         if isinstance(arguments[name], DTensor):
             arguments[name] = layout.local(arguments[name], whole)
+    arguments |= {name: layout.number(arguments[name]) for name in _NUMBERS}
     loss = vocab_parallel_linear_cross_entropy(
         layout.local(input, whole),
         layout.local(linear_weight, layout.placements()),
@@ -283,6 +320,17 @@ def _check_shape(name: str, tensor: Tensor | None, shape: torch.Size) -> None:
         raise ValueError(f"{name} must have the shape {tuple(shape)}, but got {tuple(tensor.shape)}")
 
 
+def _check_gradients(layout: _Layout, others: dict[str, Tensor | None], options: dict) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in others.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} may not require a gradient where the logits are a DTensor")
+    for name in _NUMBERS if layout.axis_of_classes is not None else ():
+        if isinstance(options.get(name), Tensor) and options[name].requires_grad:
+            raise ValueError(f"{name} may not require a gradient where the logits are a DTensor with sharded classes")
+
+
 class _Waited(torch.autograd.Function):
     """What a collective has left, where it may be under way yet."""
 
@@ -299,9 +347,39 @@ class _SumOfRanks(torch.autograd.Function):
     """The reduced loss, of which this rank has a share."""
 
     @staticmethod
-    def forward(ctx, share: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx, share: Tensor, loss: Tensor, groups: list[dist.ProcessGroup]) -> Tensor:
+        ctx.groups = groups
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.double(), None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        # A second derivative sums over the ranks, too: every rank's share gets the same gradient.
+        return _OnEveryRank.apply(grad.double(), ctx.groups, grad.device.type), None, None
+
+
+class _OnEveryRank(torch.autograd.Function):
+    """A scalar that is the same on every rank. Its gradient is the sum of those that the ranks of `groups` have."""
+
+    @staticmethod
+    def forward(ctx, scalar: Tensor, groups: list[dist.ProcessGroup], device_type: str) -> Tensor:
+        ctx.groups, ctx.device_type = groups, device_type
+        return scalar.view_as(scalar)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _SumOverRanks.apply(grad, ctx.groups, ctx.device_type), None, None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of a scalar of each rank. All ranks go on with it in the same way."""
+
+    @staticmethod
+    def forward(ctx, part: Tensor, groups: list[dist.ProcessGroup], device_type: str) -> Tensor:
+        total = part.to(device_type, copy=True)
+        for group in groups:
+            dist.all_reduce(total, group=group)
+        return total.to(part.device)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None

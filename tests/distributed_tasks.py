@@ -533,21 +533,21 @@ def disagreeing(ranks: int, kind: str, culprit: int, unread: bool) -> str | floa
         distributed._reads_reports = reads
 
 
-def gathered(ranks: int, kind: str, unread: bool) -> str | float | None:
+def gathered(ranks: int, kind: str, unread: bool, smoothing: float = 0.0) -> str | float | None:
     """Where every rank hands the same logits: all of them, or, rightly, its own."""
     if is_idle(ranks):
         return None
     g = torch.Generator().manual_seed(0)
     logits, target = torch.randn(6, 5, generator=g), torch.tensor([0, 4, -100, 1, 3, 3])
     input, rows = torch.randn(6, 8, generator=g), torch.randn(5, 8, generator=g)
-    options: dict = {"group": GROUPS[ranks]}
+    options: dict = {"group": GROUPS[ranks], "label_smoothing": smoothing}
     match kind:
-        case "smoothed":
-            options["label_smoothing"] = 0.1
         case "probabilities":
             target = torch.randn(6, 5, generator=g).softmax(1)
         case "ignored":
             logits[2] = torch.arange(5) + dist.get_rank()  # nobody reads these
+        case "narrow":
+            logits *= 0.1
         case "sizes are given":
             options["shard_sizes"] = [5] * ranks
         case "of another shard":
@@ -562,6 +562,8 @@ def gathered(ranks: int, kind: str, unread: bool) -> str | float | None:
             logits[5, 0] += dist.get_rank()
         case "probabilities of shards":
             target = torch.full((6, 5), 1 / (5 * ranks))
+        case "probabilities of the first shard":
+            target = torch.randn(6, 5, generator=g).softmax(1) * (dist.get_rank() == 0)
     reads = distributed._reads_reports
     distributed._reads_reports = lambda device: not unread
     try:
@@ -627,17 +629,89 @@ def other_sizes(ranks: int) -> str | None:
         return f"{type(error).__name__}: {error}"
 
 
-def failing_dtensor(mesh: tuple[int, ...], placements: list[str]) -> str | None:
-    """A class that is none in the last position, which not every rank has."""
+def failing_dtensor(mesh: tuple[int, ...], placements: list[str], kind: str, everybody: bool) -> str | None:
+    """What is raised where everybody, or the last rank, does something wrong; and that the next call is right again."""
     mesh = MESHES[mesh]
     if mesh.get_coordinate() is None:
         return None
     logits = distribute_tensor(torch.zeros(4, 6), mesh, [PLACEMENTS[p] for p in placements])
+    target, learned = torch.arange(4), torch.ones((), requires_grad=True)
+    wrong = {
+        "a class that is none": {"target": torch.tensor([0, 1, 2, 6])},  # in a position that not every rank has
+        "labels elsewhere": {"target": torch.arange(4, device="meta")},
+        "probabilities elsewhere": {"target": torch.zeros(4, 6, device="meta")},
+        "weight elsewhere": {"target": target, "weight": torch.ones(6, device="meta")},
+        "sample_weight elsewhere": {"target": target, "sample_weight": torch.ones(4, device="meta")},
+        "shape": {"target": torch.arange(5)},
+        "sample_weight": {"target": target, "sample_weight": torch.ones(3)},
+        "weight that learns": {"target": target, "weight": torch.ones(6, requires_grad=True)},
+        "z_loss": {"target": target, "weight": torch.ones(6), "z_loss": -0.1},
+        "z_loss in a tensor": {"target": target, "weight": torch.ones(6), "z_loss": torch.tensor(-0.5)},
+        "z_loss is no number": {"target": target, "weight": torch.ones(6), "z_loss": float("nan")},
+        "logit_scale that learns": {"target": target, "logit_scale": learned},
+        "z_loss that learns": {"target": target, "weight": torch.ones(6), "z_loss": learned},
+    }[kind]
+    guilty, message = everybody or mesh.get_rank() == 3, None
     try:
-        functional.cross_entropy(logits, torch.tensor([0, 1, 2, 6]))
+        functional.cross_entropy(logits, **(wrong if guilty else {"target": target}))
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+        message = f"{type(error).__name__}: {error}"
+    torch.testing.assert_close(
+        functional.cross_entropy(logits, target).full_tensor(), torch.tensor(6.0).log(), check_dtype=False
+    )
+    return message
+
+
+def learned_numbers(mesh: tuple[int, ...], placements: list[str], shape: tuple[int, ...], wrapped: bool) -> None:
+    """Scalar tensors that require a gradient get the one that they have beside the whole logits, on every rank."""
+    mesh = MESHES[mesh]
+    if mesh.get_coordinate() is None:
+        return
+    g = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(shape, generator=g, dtype=torch.double)
+    labels = torch.randint(shape[1], shape[:1] + shape[2:], generator=g)
+    if shape[0] > 1:
+        labels[0] = -100
+    others = {
+        "weight": torch.rand(shape[1], generator=g, dtype=torch.double),
+        "sample_weight": torch.rand(labels.shape, generator=g),
+    }
+    numbers = {"label_smoothing": 0.1, "z_loss": 0.2, "softcap": 5.0, "logit_scale": 1.5}
+    probabilities = torch.randn(shape, generator=g, dtype=torch.double).softmax(1)
+
+    def run(input: Tensor, whole: bool, target: Tensor, options: dict) -> list[Tensor]:
+        leaves = {name: torch.tensor(value, requires_grad=True) for name, value in numbers.items()}
+        given = leaves
+        if wrapped and not whole:
+            given = {name: distribute_tensor(leaf, mesh, [Replicate()] * mesh.ndim) for name, leaf in leaves.items()}
+            leaves = given = {name: leaf.detach().requires_grad_() for name, leaf in given.items()}
+        results = []
+        for function in (functional.cross_entropy, functional.cross_entropy_with_stats):
+            outputs = named(function(input, target, **options, **given))
+            total = 0.0
+            for i, name in enumerate(("loss", "lse", "entropy")):
+                if name in outputs:
+                    upstream = torch.linspace(0.5 + i, 1.5, outputs[name].numel(), dtype=torch.double)
+                    upstream = upstream.view(outputs[name].shape)
+                    upstream = upstream if whole else distribute_tensor(upstream, mesh, outputs[name].placements)
+                    total = total + (outputs[name] * upstream).sum()
+            results += torch.autograd.grad(total, [input, *leaves.values()])
+        if not whole and wrapped:
+            assert all(grad.placements == (Replicate(),) * mesh.ndim for grad in results[1:5] + results[6:])
+        return [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in results]
+
+    for target in (labels, probabilities):
+        for options in (
+            {},
+            others,
+            {"weight": others["weight"]},
+            {"reduction": "sum", **others},
+            {"reduction": "none"},
+        ):
+            expected = run(logits.clone().requires_grad_(), True, target, options)
+            sharded = distribute_tensor(logits, mesh, [PLACEMENTS[p] for p in placements]).requires_grad_()
+            for ours, right in zip(run(sharded, False, target, options), expected, strict=True):
+                torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-7)
 
 
 def unread_reports(ranks: int, wrong: str | None) -> tuple[str | None, float] | None:
@@ -673,6 +747,28 @@ def second_derivative(ranks: int) -> str | None:
     except RuntimeError as error:
         return str(error)
     return None
+
+
+def second_derivative_of_dtensors(ranks: int) -> None:
+    """Whole classes have one, of a square of the loss as well, and of a number that learns."""
+    if is_idle(ranks):
+        return
+    g = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(5, 4, generator=g, dtype=torch.double), torch.arange(5) % 4
+
+    def second(input: Tensor, power: int) -> list[Tensor]:
+        scale = torch.tensor(1.5, dtype=torch.double, requires_grad=True)
+        of_one = torch.autograd.grad(functional.cross_entropy(input, target) ** power, input, create_graph=True)[0]
+        learned = functional.cross_entropy(input, target, logit_scale=scale) ** power
+        of_scale = torch.autograd.grad(learned, scale, create_graph=True)[0] ** power
+        grads = torch.autograd.grad((of_one * of_one).sum(), input) + torch.autograd.grad(of_scale, [input, scale])
+        return [grad.full_tensor() if isinstance(grad, DTensor) else grad for grad in grads]
+
+    for power in (1, 2):
+        expected = second(logits.clone().requires_grad_(), power)
+        found = second(distribute_tensor(logits, MESHES[(ranks,)], [Shard(0)]).requires_grad_(), power)
+        for ours, right in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, right)
 
 
 def compiled(ranks: int) -> None:

@@ -440,6 +440,27 @@ def test_dtensors_of_other_shapes(pool: processes.Pool) -> None:
             on(MeshWorld(pool, (4,), placements), target).check(x, "dtensor", f"{shape} by {placements}")
 
 
+def test_ignored_positions_of_dtensors_are_not_read(pool: processes.Pool) -> None:
+    """Class weights with a z-loss included, which have sums of their own."""
+    x, weight = logits_of((6, 7), torch.float32), torch.rand(7, generator=generator("weight")) + 0.1
+    target = torch.tensor([0, -100, 3, -100, 6, 1])
+    x[1], x[3] = nan, inf
+    s = torch.tensor([1.0, nan, 2.0, nan, 0.5, 0.0])
+    ones = torch.ones(6)
+    upstream = Upstream(torch.ones(()), ones, ones, ones)
+    for mesh, placements in (((2,), "R"), ((2,), "S0"), ((2,), "S1"), ((4,), "S0"), ((2, 2), "S0 S1")):
+        for reduction in ("mean", "sum"):
+            for given in ({}, {"weight": weight}):
+                world = MeshWorld(pool, mesh, placements)
+                options = {"sample_weight": s, "z_loss": 0.1, "reduction": reduction, **given}
+                for name in ("cross_entropy", "cross_entropy_with_stats"):
+                    if "stats" in name and not (given and reduction == "mean"):
+                        continue
+                    of = upstream if "stats" in name else None
+                    reason = f"{name}, {placements} on {mesh}, {options}"
+                    check_call(world.function(name), x, target, **options, upstream=of, reason=reason)
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_column_parallel_layer(pool: processes.Pool, ranks: int) -> None:
     pool.run("colwise", ranks)
@@ -523,17 +544,22 @@ def test_tensors_that_differ(pool: processes.Pool, ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_gathered_logits(pool: processes.Pool, ranks: int) -> None:
     """All classes on every rank are an error; shards that happen to be alike are not."""
-    for kind in ("index", "smoothed", "probabilities", "ignored", "linear"):
-        for message in pool.run("gathered", ranks, kind=kind, unread=False):
-            assert str(message).startswith("ValueError: every rank has the same logits"), (kind, message)
-            assert "shard_sizes" in message
-        for loss in pool.run("gathered", ranks, kind=kind, unread=True):
-            assert isinstance(loss, float) and math.isnan(loss), (kind, loss)
     legal = ["sizes are given", "of another shard", "all equal", "zeros with a bias", "one position differs"]
-    for kind in (*legal, "probabilities of shards", "nothing counts"):
-        for unread in (False, True):
-            for loss in pool.run("gathered", ranks, kind=kind, unread=unread):
-                assert isinstance(loss, float) and math.isnan(loss) == (kind == "nothing counts"), (kind, loss)
+    legal += ["probabilities of shards", "probabilities of the first shard", "nothing counts"]
+    for smoothing in (0.0, 0.1, 0.5, 0.6, 0.9, 0.99, 1.0):
+        for kind in ("index", "probabilities", "ignored", "narrow", "linear"):
+            if kind == "probabilities" and smoothing == 1:  # of which nothing is left
+                continue
+            for message in pool.run("gathered", ranks, kind=kind, unread=False, smoothing=smoothing):
+                assert str(message).startswith("ValueError: every rank has the same logits"), (kind, smoothing, message)
+                assert "shard_sizes" in message
+            for loss in pool.run("gathered", ranks, kind=kind, unread=True, smoothing=smoothing):
+                assert isinstance(loss, float) and math.isnan(loss), (kind, smoothing, loss)
+        for kind in legal:
+            for unread in (False, True):
+                for loss in pool.run("gathered", ranks, kind=kind, unread=unread, smoothing=smoothing):
+                    assert isinstance(loss, float), (kind, smoothing, loss)
+                    assert math.isnan(loss) == (kind == "nothing counts"), (kind, smoothing, loss)
 
 
 def test_labels_beside_dtensors_that_differ(pool: processes.Pool) -> None:
@@ -565,10 +591,59 @@ def test_an_error_of_one_rank_s_layer(pool: processes.Pool, kind: str) -> None:
         assert message.startswith(expected), message
 
 
+OF_POSITIONS = [((4,), ["S0"]), ((2, 2), ["S0", "S1"]), ((2, 2), ["S1", "S0"]), ((2, 2), ["S0", "S0"])]
+
+
 def test_an_error_of_one_rank_s_positions(pool: processes.Pool) -> None:
-    for mesh, placements in (((4,), ["S0"]), ((2, 2), ["S0", "S1"]), ((2, 2), ["S1", "S0"]), ((2, 2), ["S0", "S0"])):
-        for message in pool.run("failing_dtensor", mesh=mesh, placements=placements):
+    for mesh, placements in OF_POSITIONS:
+        request = {"mesh": mesh, "placements": placements, "kind": "a class that is none", "everybody": True}
+        for message in pool.run("failing_dtensor", **request):
             assert message.startswith("IndexError: ") and message.endswith("Target 6 is out of bounds."), message
+
+
+ERRORS_OF_DTENSORS = {
+    "labels elsewhere": "ValueError: target must be on the device of the logits, cpu, not meta",
+    "probabilities elsewhere": "ValueError: target must be on the device of the logits, cpu, not meta",
+    "weight elsewhere": "ValueError: weight must be on the device of the logits, cpu, not meta",
+    "sample_weight elsewhere": "ValueError: sample_weight must be on the device of the logits, cpu, not meta",
+    "shape": "ValueError: target must have the shape (4,), but got (5,)",
+    "sample_weight": "ValueError: sample_weight must have the shape (4,), but got (3,)",
+    "weight that learns": "ValueError: weight may not require a gradient where the logits are a DTensor",
+    "z_loss": "ValueError: z_loss must be a finite number of at least 0, but got -0.1",
+    "z_loss in a tensor": "ValueError: z_loss must be a finite number of at least 0, but got -0.5",
+    "z_loss is no number": "ValueError: z_loss must be a finite number of at least 0, but got nan",
+}
+
+
+@pytest.mark.parametrize("kind", ERRORS_OF_DTENSORS)
+def test_an_error_beside_dtensors(pool: processes.Pool, kind: str) -> None:
+    """Of all ranks, whatever the placements are. And of one, which the others hear of."""
+    error, _, text = ERRORS_OF_DTENSORS[kind].partition(": ")
+    for mesh, placements in [*OF_POSITIONS, ((4,), ["R"]), ((4,), ["S1"])]:
+        request = {"mesh": mesh, "placements": placements, "kind": kind}
+        for message in pool.run("failing_dtensor", everybody=True, **request):
+            assert message == f"{error}: {text}", (placements, message)
+        if placements == ["R"] or kind.startswith("z_loss"):  # nothing is exchanged; ranks have to agree about options
+            continue
+        messages = pool.run("failing_dtensor", everybody=False, **request)
+        assert messages[3] == f"{error}: {text}", (placements, messages)
+        for message in messages[:3]:
+            assert message.startswith(f"{error}: rank ") and message.endswith(text), (placements, messages)
+
+
+def test_numbers_that_learn_beside_dtensors(pool: processes.Pool) -> None:
+    """Their gradient is that of all positions, also where a rank has none. Sharded classes refuse them."""
+    layouts = [((2,), ["S0"]), ((4,), ["S0"]), ((2,), ["R"]), ((2, 2), ["S0", "S2"]), ((2, 2), ["R", "S0"])]
+    for i, (mesh, placements) in enumerate(layouts):
+        for shape in ((5, 4, 3), (1, 4, 2)):
+            wrapped = (i + shape[0]) % 2 == 0
+            pool.run("learned_numbers", mesh=mesh, placements=placements, shape=shape, wrapped=wrapped)
+    for mesh, placements in (((4,), ["S1"]), ((2, 2), ["S0", "S1"])):
+        for name in ("logit_scale", "z_loss"):
+            request = {"mesh": mesh, "placements": placements, "kind": f"{name} that learns", "everybody": True}
+            for message in pool.run("failing_dtensor", **request):
+                expected = f"ValueError: {name} may not require a gradient where the logits are a DTensor with sharded"
+                assert message.startswith(expected), message
 
 
 def test_where_the_host_does_not_read(pool: processes.Pool) -> None:
@@ -600,6 +675,10 @@ def test_no_rank_is_left_waiting(task: str) -> None:
 def test_no_second_derivative(pool: processes.Pool) -> None:
     for message in pool.run("second_derivative", 2):
         assert message is not None and "has no second derivative" in message
+
+
+def test_second_derivative_of_dtensors(pool: processes.Pool) -> None:
+    pool.run("second_derivative_of_dtensors", 2)
 
 
 def test_compiled(pool: processes.Pool) -> None:
