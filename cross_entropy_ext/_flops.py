@@ -1,7 +1,7 @@
 """The matrix products of the linear forms, for torch.utils.flop_counter.
 
-They are counted as those of ``F.linear`` and its backward, in the operator that makes them: a forward that makes the
-gradients, too, has three. A product that a backward makes again, to save memory, is not counted: a step has the same
+They are counted like those of ``F.linear`` and its backward, in the operator that makes them. A forward that makes the
+gradients, too, has three. A product that a backward makes again, to save memory, is not counted. So a step has the same
 count in either form.
 """
 
@@ -15,7 +15,7 @@ _NAME = "torch.utils.flop_counter"
 
 
 def _of_layer(input, linear_weight) -> int:
-    """Of one product between input (N, F) and weight (C, d1, ..., dK, F), or of a gradient of either."""
+    """Count one product between input (N, F) and weight (C, d1, ..., dK, F), or one gradient of either."""
     return 2 * input[0] * math.prod(linear_weight)
 
 

@@ -368,7 +368,7 @@ def mixup_cross_entropy(
         input: logits of shape (C), (N, C) or (N, C, d1, ..., dK).
         target_a, target_b: class indices of shape (), (N) or (N, d1, ..., dK).
         lam: the share of ``target_a``: a number in [0, 1], or a tensor of shape (), (N) or (N, d1, ..., dK), whose
-            values are not checked. It may require a gradient.
+            values are not checked. It may require a gradient. Beside a DTensor it has no elements.
         weight: one factor per class, of shape (C), any floating dtype.
         ignore_index: a label with this value adds nothing to its part, and is not counted there.
         reduction, label_smoothing, ...: as for :func:`cross_entropy`. The logits are read twice for class weights with
@@ -398,6 +398,23 @@ def mixup_cross_entropy(
             f"target_a must have a class for each position of an input of shape {tuple(input.shape)}, "
             f"but got the shape {tuple(target_a.shape)}"
         )
+    if _is_dtensor(input):
+        return _mixture_of_dtensors(
+            input,
+            (target_a, target_b),
+            lam,
+            loss_dtype,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            sample_weight=sample_weight,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            empty=empty,
+            denominator=denominator,
+        )
     if isinstance(lam, Tensor):
         if lam.is_complex():
             raise ValueError(f"lam must be a number or a tensor of a real type, but got {lam.dtype}")
@@ -410,9 +427,7 @@ def mixup_cross_entropy(
         lam = lam.reshape(lam.shape + (1,) * (target_a.dim() - lam.dim()))
         shares = torch.stack([lam, 1 - lam], axis)
     else:
-        lam = _number("lam", lam)
-        if not 0 <= lam <= 1:
-            raise ValueError(f"lam must be in [0, 1], but got {lam}")
+        lam = _share(lam)
         wide = {"dtype": torch.float64, "device": input.device}
         if _is_dynamo_compiling():  # which traces this for whatever number is drawn
             shares = torch.arange(2, **wide) * (1 - 2 * lam) + lam
@@ -437,6 +452,34 @@ def mixup_cross_entropy(
         softcap=softcap,
         logit_scale=logit_scale,
     )
+
+
+def _mixture_of_dtensors(input, targets, lam, loss_dtype, **options) -> Tensor:
+    """The two losses one after the other, since the operator of pairs takes no DTensors."""
+    from . import dtensor
+
+    if isinstance(lam, Tensor):
+        if lam.dim() > 0 or lam.is_complex():
+            raise ValueError(
+                "lam must be a number or a real scalar tensor where the input is a DTensor, "
+                f"but got {lam.dtype} of shape {tuple(lam.shape)}"
+            )
+        lam = dtensor.on_mesh(lam.to(torch.promote_types(lam.dtype, _arithmetic(input))), input)
+    else:
+        lam = _share(lam)
+    if isinstance(options["weight"], Tensor):  # which native has of the logits' type alone
+        options["weight"] = options["weight"].to(_arithmetic(input))
+    loss_of_a, loss_of_b = (
+        cross_entropy(input, target, loss_dtype=_arithmetic(input), **options) for target in targets
+    )
+    return (lam * loss_of_a + (1 - lam) * loss_of_b).to(loss_dtype or loss_type(input, targets[0], None))
+
+
+def _share(lam: float) -> float:
+    lam = _number("lam", lam)
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam must be in [0, 1], but got {lam}")
+    return lam
 
 
 def _mixture(

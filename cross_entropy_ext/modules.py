@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -17,12 +18,12 @@ __all__ = ["CrossEntropyLoss", "DistillationLoss", "LinearCrossEntropyLoss", "NL
 
 
 def _keyword_only(function: Callable) -> dict[str, Any]:
-    """The defaults of its arguments that are."""
+    """The keyword-only arguments of a function, and their defaults."""
     parameters = inspect.signature(function).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
-# What native has no argument for, and modules have as attributes.
+# These options are this package's own. The modules have them as attributes.
 _EXTRAS = {
     name: default
     for name, default in _keyword_only(functional.cross_entropy).items()
@@ -31,7 +32,7 @@ _EXTRAS = {
 
 
 def _shown(module: nn.Module, defaults: dict[str, Any]) -> list[str]:
-    """What `repr` shows of a module's options: those that are not the defaults."""
+    """The options of a module that are not the defaults, as `repr` shows them."""
     values = ((name, getattr(module, name, default), default) for name, default in defaults.items())
     return [f"{name}={value!r}" for name, value, default in values if isinstance(value, Tensor) or value != default]
 
@@ -151,7 +152,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 class DistillationLoss(nn.Module):
     """:func:`cross_entropy_ext.functional.distillation_loss` as a module.
 
-    What the arguments are, and which shapes, dtypes and errors there are, is said there.
+    That function's documentation describes the arguments, the shapes and dtypes, and the errors.
 
     Example:
         >>> criterion = DistillationLoss(temperature=4.0, alpha=0.7)
@@ -225,8 +226,12 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
     those of :func:`cross_entropy_ext.functional.linear_cross_entropy`, which says what shapes and errors there are.
 
     The loss runs in the place of the forward of ``linear``, and so with the weight that FSDP gathers for that forward,
-    whatever `fully_shard` was called on: this module, its ``linear`` or a module around them. Another module in the
-    place of ``linear`` (an adapter, a quantized layer) makes its own logits, and the loss is made of these.
+    whatever `fully_shard` was called on: this module, its ``linear`` or a module around them. Hooks of ``linear`` run.
+    Its forward hooks see the loss in the place of logits, which there are none of; its forward pre-hooks may change the
+    input. Several threads may call one module at a time.
+
+    Another module in the place of ``linear`` (an adapter, a quantized layer) makes its own logits, and the loss is made
+    of these. Hooks of such a module see its logits.
 
     Args:
         in_features: F, the size of each input.
@@ -302,7 +307,8 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
             "empty": self.empty,
             "denominator": denominator,
         }
-        if type(layer).forward is not nn.Linear.forward or "forward" in vars(layer):
+        own = _own_forward(layer)
+        if type(layer).forward is not nn.Linear.forward or not (own is None or isinstance(own, _Forward)):
             return self._of_logits(layer(input), target, sample_weight, options)
 
         def loss(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -325,7 +331,7 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
         return loss(input, layer.weight, layer.bias)
 
     def _of_logits(self, logits: Tensor, target: Tensor, sample_weight: Tensor | None, options: dict) -> Tensor:
-        """The loss of what something else in the place of the layer, say one with an adapter, makes of the input."""
+        """The loss of logits that another module in the place of the layer has made, say one with an adapter."""
         logits = logits.unflatten(-1, (self.num_classes, *self.out_features))
         if self.ignore_index is not None:
             if target.shape == logits.shape:
@@ -361,8 +367,43 @@ def _in_forward_of(layer: nn.Linear, input: Tensor, loss: Callable[..., Tensor])
                 (input,) = result if isinstance(result, tuple) else (result,)
         return loss(input, layer.weight, layer.bias)
 
-    # Nothing of this call is kept in the function: another thread that finds it there computes its own loss.
-    def forward(input: Tensor, loss: Callable[..., Tensor]) -> Tensor:
+    if torch.compiler.is_dynamo_compiling():  # Dynamo follows no lock. An attribute that is gone again is never real.
+        if isinstance(_own_forward(layer), _Forward):  # An eager thread has set it.
+            return layer(input, loss=loss)
+        layer.forward = _Forward(layer)
+        try:
+            return layer(input, loss=loss)
+        finally:
+            layer.__dict__.pop("forward", None)
+
+    with _forwards:
+        forward = _own_forward(layer)
+        if forward is None:
+            layer.forward = forward = _Forward(layer)
+        forward.calls += 1
+    try:
+        return layer(input, loss=loss)
+    finally:
+        with _forwards:
+            forward.calls -= 1
+            if not forward.calls:
+                layer.__dict__.pop("forward", None)
+
+
+class _Forward:
+    """A layer's forward while calls of its LinearCrossEntropyLoss are under way, in any number of threads.
+
+    A call hands over its own loss: nothing of it is kept here. A call of the layer itself hands over none.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self.layer = layer
+        self.calls = 0  # This many are under way. The last one to end takes this forward away.
+
+    def __call__(self, input: Tensor, loss: Callable[..., Tensor] | None = None) -> Tensor:
+        layer = self.layer
+        if loss is None:
+            return type(layer).forward(layer, input)
         if functional._is_dtensor(layer.weight):
             raise RuntimeError(
                 "the layer of LinearCrossEntropyLoss is sharded by fully_shard and by parallelize_module: call "
@@ -370,15 +411,17 @@ def _in_forward_of(layer: nn.Linear, input: Tensor, loss: Callable[..., Tensor])
             )
         return loss(input, layer.weight, layer.bias)
 
-    layer.forward = forward
-    try:
-        return layer(input, loss=loss)
-    finally:
-        layer.__dict__.pop("forward", None)
+
+_forwards = threading.Lock()  # It is held while a _Forward is set, counted or taken away, and not while one runs.
+
+
+def _own_forward(layer: nn.Module) -> Callable | None:
+    """The forward that has been set on the layer itself, in the place of its class's."""
+    return vars(layer).get("forward")
 
 
 def _is_sharded_in_place(layer: nn.Linear) -> bool:
-    """Whether the weight is a DTensor, and will be one in the layer's forward."""
+    """Return whether the weight is a DTensor, and will be one in the layer's forward."""
     if not functional._is_dtensor(layer.weight):
         return False
     from torch.distributed.fsdp import FSDPModule

@@ -1,10 +1,9 @@
 """`patch_torch()`: programs that know nothing of this package compute their losses with it.
 
-What is replaced is functions, `F.cross_entropy`, `F.nll_loss` and `F.linear_cross_entropy`, under every name that a
+It replaces three functions, `F.cross_entropy`, `F.nll_loss` and `F.linear_cross_entropy`, under every name that a
 module has for them. The classes stay what they are: `nn.CrossEntropyLoss` and its like look the functions up whenever
-they are called.
-So instances that exist already, subclasses, and classes kept where no search would find them are patched with the
-functions, and `isinstance`, `type`, pickles and checkpoints notice nothing.
+they are called. So the patch reaches instances that exist already, subclasses, and classes kept where no search would
+find them. `isinstance`, `type`, pickles and checkpoints notice nothing.
 """
 
 import sys
@@ -23,7 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import functional
 from .linear import LinearCrossEntropyOptions
 
-native_linear_cross_entropy = getattr(F, "linear_cross_entropy", None)  # of torch 2.13 and later
+native_linear_cross_entropy = getattr(F, "linear_cross_entropy", None)  # Torch 2.13 and later have it.
 
 __all__ = ["is_patched", "patch_torch", "unpatch_torch"]
 
@@ -41,7 +40,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    if torch.jit.is_scripting():  # which has no Python to call back into
+    if torch.jit.is_scripting():  # TorchScript has no Python to call back into.
         return native_cross_entropy(
             input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
         )
@@ -140,8 +139,9 @@ class _Level:
 
 
 _lock = RLock()
-_levels: list[_Level] = []  # the calls in effect, oldest first
-_patched = False  # whether there are any: a constant for torch.compile, which would compile anew for every length
+_levels: list[_Level] = []  # The calls in effect, oldest first.
+# This says whether there are any. It is a constant for torch.compile, which would compile anew for every length.
+_patched = False
 
 
 def patch_torch() -> _Level:
@@ -159,9 +159,9 @@ def patch_torch() -> _Level:
     The patch is for the whole process and all its threads, and lasts until :func:`unpatch_torch`, or to the end of a
     ``with`` statement. Called twice, as by a cell of a notebook that runs again, it is undone by one
     :func:`unpatch_torch`; ``with`` statements nest, in each other and in such calls, and end in any order and by any
-    thread. PyTorch is itself again after the last. Then names that were patched are native's again, and whoever kept
-    the replacement elsewhere gets native's results from it. What somebody else has put in the place of a function,
-    before or in between, is left.
+    thread. PyTorch is itself again after the last. Then names that were patched are native's again, and a replacement
+    that was kept elsewhere gives native's results. The patch leaves alone a function of somebody else in the place of
+    native's, put there before or in between.
 
     :func:`is_patched` tells whether a patch is in effect. ``F.cross_entropy.__module__`` tells whose function it is:
     ``'cross_entropy_ext.patch'`` or ``'torch.nn.functional'``. :class:`torch.nn.CrossEntropyLoss` is the same class
@@ -171,8 +171,8 @@ def patch_torch() -> _Level:
     afterwards. The exception is a function that constructs ``nn.CrossEntropyLoss`` itself: torch.compile then does not
     notice that the loss has changed, and keeps the one it has compiled until :func:`torch.compiler.reset`.
 
-    Not reached are functions that were kept elsewhere than under a module's name (in a closure, a dictionary, a
-    ``functools.partial``, a default argument), TorchScript, and whatever calls ``torch.ops.aten`` itself.
+    The patch does not reach functions that were kept elsewhere than under a module's name (in a closure, a dictionary,
+    a ``functools.partial``, a default argument), TorchScript, and code that calls ``torch.ops.aten`` itself.
 
     Example:
         >>> patch_torch()  # at the head of a program
@@ -190,7 +190,7 @@ def patch_torch() -> _Level:
     with _lock:
         _levels.append(level)
         _patched = True
-        # Every time, for what has got hold of the native functions since.
+        # Each call looks again: other modules may have imported the native functions since the last one.
         _rename(_REPLACEMENTS)
     return level
 
@@ -208,7 +208,7 @@ def unpatch_torch() -> None:
 
 
 def is_patched() -> bool:
-    """Whether a :func:`patch_torch` is in effect."""
+    """Return whether a :func:`patch_torch` is in effect."""
     return _patched
 
 
@@ -228,7 +228,7 @@ def _rename(functions: dict[Callable[..., Tensor], Callable[..., Tensor]]) -> No
     for module_name, module in sys.modules.copy().items():
         if not isinstance(module, ModuleType) or f"{module_name}.".startswith(f"{__package__}."):
             continue
-        # Past the __getattribute__ of modules that are loaded when they are first asked for something.
+        # This avoids the __getattribute__ of modules that are loaded when they are first asked for something.
         names = ModuleType.__getattribute__(module, "__dict__")
         for name, value in names.copy().items():
             if id(value) in other and names.get(name) is value:
@@ -236,7 +236,7 @@ def _rename(functions: dict[Callable[..., Tensor], Callable[..., Tensor]]) -> No
 
 
 def _is_intercepted(*arguments: Any) -> bool:
-    """Whether a `__torch_function__` is to decide.
+    """Return whether a `__torch_function__` is to decide.
 
     Dynamo answers for subclasses alone, and asks them itself when it comes to the operator.
     """
@@ -248,9 +248,9 @@ def _is_intercepted(*arguments: Any) -> bool:
 def _public(
     replacement: Callable[..., Tensor], native: Callable[..., Tensor], *arguments: Any
 ) -> Callable[..., Tensor]:
-    """The function that `__torch_function__` is told of: what `F.cross_entropy` is now, for it to be recognized by.
+    """Return the function to tell `__torch_function__` of: the one that `F.cross_entropy` is now, which it recognizes.
 
-    A graph of torch.fx records the native one, which it writes, and looks up when it runs, as
-    `torch.nn.functional.cross_entropy`; so it does not depend on whether torch was patched when it was recorded.
+    A graph of torch.fx records the native one. It writes that as `torch.nn.functional.cross_entropy`, and looks it up
+    when it runs. So the graph does not depend on whether torch was patched when it was recorded.
     """
     return native if any(isinstance(argument, fx.Proxy) for argument in arguments) else replacement

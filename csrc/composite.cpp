@@ -389,7 +389,9 @@ Outputs outputs_of(const at::Tensor& loss, const at::Tensor& lse, const at::Tens
   const at::Tensor sum = row(saved::kLse) + row(saved::kLseLost);
   at::Tensor z_loss =
       sum.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).square() * Number::of(options, Options::kZLoss);
-  if (has_value(inputs.sample_weight)) z_loss = z_loss * *inputs.sample_weight;
+  if (has_value(inputs.sample_weight)) {  // which may be NaN at an ignored position, where the sum is zero
+    z_loss = zero_unless(sum.ne(0), z_loss * *inputs.sample_weight);
+  }
   if (options.reduction != kNone) z_loss = z_loss.sum() / denominator;
   if (loss.scalar_type() != at::kDouble) z_loss = z_loss.to(loss.scalar_type());
   at::Tensor argmax = lse.view(lse.scalar_type() == at::kDouble ? at::kLong : at::kInt)

@@ -813,6 +813,38 @@ def autocast(ranks: int) -> list[torch.dtype] | None:
     return [loss.dtype, logits.grad.dtype, other.dtype]
 
 
+def mixture_of_dtensors(ranks: int) -> None:
+    """MixUp of logits on a mesh has the loss and the gradients of whole logits, with padding and weights."""
+    if is_idle(ranks):
+        return
+    mesh, generator = MESHES[(ranks,)], torch.Generator().manual_seed(0)
+    whole = torch.randn(5, 6, 3, generator=generator)
+    a, b = (torch.randint(6, (5, 3), generator=generator) for _ in range(2))
+    a[0], b[1, 1] = -100, -100
+    weight, sample_weight = torch.rand(6, generator=generator) + 0.1, torch.rand(5, 3, generator=generator)
+
+    def run(logits: Tensor, reduction: str, options: dict) -> list[Tensor]:
+        logits, lam = logits.requires_grad_(), torch.tensor(0.3, requires_grad=True)
+        loss = functional.mixup_cross_entropy(logits, a, b, lam, weight, reduction=reduction, **options)
+        found = (loss, *torch.autograd.grad(loss.sum(), (logits, lam)))
+        return [tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in found]
+
+    for placement in (Replicate(), Shard(0), Shard(1), Shard(2)):
+        for reduction in ("mean", "sum", "none"):
+            for options in ({}, {"z_loss": 0.1, "label_smoothing": 0.1, "sample_weight": sample_weight}):
+                expected = run(whole.clone(), reduction, options)
+                found = run(distribute_tensor(whole, mesh, [placement]), reduction, options)
+                for one, other in zip(found, expected, strict=True):
+                    torch.testing.assert_close(one, other)
+    logits = distribute_tensor(whole, mesh, [Shard(0)])
+    try:
+        functional.mixup_cross_entropy(logits, a, b, torch.rand(5))
+    except ValueError as error:
+        assert "lam must be a number or a real scalar tensor" in str(error)
+    else:
+        raise AssertionError("a share for each sample was taken")
+
+
 def module(ranks: int) -> None:
     if is_idle(ranks):
         return

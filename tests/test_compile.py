@@ -633,7 +633,9 @@ def test_numbers_in_tensors(name):
     function = compiled(ours, dynamic=None)
     for value in (torch.tensor(0.5), torch.tensor(0.25)):
         close(gradients_of(function(value), tensors), gradients_of(expected(value.double()), tensors), 1e-11)
-    with pytest.raises((ValueError, TypeError), match=r"must be (a number or a scalar tensor|float)"):  # or native's own
+    with pytest.raises(
+        (ValueError, TypeError), match=r"must be (a number or a scalar tensor|float)"
+    ):  # or native's own
         ours(torch.ones(2))
 
 

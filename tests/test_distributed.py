@@ -672,6 +672,10 @@ def test_no_rank_is_left_waiting(task: str) -> None:
 # The rest of PyTorch.
 
 
+def test_mixture_of_dtensors(pool: processes.Pool) -> None:
+    pool.run("mixture_of_dtensors", 2)
+
+
 def test_no_second_derivative(pool: processes.Pool) -> None:
     for message in pool.run("second_derivative", 2):
         assert message is not None and "has no second derivative" in message

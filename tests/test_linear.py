@@ -8,8 +8,10 @@ import copy
 import itertools
 import math
 import pickle
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import compositions
@@ -1490,6 +1492,65 @@ def test_module_runs_its_layer(out_features: tuple[int, ...], name: str) -> None
 
     for ours, right in zip(steps(True), steps(False), strict=True):
         torch.testing.assert_close(ours, right)
+
+
+class Held(nn.Linear):
+    """A layer in which a call can wait: before it looks for the layer's forward, or in a hook, after that."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__(6, 5, dtype=torch.double)
+        self.held, self.entered, self.released = {where}, threading.Event(), threading.Event()
+        self.seen = []
+        self.register_forward_pre_hook(Held.double_the_input)
+        self.register_forward_hook(lambda layer, inputs, output: layer.seen.append(output.shape))
+
+    def wait(self, where: str) -> None:
+        if where in self.held:
+            self.held.clear()  # the next call goes on
+            self.entered.set()
+            assert self.released.wait(60)
+
+    def __call__(self, *inputs: Tensor, **options: object) -> Tensor:
+        if not torch.compiler.is_compiling():
+            self.wait("before the forward")
+        return super().__call__(*inputs, **options)
+
+    def double_the_input(self, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        if not torch.compiler.is_compiling():
+            self.wait("in a hook")
+        return (2 * inputs[0],)
+
+
+@pytest.mark.parametrize("others", ["eager", "compiled"])
+@pytest.mark.parametrize("where", ["before the forward", "in a hook"])
+def test_module_in_two_threads(fresh_compiler: None, where: str, others: str) -> None:
+    """While one call waits in the layer, another one runs from its start to its end, and so does the layer itself."""
+    torch.manual_seed(0)
+    module = LinearCrossEntropyLoss(6, 5)
+    module.linear = Held(where)
+    layer, weight, bias = module.linear, module.linear.weight, module.linear.bias
+    module_of_others = torch.compile(module, backend="aot_eager", fullgraph=True) if others == "compiled" else module
+    calls = [(normal(n, 6), torch.randint(5, (n,))) for n in (3, 4)]
+
+    def step(module: nn.Module, x: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        loss = module(x, target)
+        return loss.detach(), *torch.autograd.grad(loss, [weight, bias])
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(step, module, *calls[0])
+        try:
+            assert layer.entered.wait(60)
+            found = step(module_of_others, *calls[1])
+            logits = layer(calls[1][0])
+        finally:
+            layer.released.set()
+        results = [waiting.result(60), found]
+    assert "forward" not in vars(layer)
+    # Forward hooks see the loss where the loss was called, and logits where the layer was.
+    assert layer.seen == [(), (4, 5), ()]
+    same(logits, F.linear(2 * calls[1][0], weight, bias))
+    for (x, target), result in zip(calls, results, strict=True):
+        close(result, step(lambda x, target: F.cross_entropy(F.linear(2 * x, weight, bias), target), x, target))
 
 
 def test_module_trains() -> None:
