@@ -624,7 +624,7 @@ def test_a_compiled_function_that_constructs_the_loss() -> None:
 
 
 def test_compiled_under_a_mode() -> None:
-    """The patched function asks the mode. Of the native one, torch's compiler decides, by what it has compiled before."""
+    """The patched function asks the mode. The native one asks it or not, by what torch has compiled before."""
 
     def compiled() -> Callable[..., Tensor]:
         return torch.compile(lambda x, t: F.cross_entropy(x, t), fullgraph=True, backend="aot_eager")
