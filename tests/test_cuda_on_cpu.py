@@ -44,6 +44,7 @@ for name in (
     "test_bad_targets_of_shards",
     "test_targets_on_every_instruction_set",
     "test_targets_do_not_depend_on_the_threads",
+    "test_logits_too_large_for_a_gradient_in_the_forward",  # of CUDA's none are
 ):
     globals().pop(name, None)
 
