@@ -8,6 +8,7 @@ import numbers
 import operator
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -875,9 +876,10 @@ def _general(name, tensors, **options):
     """Calls an operator of everything that native does not have: tensors, and its options as two lists of numbers."""
     all_tensors, integers, values = _arguments(tensors, **options)
     tensors = all_tensors[:6]
-    # A proxy of torch.fx, which stands for a tensor, records the operator.
-    if all(tensor is None or type(tensor) in _PLAIN or not isinstance(tensor, Tensor) for tensor in all_tensors):
-        return call_operator(name, *tensors[:2], _as_list(*all_tensors[2:]), integers, values)
+    others = [tensor for tensor in all_tensors if tensor is not None and type(tensor) not in _PLAIN]
+    if not any(isinstance(tensor, Tensor) for tensor in others):
+        arguments = (*tensors[:2], _as_list(*all_tensors[2:]), integers, values)
+        return call_operator(name, *arguments, proxies=others)
     if options.get("form") is None and _is_dtensor(tensors[0]):
         from . import dtensor  # the one look at a layer above, whose import takes as long as its tensors are rare
 
@@ -941,7 +943,7 @@ def _arguments(
     if isinstance(sample_weight, Tensor) and not (sample_weight.is_floating_point() or sample_weight.is_complex()):
         wide = tensors[0].dtype == torch.float64
         tensors = (*tensors[:4], sample_weight.to(torch.float64 if wide else torch.float32), tensors[5])
-    flags = (empty == "zero") | inplace << 1 | statistics << 2 | kl << 3 | _FORMS[form] << 4
+    flags = (empty == "zero") | bool(inplace) << 1 | statistics << 2 | kl << 3 | _FORMS[form] << 4
     integers = [F._Reduction.get_enum(reduction), operator.index(ignore_index), _LOSS_DTYPES[loss_dtype], flags, 0, 0]
     return (*tensors, *in_tensors), integers, values
 
@@ -988,11 +990,16 @@ def _as_list(*tensors: Tensor | None) -> list[Tensor | None]:
     return others
 
 
-def call_operator(name: str, tensor: Tensor, *arguments):
-    """Calls an operator, without the general parser where no compiler and no mode is to see the call."""
-    if _is_dynamo_compiling() or _is_torch_function_mode_enabled() or type(tensor) not in _PLAIN:
-        return getattr(_ops, name).default(tensor, *arguments)
-    return getattr(_C, name)(tensor, *arguments)
+def call_operator(name: str, *arguments, proxies: Sequence[object]):
+    """Calls an operator, without the general parser if no compiler and no mode is to see the call.
+
+    ``proxies`` among the arguments stand for tensors, as for torch.fx, and record the call.
+    """
+    if proxies:  # in lists, too, where the operator would not find them
+        return torch.overrides.handle_torch_function(getattr(_ops, name).default, proxies, *arguments)
+    if _is_dynamo_compiling() or _is_torch_function_mode_enabled():
+        return getattr(_ops, name).default(*arguments)
+    return getattr(_C, name)(*arguments)
 
 
 def _is_dtensor(tensor: Tensor) -> bool:

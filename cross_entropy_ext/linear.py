@@ -20,6 +20,7 @@ from .functional import (
     check_tensors,
     cross_entropy,
     cross_entropy_with_stats,
+    is_tensor,
     sparse_cross_entropy,
 )
 
@@ -310,11 +311,12 @@ class _Layer:
         target, companion = self.flat(target, int(dense)), self.flat(companion, 1)
         sample_weight = self.flat(sample_weight, 0)
         named = (input, target, weight, companion, sample_weight, denominator)
-        layer = (self.weight, self.bias)
-        if all(type(tensor) in _PLAIN for tensor in (*layer, *named) if isinstance(tensor, Tensor)):
+        others = [tensor for tensor in (self.weight, self.bias, *named) if type(tensor) not in _PLAIN]
+        if not any(isinstance(tensor, Tensor) for tensor in others):
             arguments, integers, values = _arguments(named, **options)
-            layer, others = (input, self.weight, _as_list(self.bias)), _as_list(*arguments[2:])
-            return self.unflat(call_operator(name, *layer, arguments[1], others, integers, values, self.chunk))
+            layer, optional = (input, self.weight, _as_list(self.bias)), _as_list(*arguments[2:])
+            arguments = (*layer, arguments[1], optional, integers, values, self.chunk)
+            return self.unflat(call_operator(name, *arguments, proxies=[one for one in others if is_tensor(one)]))
         matrix, bias = self.weight, self.bias
         if _is_dtensor(matrix):
             from . import dtensor

@@ -219,13 +219,13 @@ bool has_distinct_addresses(const at::Tensor& tensor) {
 // Nor for pairs, whose logits are looked up when the gradient is there already.
 bool can_overwrite(const Inputs& in, const at::Tensor& grad_output, const Options& options) {
   const at::Tensor& logits = in.logits;
+  if (!is_concrete(logits) || !is_concrete(grad_output)) return false;  // batched gradients, say: these have no storage
   for (const OptionalTensor& read : {OptionalTensor(grad_output), OptionalTensor(in.target), in.weight, in.companion,
                                      in.sample_weight, in.divisor}) {
     if (has_value(read) && read->is_alias_of(logits)) return false;
   }
   if (options.form == Form::kPairs) return false;
-  return !c10::GradMode::is_enabled() && is_concrete(logits) && !logits.is_neg() && !logits.is_inference() &&
-         has_distinct_addresses(logits);
+  return !c10::GradMode::is_enabled() && !logits.is_neg() && !logits.is_inference() && has_distinct_addresses(logits);
 }
 
 // Returns true if the logits are in the memory of a leaf. No node asks for a leaf's values again, but the user keeps

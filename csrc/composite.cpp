@@ -64,6 +64,9 @@ class Number {
     return tensor ? Number(*tensor) : Number(options.numbers()[number]);
   }
 
+  bool is_tensor() const { return std::holds_alternative<at::Tensor>(is_); }
+  Number detached() const { return is_tensor() ? Number(std::get<at::Tensor>(is_).detach()) : *this; }
+
   friend Number operator*(const Number& a, const Number& b) {
     return std::visit([](const auto& x, const auto& y) -> Number { return x * y; }, a.is_, b.is_);
   }
@@ -86,6 +89,19 @@ class Number {
  private:
   std::variant<double, at::Tensor> is_;
 };
+
+// operation(x, number), where an infinite x has no part in the gradient of the number, which would be zero times
+// infinity.
+template <class Operation>
+at::Tensor with_number(const at::Tensor& x, const Number& number, const Operation& operation) {
+  if (!number.is_tensor()) return operation(x, number);
+  const at::Tensor infinite = x.isinf();
+  return at::where(infinite, operation(x, number.detached()),
+                   operation(zero_unless(infinite.logical_not(), x), number));
+}
+
+constexpr auto kTimes = [](const at::Tensor& x, const Number& number) { return x * number; };
+constexpr auto kDividedBy = [](const at::Tensor& x, const Number& number) { return x / number; };
 
 // The error of the kernels, where values can be asked for; elsewhere whatever uses them raises its own.
 void check_classes(const at::Tensor& index, const at::Tensor& counts, const at::Tensor& logits) {
@@ -170,8 +186,8 @@ class Composite {
     }
     raw_ = zero_unless(valid_, in.logits.to(type_));
     if (is_dense(form_)) target_ = zero_unless(valid_, in.target.to(type_));
-    logits_ = raw_ * (form_ == Form::kTeacher ? Number(1) / temperature_ : logit_scale_);
-    if (options.softcap != 0) logits_ = at::tanh(logits_ / softcap_) * softcap_;
+    logits_ = with_number(raw_, form_ == Form::kTeacher ? Number(1) / temperature_ : logit_scale_, kTimes);
+    if (options.softcap != 0) logits_ = at::tanh(with_number(logits_, softcap_, kDividedBy)) * softcap_;
     if (are_log_probs) {
       log_p_ = logits_;
     } else {
@@ -240,7 +256,7 @@ class Composite {
 
   at::Tensor teacher_loss() const {
     const Number square = temperature_ * temperature_;
-    const at::Tensor log_q = log_softmax_and_lse(target_ / temperature_, dim_).first;
+    const at::Tensor log_q = log_softmax_and_lse(with_number(target_, temperature_, kDividedBy), dim_).first;
     const at::Tensor q = log_q.exp(), terms = zero_unless(q.ne(0), options_.kl ? log_q - log_p_ : -log_p_);
     const at::Tensor written = (q * terms).sum(dim_, true);
     const at::Tensor loss = (options_.kl ? divergence(written) : written) * square;

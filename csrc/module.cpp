@@ -2,7 +2,10 @@
 #include <ATen/Version.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <ATen/TracerMode.h>
 #include <torch/csrc/Exceptions.h>
+#include <torch/csrc/jit/frontend/tracer.h>
+#include <torch/csrc/jit/ir/ir.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 #include <torch/version.h>
@@ -70,8 +73,37 @@ Result linear_from_python(const at::Tensor& input, const at::Tensor& weight, con
   return function({input, weight, bias}, unpacked.with(input, target), unpacked.options(integers, numbers), chunk);
 }
 
-// torch.jit.trace has an operator as one node, as any operator for whose tracing there is no kernel. ONNX has no such
-// node: for it, the trace shows what torch.func works with, the operations that a loss is made of.
+void add_input(torch::jit::Node* node, const char* name, const c10::IValue& value) {
+  using torch::jit::tracer::addInputs;
+  if (value.isTensor()) return addInputs(node, name, value.toTensor());
+  if (value.isInt()) return addInputs(node, name, value.toInt());
+  if (value.isIntList()) return addInputs(node, name, at::IntArrayRef(value.toIntVector()));
+  if (value.isDoubleList()) return addInputs(node, name, at::ArrayRef<double>(value.toDoubleVector()));
+  TORCH_INTERNAL_ASSERT(value.isList());
+  addInputs(node, name, value.to<OptionalTensors>());
+}
+
+// A node of the graph that torch.jit.trace makes. Torch's own kernel for this takes no lists of optional tensors.
+void trace_with_lists(const c10::OperatorHandle& op, std::vector<c10::IValue>* stack) {
+  namespace tracer = torch::jit::tracer;
+  auto state = tracer::getTracingState();
+  torch::jit::Node* const node = state->createNode(c10::Symbol::fromQualString(op.schema().name()), 0);
+  tracer::recordSourceLocation(node);
+  const auto& arguments = op.schema().arguments();
+  const size_t first = stack->size() - arguments.size();
+  for (size_t i = 0; i < arguments.size(); ++i) add_input(node, arguments[i].name().c_str(), (*stack)[first + i]);
+  state->insertNode(node);
+  tracer::setTracingState(nullptr);
+  {
+    const at::tracer::impl::NoTracerDispatchMode without_tracer;
+    op.callBoxed(*stack);
+  }
+  tracer::setTracingState(std::move(state));
+  for (size_t i = first; i < stack->size(); ++i) tracer::addOutput(node, (*stack)[i].toTensor());
+}
+
+// torch.jit.trace has an operator as one node. ONNX has no such node: for it, the trace shows what torch.func works
+// with, the operations that a loss is made of.
 void trace(const c10::OperatorHandle& op, c10::DispatchKeySet keys, std::vector<c10::IValue>* stack) {
   const auto exports_to_onnx = [] {
     const pybind11::gil_scoped_acquire gil;
@@ -79,6 +111,9 @@ void trace(const c10::OperatorHandle& op, c10::DispatchKeySet keys, std::vector<
   };
   if (exports_to_onnx()) {
     op.callBoxedForDispatchKey(c10::DispatchKey::FuncTorchDynamicLayerFrontMode, *stack);
+  } else if (std::any_of(op.schema().arguments().begin(), op.schema().arguments().end(),
+                         [](const auto& argument) { return argument.name() == "others"; })) {
+    trace_with_lists(op, stack);
   } else {
     static const auto any_operator = c10::Dispatcher::singleton()
                                          .findSchemaOrThrow("cross_entropy_ext::_forward", "")
