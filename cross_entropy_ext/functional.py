@@ -110,8 +110,9 @@ def cross_entropy(
         logit_scale: what logits are multiplied by first, an inverse temperature. As a tensor it may require a gradient,
             which takes one more read of the logits and of their gradient.
         label_smoothing, z_loss, softcap, logit_scale: these four may be scalar tensors, too. A call waits for the value
-            of one that is not on the CPU. ``torch.compile`` compiles a call twice at most, whatever their values are.
-            If one other than ``logit_scale`` requires a gradient, PyTorch's own operations compute the loss.
+            of one that is not on the CPU. ``torch.compile`` compiles a call twice at most, whatever their values are;
+            with ``dynamic=True`` it does if the first value is not the default. If one other than ``logit_scale``
+            requires a gradient, PyTorch's own operations compute the loss.
         loss_dtype: dtype of the result. Default: the input's, promoted with probabilities and their weights; float32
             for half logits under autocast. Sums are formed in float32 or better whatever it is.
         empty: what a mean over nothing (0 / 0) is: ``'nan'``, as in PyTorch, or ``'zero'``.

@@ -5,6 +5,7 @@ size."""
 from __future__ import annotations
 
 import io
+import math
 import operator
 
 import pytest
@@ -637,6 +638,27 @@ def test_numbers_in_tensors(name):
         (ValueError, TypeError), match=r"must be (a number or a scalar tensor|float)"
     ):  # or native's own
         ours(torch.ones(2))
+
+
+MASKED_NUMBERS = {
+    "temperature": lambda v, x, z, t: functional.distillation_loss(x, z, temperature=v),
+    "temperature, ce": lambda v, x, z, t: functional.distillation_loss(x, z, temperature=v, kind="ce"),
+    "temperature, labels": lambda v, x, z, t: functional.distillation_loss(x, z, t, temperature=v, alpha=0.5),
+    "softcap": lambda v, x, z, t: functional.cross_entropy(x, t, softcap=v),
+    "logit_scale": lambda v, x, z, t: functional.cross_entropy(x, t, logit_scale=v),
+}
+
+
+@pytest.mark.parametrize("name", MASKED_NUMBERS)
+def test_masked_classes_have_no_part_in_gradients_of_numbers(name):
+    """A class at -inf adds nothing to the gradient of a number, where native operations have zero times infinity."""
+    x, z, t = normal(4, 6), normal(4, 6), torch.tensor([0, 1, 3, 5])
+    x[:, 2] = z[:, 2] = -math.inf
+    function, step = MASKED_NUMBERS[name], 1e-5
+    number = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(function(number, x, z, t), number)
+    quotient = (function(2 + step, x, z, t) - function(2 - step, x, z, t)) / (2 * step)
+    close(found, quotient, 1e-8)
 
 
 @pytest.mark.parametrize("name", [n for n in NUMBERS if n not in ("label_smoothing", "linear")])

@@ -39,6 +39,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cross_entropy_ext import CrossEntropyLoss
+from cross_entropy_ext import functional as ext
 
 BOTH = (cross_entropy, native)
 few = named("mean", "none", "weights_smoothing_ignored", "kdim", "transposed", "soft_weights_smoothing", "no_batch")
@@ -612,6 +613,16 @@ def test_compiled_transforms(transform):
     torch._dynamo.reset()
 
 
+def test_batched_gradients_in_place():
+    """They have no storage to compare: inplace has no effect."""
+    x, t, upstream = normal(3, 5).requires_grad_(), labels(5, 3), normal(2)
+    found, expected = (
+        torch.autograd.grad(ext.cross_entropy(x * 1, t, inplace=i), x, upstream, is_grads_batched=True)
+        for i in (True, False)
+    )
+    close(found, expected)
+
+
 # -- other tracers -------------------------------------------------------------------------------------------
 
 
@@ -636,3 +647,43 @@ def test_symbolic_trace_and_jit_trace():
         warnings.simplefilter("ignore")  # torch.jit is deprecated
         trace = torch.jit.trace(model, (normal(7, 4), labels(5, 7)))
     close(trace(x, t), model(x, t))
+
+
+CONSTANT = {"classes": weights(5), "layer": normal(6, 5), "bias": normal(6)}
+TRACED = {
+    "z-loss": lambda x, t, s: ext.cross_entropy(x, t, z_loss=0.1),
+    "sample weights": lambda x, t, s: ext.cross_entropy(x, t, CONSTANT["classes"], sample_weight=s),
+    "an integer for a number": lambda x, t, s: ext.cross_entropy(x, t, label_smoothing=0),
+    "statistics": lambda x, t, s: ext.cross_entropy_with_stats(x, t, sample_weight=s).entropy,
+    "teacher": lambda x, t, s: ext.distillation_loss(x, x.detach() * 2, t, alpha=0.5, sample_weight=s),
+    "mixture": lambda x, t, s: ext.mixup_cross_entropy(x, t, t.flip(0), 0.3, sample_weight=s),
+    "layer": lambda x, t, s: ext.linear_cross_entropy(
+        x, CONSTANT["layer"], t, linear_bias=CONSTANT["bias"], sample_weight=s
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_jit_trace_of_every_loss(name):
+    """Lists of optional tensors are nodes of the graph, too: it is right for other tensors."""
+    function, inputs = TRACED[name], lambda n: (normal(n, 5), labels(5, n), weights(n))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        trace = torch.jit.trace(function, inputs(7), check_trace=False)
+    assert "cross_entropy_ext::" in str(trace.graph)
+    others = inputs(7)
+    close(trace(*others), function(*others))
+
+
+@pytest.mark.parametrize("name", ["target", "weight", "sample weight", "teacher", "probs"])
+def test_symbolic_trace_of_any_argument(name):
+    """torch.fx records the loss where only one argument, on its own or in a list, is a proxy."""
+    x, t, s, w, indices = normal(3, 5), labels(5, 3), weights(3), weights(5), labels(5, 3, 2)
+    function, argument = {
+        "target": (lambda t: ext.cross_entropy(x, t, z_loss=0.1), t),
+        "weight": (lambda w: ext.cross_entropy(x, t, w, z_loss=0.1), w),
+        "sample weight": (lambda s: ext.cross_entropy(x, t, sample_weight=s), s),
+        "teacher": (lambda z: ext.distillation_loss(x, z), normal(3, 5)),
+        "probs": (lambda q: ext.sparse_cross_entropy(x, indices, q), soft(3, 2)),
+    }[name]
+    close(torch.fx.symbolic_trace(function)(argument), function(argument))
