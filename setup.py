@@ -48,7 +48,10 @@ FORCE_CPU = os.environ.get("FORCE_CPU") == "1"
 
 # A CUDA torch and its toolkit are enough; a GPU is not asked for.
 WITH_CUDA = bool(torch.version.cuda and cpp.CUDA_HOME) and not FORCE_CPU
-SOURCES = [*glob("csrc/*.cpp"), *glob("csrc/cpu/*.cpp"), *(glob("csrc/cuda/*.c*") if WITH_CUDA else [])]
+KINDS = ("cpp", "cu") if WITH_CUDA else ("cpp",)
+SOURCES = [
+    path for kind in KINDS for path in glob(f"csrc/**/*.{kind}", recursive=True) if WITH_CUDA or "/cuda/" not in path
+]
 if FORCE_CUDA and not WITH_CUDA:
     sys.exit(
         "FORCE_CUDA=1 needs a CUDA torch, its toolkit and no FORCE_CPU=1, but here is "

@@ -17,10 +17,10 @@
 #include "cuda/launch.h"
 #include "cuda/tuning.h"
 #endif
-#include "cross_entropy.h"
-#include "dispatch.h"
-#include "linear.h"
-#include "nll_loss.h"
+#include "host/cross_entropy.h"
+#include "host/dispatch.h"
+#include "linear/linear.h"
+#include "nll/nll_loss.h"
 
 namespace xent {
 namespace {

@@ -990,7 +990,7 @@ def test_bytes_of_a_launch():
 
 
 def test_names_of_kernels():
-    name = "void xent::gpu::rows<xent::BFloat16, (xent::TargetKind)0, (xent::gpu::Team)1, true>(xent::gpu::Task)"
+    name = "void xent::gpu::rows<xent::BFloat16, (xent::Objective)0, (xent::gpu::Team)1, true>(xent::gpu::Task)"
     assert kernels.kernel_of(name) == "rows"
     assert kernels.kernel_of("_ZN4xent3gpu13count_targetsIfEEvNS0_4TaskE") == "count_targets"
     assert kernels.kernel_of("Memcpy DtoD (Device -> Device)") == "Memcpy DtoD (Device -> Device)"

@@ -82,7 +82,7 @@ def options_of_setup(compiler: str) -> list[str]:
 # ---- units -----------------------------------------------------------------------------------------------------------
 
 TYPES = {"float16": "xent::Float16", "bfloat16": "xent::BFloat16", "float32": "float", "float64": "double"}
-KINDS = {"index": "kIndex", "smoothed": "kSmoothedIndex", "soft": "kSoft", "general": "kGeneral"}
+KINDS = {"index": "kIndex", "smoothed": "kSmoothedIndex", "soft": "kProbabilities", "general": "kGeneral"}
 
 
 class Unit(NamedTuple):
@@ -122,12 +122,12 @@ each_plain_unit_of_sm_90 = pytest.mark.parametrize(
 
 
 def all_kernels(unit: Unit) -> str:
-    parameters = f"{TYPES[unit.type]}, xent::TargetKind::{KINDS[unit.kind]}"
+    parameters = f"{TYPES[unit.type]}, xent::Objective::{KINDS[unit.kind]}"
     return f"template xent::gpu::Status xent::gpu::launch_kind<{parameters}>(const Task&, const Plan&, void*);\n"
 
 
 def rows_of_a_warp(unit: Unit) -> str:
-    parameters = f"{TYPES[unit.type]}, xent::TargetKind::{KINDS[unit.kind]}, xent::gpu::Team::kWarp, true"
+    parameters = f"{TYPES[unit.type]}, xent::Objective::{KINDS[unit.kind]}, xent::gpu::Team::kWarp, true"
     return f"template __global__ void xent::gpu::rows<{parameters}>(const __grid_constant__ xent::gpu::Task);\n"
 
 
@@ -189,7 +189,7 @@ TIGHT = [
 TEAMS = ("warp", "block", "cluster")
 MANGLED = re.compile(
     r"_ZN4xent3gpu\d+(?P<family>rows|small_rows|spatial|strided)I"
-    r"(?P<types>(?:NS_\d+B?Float16E|[fd])+)LNS_10TargetKindE(?P<kind>\d)E"
+    r"(?P<types>(?:NS_\d+B?Float16E|[fd])+)LNS_9ObjectiveE(?P<kind>\d)E"
     r"(?:LNS0_4TeamE(?P<team>\d)E)?(?:Li(?P<together>\d+)E)?(?:Lb(?P<copied>\d)E)?"
 )
 

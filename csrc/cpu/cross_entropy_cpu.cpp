@@ -14,7 +14,7 @@ namespace {
 constexpr int64_t kFewClasses = 32, kShortRow = 96, kManyPositions = 64;
 
 Lanes choose_lanes(const Problem& problem) {
-  const bool general = problem.kind == TargetKind::kGeneral;
+  const bool general = problem.objective == Objective::kGeneral;
   const int64_t most = most_classes_of_tile(problem.arithmetic_in_double ? 8 : 4);
   if (general && problem.classes > most) return Lanes::kClasses;
   if (problem.classes < kFewClasses) return Lanes::kPositions;
@@ -37,9 +37,9 @@ double smoothed_total_of(const Problem& problem, const at::Tensor& weight) {
   return problem.label_smoothing / double(problem.all_classes()) * sum;
 }
 
-void describe_with_weights(Problem& problem, const Inputs& inputs, const Options& options,
-                           const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse) {
-  describe(problem, inputs, options, kernel_weight, arithmetic, lse);
+void make_problem_with_weights(Problem& problem, const Inputs& inputs, const Options& options,
+                               const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse) {
+  make_problem(problem, inputs, options, kernel_weight, arithmetic, lse);
   if (kernel_weight && problem.smoothed_total != 0) problem.smoothed_total = smoothed_total_of(problem, *kernel_weight);
 }
 
@@ -50,7 +50,7 @@ Backward backward_problem(const at::Tensor& grad_logits, const at::Tensor& grad_
                           double scale, const Inputs& inputs, const Options& options,
                           const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse) {
   Backward problem;
-  describe_with_weights(problem, inputs, options, kernel_weight, arithmetic, lse);
+  make_problem_with_weights(problem, inputs, options, kernel_weight, arithmetic, lse);
   problem.grad_output = grad_output;
   problem.scale = scale;
   if (grad_logits.defined()) problem.grad_logits = view_with_classes(grad_logits);
@@ -70,9 +70,9 @@ Backward backward_problem(const at::Tensor& grad_logits, const at::Tensor& grad_
 // block, and in tiles of one.
 bool kernel_makes_gradient(const Problem& problem) {
   const int64_t size = problem.arithmetic_in_double ? 8 : 4;
-  if (problem.kind == TargetKind::kSoft || problem.kind == TargetKind::kGeneral) return false;
+  if (problem.objective == Objective::kProbabilities || problem.objective == Objective::kGeneral) return false;
   if (problem.lanes == Lanes::kPositions) return problem.classes <= most_classes_of_tile(size);
-  return problem.kind == TargetKind::kIndex && problem.classes >= kernels().vector_bytes / size &&
+  return problem.objective == Objective::kIndex && problem.classes >= kernels().vector_bytes / size &&
          problem.logits.class_stride == 1 && problem.classes <= kBlockVectors * kernels().vector_bytes / size;
 }
 
@@ -101,7 +101,7 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
   const bool mean = options.reduction == kMean;
   const auto arithmetic = arithmetic_type(inputs, options), loss_dtype = *options.loss_dtype;
   const auto weights = weight_for_kernel(inputs.weight, arithmetic, options.class_begin);
-  const int64_t rows = saved_rows(inputs.form(options), options);
+  const int64_t rows = saved_rows(inputs.target_kind(options), options);
   const at::Tensor lse = new_tensor({rows, count_positions(logits)}, arithmetic);
   const at::Tensor denominator = new_tensor({}, at::kDouble);
   at::Tensor grad_logits;
@@ -109,7 +109,7 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
   if (wanted == GradientOfForward::kInPlace) grad_logits = logits;
 
   Forward problem;
-  describe_with_weights(problem, inputs, options, weights, arithmetic, lse);
+  make_problem_with_weights(problem, inputs, options, weights, arithmetic, lse);
   if (grad_logits.defined()) problem.grad_logits = view_with_classes(grad_logits);
   problem.stream = is_larger_than_caches(logits);
   merge_dimensions(problem, {&problem.logits, &problem.target, &problem.sample_weight, &problem.probs, &problem.labels,
@@ -126,8 +126,8 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
     problem.loss = View{data_of(loss), element_type(loss_dtype)};
   }
   std::optional<Forward> teacher;
-  if (problem.form == Form::kTeacher) {
-    describe_teacher(teacher.emplace(problem), problem);
+  if (problem.target_kind == TargetKind::kTeacher) {
+    make_teacher_problem(teacher.emplace(problem), problem);
     teacher->loss = {};
   }
 
@@ -197,7 +197,7 @@ ForwardResult forward_backward_cpu_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
   const Options options = unpacked.options(integers, numbers).with_values();
-  TORCH_CHECK(options.reduction != kNone && inputs.form(options) != Form::kPairs,
+  TORCH_CHECK(options.reduction != kNone && inputs.target_kind(options) != TargetKind::kPairs,
               "cross_entropy_ext::_forward_backward_: needs a reduction, and no pairs");
   logits.mutable_data_ptr();  // no lazy copy shares it from here on
   auto [loss, lse, denominator, gradient] = run_forward(inputs, options, GradientOfForward::kInPlace);
@@ -221,7 +221,8 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   Backward problem = backward_problem(grad_logits, grad_target, grad_view, 1 / gradients.denominator.item<double>(),
                                       inputs, options, weights, arithmetic, gradients.lse);
   if (has_value(gradients.grad_statistics)) problem.grad_statistics = data_of(*gradients.grad_statistics);
-  if (problem.form != Form::kProbabilities && grad_logits.defined() && grad_logits.is_alias_of(inputs.logits)) {
+  if (problem.target_kind != TargetKind::kProbabilities && grad_logits.defined() &&
+      grad_logits.is_alias_of(inputs.logits)) {
     sum_target_weights(problem, inputs, options);  // for its error, before anything is overwritten
   }
   int64_t bad_position = kNoPosition;
@@ -240,7 +241,7 @@ at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
 
 BackwardResult cpu::backward(const Gradients& gradients, const Inputs& inputs, const Options& options,
                              std::array<bool, 2> wanted) {
-  const at::Tensor& probabilities = inputs.probabilities(options);
+  const at::Tensor& probabilities = inputs.differentiable_target(options);
   const at::Tensor grad_logits = wanted[0] ? empty_gradient(inputs.logits) : at::Tensor();
   const at::Tensor grad_target = wanted[1] ? empty_gradient(probabilities) : at::Tensor();
   backward_into(grad_logits, grad_target, gradients, inputs, options);
@@ -260,7 +261,7 @@ at::Tensor backward_cpu_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, 
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
   const Options options = unpacked.options(integers, numbers).with_values();
-  const at::Tensor& probabilities = inputs.probabilities(options);
+  const at::Tensor& probabilities = inputs.differentiable_target(options);
   const at::Tensor grad_target = target_wanted ? empty_gradient(probabilities) : at::Tensor();
   backward_into(logits, grad_target, {grad_output, unless_scalar(grad_statistics), lse, denominator}, inputs, options);
   return or_empty(grad_target, probabilities);

@@ -41,10 +41,10 @@ class CoefficientReader {
 
   // For the classes [c, c + n) of the position whose target is at `offset`.
   XENT_INLINE_MEMBER Coefficients<T> read(int64_t position, int64_t offset, int64_t c, int64_t n) {
-    switch (problem_.form) {
-      case Form::kNone: return {};
-      case Form::kTeacher: return softmax_of_teacher(position, offset + c * problem_.target.class_stride, n);
-      case Form::kProbabilities: return {dense_coefficients(buffers_[0], problem_, offset, c, n)};
+    switch (problem_.target_kind) {
+      case TargetKind::kNone: return {};
+      case TargetKind::kTeacher: return softmax_of_teacher(position, offset + c * problem_.target.class_stride, n);
+      case TargetKind::kProbabilities: return {dense_coefficients(buffers_[0], problem_, offset, c, n)};
       default:
         if (problem_.label_smoothing == 0) return {};
         return {dense_coefficients(buffers_[0], problem_, offset, c, n)};
@@ -274,10 +274,10 @@ XENT_INLINE Found<V> find(const Problem& problem, const Totals<V>& sums, const O
   found.log_sum = log_sum;
   const V dense = sums.spread + sums.mass * log_sum;
   found.entropy = log_sum + sums.energy / (sums.ties + sums.rest);
-  switch (problem.form) {
-    case Form::kNone: break;
-    case Form::kIndices:
-    case Form::kPairs: {
+  switch (problem.target_kind) {
+    case TargetKind::kNone: break;
+    case TargetKind::kIndices:
+    case TargetKind::kPairs: {
       const V keep = constant<V>(1 - problem.label_smoothing);
       const double share = problem.label_smoothing / double(problem.all_classes());
       found.loss = keep * select(own.weight == zero, own.weighted_gap, own.weighted_gap + own.weight * log_sum);
@@ -286,12 +286,12 @@ XENT_INLINE Found<V> find(const Problem& problem, const Totals<V>& sums, const O
       if (problem.is_shard()) found.saved = keep * own.weight + constant<V>(share) * sums.mass;
       break;
     }
-    case Form::kProbabilities:
+    case TargetKind::kProbabilities:
       found.loss = dense;
       found.target_log_prob = -dense;
       found.saved = sums.mass;
       break;
-    case Form::kTeacher:
+    case TargetKind::kTeacher:
       found.saved = dense;
       found.loss = constant<V>(problem.teacher_scale) * dense;
       if (!problem.labels) break;
@@ -341,8 +341,8 @@ XENT_INLINE void for_pairs(const Problem& problem, const Cursor& cursor, const U
 // The same of the label of a position, as its only pair, where it has one.
 template <class T, class Use>
 XENT_INLINE void for_own(const Problem& problem, const Cursor& cursor, int64_t y, const Use& use) {
-  if (problem.form == Form::kPairs) return for_pairs<T>(problem, cursor, use);
-  if (problem.form == Form::kIndices || problem.labels) use(y, T(1), 0);
+  if (problem.target_kind == TargetKind::kPairs) return for_pairs<T>(problem, cursor, use);
+  if (problem.target_kind == TargetKind::kIndices || problem.labels) use(y, T(1), 0);
 }
 
 template <class T>
@@ -379,16 +379,16 @@ struct GeneralTerms {
     }
     dense = scale * T(problem.label_smoothing / double(problem.all_classes()));
     rest = of_lse + scale * T(problem.smoothed_total);
-    switch (problem.form) {
-      case Form::kNone: break;
-      case Form::kIndices:
-      case Form::kPairs: hit = scale * T(1 - problem.label_smoothing) * weight - of_target_log_prob * mass; break;
-      case Form::kProbabilities:
+    switch (problem.target_kind) {
+      case TargetKind::kNone: break;
+      case TargetKind::kIndices:
+      case TargetKind::kPairs: hit = scale * T(1 - problem.label_smoothing) * weight - of_target_log_prob * mass; break;
+      case TargetKind::kProbabilities:
         saved_mass = saved_at(saved::kMass);
         dense = scale - of_target_log_prob;
         rest = of_lse + dense * saved_mass;
         break;
-      case Form::kTeacher:
+      case TargetKind::kTeacher:
         saved_mass = saved_at(saved::kMass);
         dense = rest = scale * T(problem.teacher_scale);
         if (!problem.labels) break;
@@ -428,8 +428,8 @@ struct GeneralTerms {
   // Of a class that a label or pairs give `own` of `hit`, besides its coefficient a.
   XENT_INLINE_MEMBER V own_gradient(const Backward& problem, V x, V own, V a) const {
     const V log_p = log_softmax(x), zero{};
-    V result = problem.form == Form::kTeacher ? soft_gradient(softmax, log_p, dense * a)
-                                              : target_gradient(own, (hit - own) + rest, dense * a, log_p);
+    V result = problem.target_kind == TargetKind::kTeacher ? soft_gradient(softmax, log_p, dense * a)
+                                                           : target_gradient(own, (hit - own) + rest, dense * a, log_p);
     if (problem.label_scale != 0) result += target_gradient(label, zero, zero, label_log_softmax(problem, x));
     return complete(problem, result, x, log_p);
   }
@@ -437,7 +437,8 @@ struct GeneralTerms {
   // Of a probability, or of the teacher's logit.
   XENT_INLINE_MEMBER V of_target_class(const Problem& problem, V x, V a, V log_q, V weight) const {
     const V minus_log_p = -log_softmax(x);
-    if (problem.form == Form::kProbabilities) return dense * T(1 - problem.label_smoothing) * weight * minus_log_p;
+    if (problem.target_kind == TargetKind::kProbabilities)
+      return dense * T(1 - problem.label_smoothing) * weight * minus_log_p;
     return dense * T(problem.logit_scale) *
            teacher_gradient(a, problem.kl ? log_q + minus_log_p : minus_log_p, saved_mass);
   }
@@ -454,7 +455,7 @@ struct GeneralResult : PositionResult<T> {
 
   XENT_INLINE_MEMBER void write(const Forward& problem, int64_t p, Sums& sums) const {
     PositionResult<T>::write(problem, p, sums);
-    if (is_dense(problem.form) || problem.is_shard()) saved_row<T>(problem, saved::kMass)[p] = this->mass;
+    if (is_dense(problem.target_kind) || problem.is_shard()) saved_row<T>(problem, saved::kMass)[p] = this->mass;
     if (problem.statistics) {
       saved_row<T>(problem, saved::kEntropy)[p] = entropy;
       saved_row<T>(problem, saved::kTargetLogProb)[p] = target_log_prob;
@@ -535,7 +536,7 @@ static void forward_general_rows(const Forward& problem, int64_t begin, int64_t 
       if (argmax < 0) argmax = find_class(problem, row, block_of_maximum, of_row.max);
       result.argmax = Int<T>(std::max<int64_t>(0, argmax));  // the first, where all are -inf
     }
-    const double weight = problem.form == Form::kIndices ? double(weight_of_class<T>(problem, row.y)) : 1;
+    const double weight = problem.target_kind == TargetKind::kIndices ? double(weight_of_class<T>(problem, row.y)) : 1;
     sums.weight += weight * row.sample_weight;
     result.write(problem, p, sums);
   }
@@ -546,7 +547,8 @@ static void forward_general_rows(const Forward& problem, int64_t begin, int64_t 
 template <class T>
 static void zero_target_gradient(const Backward& problem, int64_t offset) {
   if (!problem.grad_target) return;
-  if (problem.form != Form::kPairs) return zero_gradient<T>(problem, problem.grad_target, offset, problem.stream);
+  if (problem.target_kind != TargetKind::kPairs)
+    return zero_gradient<T>(problem, problem.grad_target, offset, problem.stream);
   const T zero = 0;
   for (int64_t j = 0; j < problem.pairs; ++j) {
     write_from(&zero, problem.grad_target, offset + j * problem.grad_target.class_stride, 1, 1);
@@ -560,7 +562,7 @@ static void backward_general_rows(const Backward& problem, int64_t begin, int64_
   CoefficientReader<T> coefficients(problem);
   const T *const weight = static_cast<const T*>(problem.weight), *const grads =
                                                                      static_cast<const T*>(problem.grad_statistics);
-  const bool dense = is_dense(problem.form);
+  const bool dense = is_dense(problem.target_kind);
   Cursor cursor(problem, begin);
   for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
     const int64_t logits = cursor.offset(problem.logits), target = cursor.offset(problem.target);
@@ -620,7 +622,7 @@ static void backward_general_rows(const Backward& problem, int64_t begin, int64_
         write_from(gradient_buffer, problem.grad_logits, out, stride, n, problem.stream);
       }
     }
-    if (problem.form != Form::kPairs || !problem.grad_target) continue;
+    if (problem.target_kind != TargetKind::kPairs || !problem.grad_target) continue;
     zero_target_gradient<T>(problem, dq);  // of pairs that are ignored, or elsewhere
     for_own<T>(problem, cursor, y, [&](int64_t at, T, int64_t j) {
       if (!problem.is_here(at)) return;
@@ -654,7 +656,7 @@ struct GeneralTile {
       for_cells(problem,
                 [&](int64_t c, int64_t v) { store(x.row(c) + v, transformed<T>(problem, load(x.row(c) + v))); });
     }
-    if (problem.form == Form::kProbabilities) {
+    if (problem.target_kind == TargetKind::kProbabilities) {
       read_tile(q, cursor, count, problem.target, 0, problem.classes);
       const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.all_classes()));
       if (keep == 1 && !problem.weight) return;
@@ -662,7 +664,7 @@ struct GeneralTile {
         store(q.row(c) + v, weight_of_class<T>(problem, c) * (load(q.row(c) + v) * keep + share));
       });
     }
-    if (problem.form == Form::kTeacher) {
+    if (problem.target_kind == TargetKind::kTeacher) {
       read_tile(log_q, cursor, count, problem.target, 0, problem.classes);
       alignas(64) T rounded[kTile + kGroupLanes<T>], lost[kTile + kGroupLanes<T>];
       std::copy_n(saved_row<T>(problem, saved::kTeacherLse) + first, count, rounded);
@@ -688,8 +690,8 @@ struct GeneralTile {
 
   // The dense coefficient of class c.
   XENT_INLINE_MEMBER Vector<T> coefficient(const Problem& problem, int64_t c, int64_t v) const {
-    if (problem.form == Form::kNone) return Vector<T>{};
-    if (is_dense(problem.form)) return load(q.row(c) + v);
+    if (problem.target_kind == TargetKind::kNone) return Vector<T>{};
+    if (is_dense(problem.target_kind)) return load(q.row(c) + v);
     return problem.label_smoothing == 0 ? Vector<T>{} : broadcast(weight_of_class<T>(problem, c));
   }
 };
@@ -703,7 +705,7 @@ struct PairOfTile {
 
   PairOfTile(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t count, int64_t j,
              bool only_here) {
-    const bool pairs = problem.form == Form::kPairs;
+    const bool pairs = problem.target_kind == TargetKind::kPairs;
     int64_t ignored = -1;
     if (pairs) {
       read_positions(y, cursor, count, problem.target, j);
@@ -724,7 +726,9 @@ struct PairOfTile {
 };
 
 XENT_INLINE int64_t count_of_own(const Problem& problem) {
-  return problem.form == Form::kPairs ? problem.pairs : problem.form == Form::kIndices || problem.labels ? 1 : 0;
+  return problem.target_kind == TargetKind::kPairs                       ? problem.pairs
+         : problem.target_kind == TargetKind::kIndices || problem.labels ? 1
+                                                                         : 0;
 }
 
 // Own, of each position. `max`: of its logits, or null where gaps are not asked for, and every pair counts, wherever
@@ -878,7 +882,7 @@ static void forward_general_tile(const Forward& problem, const Cursor& cursor, i
     save<T>(problem, saved::kLse, p, keep(rounded), n);
     lost = select(rounded == -std::numeric_limits<T>::infinity(), zero, lost);  // of a shard
     save<T>(problem, saved::kLseLost, p, keep(lost), n);
-    if (is_dense(problem.form) || problem.is_shard()) save<T>(problem, saved::kMass, p, keep(found.saved), n);
+    if (is_dense(problem.target_kind) || problem.is_shard()) save<T>(problem, saved::kMass, p, keep(found.saved), n);
     if (problem.labels) {
       save<T>(problem, saved::kLabelMax, p, keep(max), n);
       save<T>(problem, saved::kLabelLogSum, p, keep(found.label_log_sum), n);
@@ -891,7 +895,7 @@ static void forward_general_tile(const Forward& problem, const Cursor& cursor, i
     }
   }
   sums.loss += sum_of<T>(losses, count);
-  const T* const weight = problem.form == Form::kIndices ? static_cast<const T*>(problem.weight) : nullptr;
+  const T* const weight = problem.target_kind == TargetKind::kIndices ? static_cast<const T*>(problem.weight) : nullptr;
   sums.weight += sum_of_target_weights(weight, problem.sample_weight ? sample_weights : nullptr, tile.y, count);
   if (problem.loss) write_from(losses, problem.loss, first, 1, count);
 }
@@ -953,7 +957,7 @@ template <class T>
 static void backward_general_tile(const Backward& problem, const Cursor& cursor, int64_t first, int64_t count) {
   using V = Vector<T>;
   constexpr int W = kLanes<T>;
-  const bool dense = is_dense(problem.form), pairs = problem.form == Form::kPairs;
+  const bool dense = is_dense(problem.target_kind), pairs = problem.target_kind == TargetKind::kPairs;
   const T* const grads = static_cast<const T*>(problem.grad_statistics);
   GeneralTile<T> tile(problem, cursor, first, count);
   Tile<T>& out = pairs ? tile.q : tile.x;  // the gradient of pairs needs the logits again
@@ -975,7 +979,7 @@ static void backward_general_tile(const Backward& problem, const Cursor& cursor,
         problem, load(scale + v), load(own.weight + v), load(own.mass + v), grads != nullptr,
         [&](int row) { return at(saved_row<T>(problem, row)); },
         [&](int row) { return at(grads + row * problem.positions); });
-    const bool labelled = problem.form == Form::kIndices || problem.labels;
+    const bool labelled = problem.target_kind == TargetKind::kIndices || problem.labels;
     const Ints<T> y = load_classes<T>(tile.y + v);
     V own_gradient{};
     if (labelled) {
@@ -995,7 +999,7 @@ static void backward_general_tile(const Backward& problem, const Cursor& cursor,
       V gradient = dense ? of.template gradient<true>(problem, x, a) : of.template gradient<false>(problem, x, a);
       if (labelled) gradient = select(y == index, own_gradient, gradient);
       if (dense && problem.grad_target) {
-        const V log_q = problem.form == Form::kTeacher ? load(tile.log_q.row(c) + v) : V{};
+        const V log_q = problem.target_kind == TargetKind::kTeacher ? load(tile.log_q.row(c) + v) : V{};
         const V of_class = of.of_target_class(problem, x, a, log_q, broadcast(weight_of_class<T>(problem, c)));
         store(tile.q.row(c) + v, select(counts, of_class, V{}));
       }

@@ -24,9 +24,9 @@ Sums sum_pieces(const SumsOfPieces& pieces) {
 
 void raise_bad_target(const Inputs& in, const Options& options, int64_t position) {
   if (position == kNoPosition) return;
-  const Form form = in.form(options);
-  at::Tensor target = form == Form::kTeacher ? *in.companion : in.target;
-  target = form == Form::kPairs
+  const TargetKind target_kind = in.target_kind(options);
+  at::Tensor target = target_kind == TargetKind::kTeacher ? *in.companion : in.target;
+  target = target_kind == TargetKind::kPairs
                ? target.movedim(class_dim(in.logits), -1).reshape({-1, target.size(class_dim(in.logits))})[position]
                : target.reshape(-1)[position].reshape(-1);
   const int64_t classes = options.is_shard() ? options.total_classes : in.logits.size(class_dim(in.logits));

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "../describe.h"
+#include "host/make_problem.h"
 #include "kernels.h"
 
 namespace xent {

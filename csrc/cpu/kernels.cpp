@@ -41,7 +41,7 @@ namespace {
 #define SIMD_BYTES 64
 SIMD_TARGET_BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma")
 namespace avx512 {
-#include "all.inl"
+#include "dispatch.inl"
 XENT_DEFINE_KERNELS("AVX512")
 }  // namespace avx512
 SIMD_TARGET_END
@@ -50,7 +50,7 @@ SIMD_TARGET_END
 #define SIMD_BYTES 32
 SIMD_TARGET_BEGIN("avx2,fma")
 namespace avx2 {
-#include "all.inl"
+#include "dispatch.inl"
 XENT_DEFINE_KERNELS("AVX2")
 }  // namespace avx2
 SIMD_TARGET_END
@@ -59,7 +59,7 @@ SIMD_TARGET_END
 
 #define SIMD_BYTES 16
 namespace baseline {
-#include "all.inl"
+#include "dispatch.inl"
 XENT_DEFINE_KERNELS("baseline")
 }  // namespace baseline
 

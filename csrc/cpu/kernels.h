@@ -1,7 +1,7 @@
 // The kernels of one instruction set, as pointers: the wall between torch and arithmetic.
 #pragma once
 
-#include "../problem.h"
+#include "kernel/problem.h"
 
 namespace xent {
 

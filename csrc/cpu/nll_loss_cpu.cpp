@@ -14,7 +14,7 @@ ForwardResult cpu::forward(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType los
   const auto kernel_weight = weight_for_kernel(weight, arithmetic);
   const at::Tensor denominator = new_tensor({}, at::kDouble);
   Forward problem;
-  describe(problem, inputs, options, kernel_weight, arithmetic, denominator);
+  make_problem(problem, inputs, options, kernel_weight, arithmetic, denominator);
   merge_dimensions(problem, {&problem.logits, &problem.target});
 
   at::Tensor loss;
@@ -69,7 +69,7 @@ at::Tensor backward_cpu(const at::Tensor& grad_output, XENT_NLL_TENSORS, const a
   const InMemoryOrder ordered(grad_input, target, grad_output);
   const Inputs in_order{ordered.gradient, ordered.target, weight};
   Backward problem;
-  describe(problem, in_order, options, kernel_weight, arithmetic, denominator);
+  make_problem(problem, in_order, options, kernel_weight, arithmetic, denominator);
   problem.grad_output = view_of_positions(ordered.grad_output);
   problem.scale = 1 / denominator.item<double>();
   problem.grad_logits = problem.logits;

@@ -1,8 +1,8 @@
 // The CPU's operators, for callers in C++. Their contracts are in ../cross_entropy.h and ../nll_loss.h.
 #pragma once
 
-#include "../cross_entropy.h"
-#include "../nll_loss.h"
+#include "host/cross_entropy.h"
+#include "nll/nll_loss.h"
 
 namespace xent {
 namespace cpu {

@@ -158,7 +158,7 @@ template <class T>
 XENT_INLINE const T* dense_coefficients(T* buffer, const Problem& problem, int64_t target_offset, int64_t c,
                                         int64_t n) {
   const T* weight = static_cast<const T*>(problem.weight);
-  if (problem.form == Form::kProbabilities) {
+  if (problem.target_kind == TargetKind::kProbabilities) {
     const int64_t stride = problem.target.class_stride;
     const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.all_classes()));
     const T* q = read_or_point(buffer, problem.target, target_offset + c * stride, stride, n);
@@ -198,9 +198,9 @@ struct Row {
 XENT_INLINE Row row_at(const Forward& problem, const Cursor& cursor, int64_t position) {
   const int64_t target = cursor.offset(problem.target);
   int64_t y = 0;
-  if (problem.kind == TargetKind::kGeneral) {
+  if (problem.objective == Objective::kGeneral) {
     read_labels(&y, problem, cursor, position, 1);
-  } else if (problem.kind != TargetKind::kSoft) {
+  } else if (problem.objective != Objective::kProbabilities) {
     read_into(&y, problem.target, target, 1, 1);
     check_targets(&y, problem, position, 1);
   }
@@ -252,7 +252,7 @@ struct PositionResult {
   XENT_INLINE_MEMBER void write(const Forward& problem, int64_t p, Sums& sums) const {
     saved_row<T>(problem, saved::kLse)[p] = lse.rounded;
     saved_row<T>(problem, saved::kLseLost)[p] = lse.lost;
-    if (problem.kind == TargetKind::kSoft) saved_row<T>(problem, saved::kMass)[p] = mass;
+    if (problem.objective == Objective::kProbabilities) saved_row<T>(problem, saved::kMass)[p] = mass;
     sums.loss += loss;
     if (problem.loss) {
       const T rounded = T(loss);
@@ -267,9 +267,9 @@ XENT_INLINE double finish_loss(const Problem& problem, const Row& row, double of
   return of_target * row.sample_weight;
 }
 
-template <class T, TargetKind kind>
+template <class T, Objective objective>
 static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
-  constexpr bool dense = kind != TargetKind::kIndex;
+  constexpr bool dense = objective != Objective::kIndex;
   alignas(64) T coefficient_buffer[kBlock<T>];
   const T* weight = static_cast<const T*>(problem.weight);
   const double share = problem.label_smoothing / double(problem.classes);
@@ -304,7 +304,7 @@ static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, 
       result.lse = Lse<T>::of(double(row.max), log_sum);
       result.mass = T(row.mass);
       double w = 1, loss;
-      if constexpr (kind == TargetKind::kSoft) {
+      if constexpr (objective == Objective::kProbabilities) {
         loss = index_loss(0., 1., 0., row.spread, row.mass, log_sum);
       } else {
         if (weight) w = double(weight[here.y]);
@@ -490,10 +490,10 @@ struct GradientTerms {
 };
 
 // scale * (A softmax - a) for one vector of classes.
-template <class T, TargetKind kind>
+template <class T, Objective objective>
 XENT_INLINE Vector<T> gradient(const GradientTerms<T>& terms, Vector<T> x, Vector<T> a) {
-  if constexpr (kind != TargetKind::kIndex) {
-    const Vector<T> coefficient = kind == TargetKind::kSoft ? a : terms.share * a;
+  if constexpr (objective != Objective::kIndex) {
+    const Vector<T> coefficient = objective == Objective::kProbabilities ? a : terms.share * a;
     return terms.scale *
            plain_gradient(broadcast(terms.total * terms.correction), exp(x - terms.lse_rounded), coefficient);
   } else {
@@ -501,19 +501,20 @@ XENT_INLINE Vector<T> gradient(const GradientTerms<T>& terms, Vector<T> x, Vecto
   }
 }
 
-template <class T, TargetKind kind>
+template <class T, Objective objective>
 XENT_INLINE void gradient_block(T* out, const GradientTerms<T>& terms, const T* x, const T* a, int64_t n) {
   constexpr int W = kLanes<T>;
-  constexpr bool dense = kind != TargetKind::kIndex;
+  constexpr bool dense = objective != Objective::kIndex;
   int64_t i = 0;
-  for (; i + W <= n; i += W) store(out + i, gradient<T, kind>(terms, load(x + i), dense ? load(a + i) : Vector<T>{}));
+  for (; i + W <= n; i += W)
+    store(out + i, gradient<T, objective>(terms, load(x + i), dense ? load(a + i) : Vector<T>{}));
   if (i == n) return;
   if (n >= W) {  // the last whole vector covers some lanes again
     i = n - W;
-    store(out + i, gradient<T, kind>(terms, load(x + i), dense ? load(a + i) : Vector<T>{}));
+    store(out + i, gradient<T, objective>(terms, load(x + i), dense ? load(a + i) : Vector<T>{}));
   } else {
     const Vector<T> last = dense ? load_partial(a, n, T(0)) : Vector<T>{};
-    store_partial(out, gradient<T, kind>(terms, load_partial(x, n, T(0)), last), n);
+    store_partial(out, gradient<T, objective>(terms, load_partial(x, n, T(0)), last), n);
   }
 }
 
@@ -523,9 +524,9 @@ XENT_INLINE double scale_at(const Backward& problem, const Cursor& cursor) {
   return of_loss * sample_weight_at(problem, cursor);
 }
 
-template <class T, TargetKind kind>
+template <class T, Objective objective>
 static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end) {
-  constexpr bool soft = kind == TargetKind::kSoft, dense = kind != TargetKind::kIndex;
+  constexpr bool soft = objective == Objective::kProbabilities, dense = objective != Objective::kIndex;
   alignas(64) T logits_buffer[kBlock<T>], coefficient_buffer[kBlock<T>], gradient_buffer[kBlock<T>];
   const T* weight = static_cast<const T*>(problem.weight);
   const T* const lse = static_cast<const T*>(problem.lse);
@@ -565,7 +566,7 @@ static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end
         const T* a = dense ? dense_coefficients(coefficient_buffer, problem, t, c, n) : nullptr;
         const int64_t out_stride = problem.grad_logits.class_stride, out = dx + c * out_stride;
         T* const result = write_or_point(gradient_buffer, problem.grad_logits, out, out_stride, problem.buffered);
-        gradient_block<T, kind>(result, terms, block, a, n);
+        gradient_block<T, objective>(result, terms, block, a, n);
         // At most one class has a softmax above a half; only there can a soft target's gradient cancel.
         if (soft && block_maximum(block, n) - terms.lse_rounded > T(-0.7)) {
           for (int64_t i = 0; i < n; ++i) {

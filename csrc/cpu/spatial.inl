@@ -267,7 +267,7 @@ struct TileTargets {
     const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.classes));
     read_sample_weights(sample_weight, problem, cursor, count);
     for (int64_t i = count; i < lanes; ++i) sample_weight[i] = 0;
-    if (problem.kind == TargetKind::kSoft) {
+    if (problem.objective == Objective::kProbabilities) {
       any_valid = count > 0;
       if (weighed) sum_of_weights = sum_of(sample_weight, count);
       for (int64_t i = 0; i < lanes; ++i) {
@@ -308,11 +308,11 @@ struct TileTargets {
 };
 
 // The coefficient of class c in a vector of positions. `q` are their probabilities, read for soft targets only.
-template <class T, TargetKind kind>
+template <class T, Objective objective>
 XENT_INLINE Vector<T> coefficient(const Problem& problem, int64_t c, const T* q) {
   const T* weight = static_cast<const T*>(problem.weight);
   const Vector<T> w = broadcast(weight ? weight[c] : T(1));
-  if constexpr (kind != TargetKind::kSoft) return w;
+  if constexpr (objective != Objective::kProbabilities) return w;
   const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.classes));
   return w * (load(q) * keep + share);
 }
@@ -370,11 +370,11 @@ struct TileSums {
 };
 
 // A block of `classes` classes from c on, of the group at v. With `keep`, exponentials take the logits' place.
-template <class T, TargetKind kind, bool keep>
+template <class T, Objective objective, bool keep>
 XENT_INLINE void sum_group(TileSums<T>& sums, const Problem& problem, Tile<T>& x, const Tile<T>* q,
                            const TileTargets<T>& targets, const Prefetch& next, int64_t v, int64_t c, int64_t classes) {
   constexpr int W = kLanes<T>;
-  constexpr bool dense = kind != TargetKind::kIndex;
+  constexpr bool dense = objective != Objective::kIndex;
   Vector<T> max[kGroup], target_logit[kGroup];
   Ints<T> y[kGroup];
 #pragma GCC unroll 2
@@ -391,7 +391,8 @@ XENT_INLINE void sum_group(TileSums<T>& sums, const Problem& problem, Tile<T>& x
     for (int g = 0; g < kGroup; ++g) {
       const Vector<T> logit = load(logits + g * W);
       max[g] = maximum(logit, max[g]);
-      if constexpr (kind != TargetKind::kSoft) target_logit[g] = select(y[g] == index, logit, target_logit[g]);
+      if constexpr (objective != Objective::kProbabilities)
+        target_logit[g] = select(y[g] == index, logit, target_logit[g]);
     }
   }
 #pragma GCC unroll 2
@@ -407,7 +408,7 @@ XENT_INLINE void sum_group(TileSums<T>& sums, const Problem& problem, Tile<T>& x
       for (int g = 0; g < kGroup; ++g) {
         T* const cell = cells + g * W;
         const Vector<T> a =
-            dense ? coefficient<T, kind>(problem, c + k, q ? q->row(k) + v + g * W : nullptr) : Vector<T>{};
+            dense ? coefficient<T, objective>(problem, c + k, q ? q->row(k) + v + g * W : nullptr) : Vector<T>{};
         const Vector<T> exponential = part[g].add(load(cell), max[g], a);
         if constexpr (keep) store(cell, exponential);
       }
@@ -423,9 +424,9 @@ XENT_INLINE void sum_group(TileSums<T>& sums, const Problem& problem, Tile<T>& x
 }
 
 // With one_pass, for all classes in one block, the gradient is made of the exponentials that the sums are made of.
-template <class T, TargetKind kind, bool one_pass>
+template <class T, Objective objective, bool one_pass>
 static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, int64_t count, Sums& sums) {
-  constexpr bool soft = kind == TargetKind::kSoft, smoothed = kind == TargetKind::kSmoothedIndex;
+  constexpr bool soft = objective == Objective::kProbabilities, smoothed = objective == Objective::kSmoothedIndex;
   Tile<T> x(problem);
   std::conditional_t<soft, Tile<T>, NoTile> q(problem);
   const TileTargets<T> targets(problem, cursor, first, count, !one_pass);
@@ -441,7 +442,7 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
     }
     const Prefetch next(x, cursor, problem.logits, c);
     for (int64_t v = 0; v < lanes; v += kGroupLanes<T>) {
-      sum_group<T, kind, one_pass>(tile, problem, x, probabilities, targets, next, v, c, classes);
+      sum_group<T, objective, one_pass>(tile, problem, x, probabilities, targets, next, v, c, classes);
     }
   }
 
@@ -471,12 +472,13 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
     store_partial(lse + v, select(valid, lse_rounded, zero), n);
     store_partial(lse + problem.positions + v, select(valid, lse_lost, zero), n);
     Vector<T> spread{}, mass{};
-    if constexpr (kind != TargetKind::kIndex) {
+    if constexpr (objective != Objective::kIndex) {
       spread = load(tile.spread + v) + load(tile.spread_lost + v);
       mass = load(tile.mass + v) + load(tile.mass_lost + v);
     }
     if constexpr (soft) store_partial(lse + 2 * problem.positions + v, mass, n);
-    Vector<T> loss = index_loss(hit, broadcast(kind == TargetKind::kIndex ? T(0) : share), gap, spread, mass, log_sum);
+    Vector<T> loss =
+        index_loss(hit, broadcast(objective == Objective::kIndex ? T(0) : share), gap, spread, mass, log_sum);
     Vector<T> of_z_loss{};  // what it adds to the softmax's factor
     if (problem.z_loss != 0) {
       const Vector<T> lse = max + log_sum;
@@ -536,7 +538,7 @@ struct TileTerms {
 
   TileTerms(const Backward& problem, const TileTargets<T>& targets, const Cursor& cursor, int64_t first,
             int64_t count) {
-    const bool soft = problem.kind == TargetKind::kSoft;
+    const bool soft = problem.objective == Objective::kProbabilities;
     const T* const lse = static_cast<const T*>(problem.lse) + first;
     const int64_t lanes = whole_groups<T>(count);
     read_scales(scale, problem, cursor, count);
@@ -706,9 +708,9 @@ static bool backward_directly(const Backward& problem, const TileTargets<T>& tar
   }
 }
 
-template <class T, TargetKind kind>
+template <class T, Objective objective>
 static void backward_tile(const Backward& problem, Cursor cursor, int64_t first, int64_t count) {
-  constexpr bool soft = kind == TargetKind::kSoft, smoothed = kind == TargetKind::kSmoothedIndex;
+  constexpr bool soft = objective == Objective::kProbabilities, smoothed = objective == Objective::kSmoothedIndex;
   constexpr int W = kLanes<T>;
   Tile<T> x(problem);
   std::conditional_t<soft, Tile<T>, NoTile> q(problem);
@@ -753,7 +755,7 @@ static void backward_tile(const Backward& problem, Cursor cursor, int64_t first,
           if constexpr (soft) {
             T* const q_cell = q.row(k) + v + g * W;
             const Vector<T> log_softmax = (load(cell) - group.rounded[g]) - group.lost[g];
-            const Vector<T> a = coefficient<T, kind>(problem, c + k, q_cell);
+            const Vector<T> a = coefficient<T, objective>(problem, c + k, q_cell);
             store(cell, group.scale[g] * soft_gradient(load(terms.rest_of_total + v + g * W), log_softmax, a));
             store(q_cell, -(group.scale[g] * (keep * own_weight)) * log_softmax);
           } else {

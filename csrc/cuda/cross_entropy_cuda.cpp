@@ -9,7 +9,7 @@
 
 #include <algorithm>
 
-#include "../describe.h"
+#include "host/make_problem.h"
 #include "cross_entropy_cuda.h"
 #include "device.h"
 #include "launch.h"
@@ -36,10 +36,10 @@ void check_errors() {
 
 namespace {
 
-Task describe_task(const DeviceScope& device, const Inputs& inputs, const Options& options,
-                   const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse) {
+Task make_task(const DeviceScope& device, const Inputs& inputs, const Options& options,
+               const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse) {
   Task task;
-  describe(task, inputs, options, kernel_weight, arithmetic, lse);
+  make_problem(task, inputs, options, kernel_weight, arithmetic, lse);
   task.bad_target = device.bad_target();
   task.bad_targets = device.bad_targets();
   return task;
@@ -82,7 +82,7 @@ Plan plan_on(const DeviceScope& device, Task& task) {
 // With class weights, what smoothing makes of their sum is known only on the device. Returns what has to outlive the
 // launches.
 at::Tensor sum_class_weights(Task& task, const at::Tensor& logits, const DeviceScope& device) {
-  if (task.label_smoothing == 0 || is_dense(task.form) || task.weight == nullptr) return {};
+  if (task.label_smoothing == 0 || is_dense(task.target_kind) || task.weight == nullptr) return {};
   const at::Tensor result = at::empty({}, logits.options().dtype(at::kDouble));
   task.smoothed_total_on_device = result.const_data_ptr<double>();
   const WeightSum request{task.weight, task.all_classes(), task.arithmetic_in_double,
@@ -93,9 +93,9 @@ at::Tensor sum_class_weights(Task& task, const at::Tensor& logits, const DeviceS
 
 // Leaves the lse of a teacher's logits where the kernels of the loss read it.
 void sum_teacher(const Task& task, const DeviceScope& device) {
-  if (task.form != Form::kTeacher) return;
+  if (task.target_kind != TargetKind::kTeacher) return;
   Task teacher = task;
-  describe_teacher(teacher, task);
+  make_teacher_problem(teacher, task);
   teacher.pass = Pass::kForward;
   teacher.loss = teacher.grad_logits = View();
   const Plan how = plan_on(device, teacher);
@@ -117,7 +117,7 @@ ForwardResult run_forward(const Inputs& inputs, const Options& options, const at
   raise_bad_target(logits.device());
   const auto arithmetic = arithmetic_type(inputs, options);
   const auto weights = weight_for_kernel(inputs.weight, arithmetic, options.class_begin);
-  at::DimVector saved{saved_rows(inputs.form(options), options), count_positions(logits)};
+  at::DimVector saved{saved_rows(inputs.target_kind(options), options), count_positions(logits)};
   if (gradient_wanted && has_own_kernels(options)) saved = {0};
   const at::Tensor lse = at::empty(saved, logits.options().dtype(arithmetic));
   const at::Tensor denominator = at::empty({}, logits.options().dtype(at::kDouble));
@@ -129,7 +129,7 @@ ForwardResult run_forward(const Inputs& inputs, const Options& options, const at
   const at::Tensor loss = at::empty(shape, logits.options().dtype(*options.loss_dtype));
 
   const bool mean = options.reduction == kMean;
-  Task task = describe_task(device, inputs, options, weights, arithmetic, lse);
+  Task task = make_task(device, inputs, options, weights, arithmetic, lse);
   task.pass = gradient_wanted ? Pass::kForwardBackward : Pass::kForward;
   task.known_denominator = mean ? double(task.positions) : 1;
   task.empty_is_zero = options.empty_is_zero;
@@ -204,7 +204,7 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   if (grad_logits.defined()) grad_logits.mutable_data_ptr();  // no lazy copy shares it from here on
   const auto arithmetic = arithmetic_type(inputs, options);
   const auto weights = weight_for_kernel(inputs.weight, arithmetic, options.class_begin);
-  Task task = describe_task(device, inputs, options, weights, arithmetic, gradients.lse);
+  Task task = make_task(device, inputs, options, weights, arithmetic, gradients.lse);
   task.pass = gradients.lse.numel() == 0 ? Pass::kForwardBackward : Pass::kBackward;
   if (has_value(gradients.grad_statistics)) {
     task.grad_statistics = data_of(*gradients.grad_statistics);
@@ -233,7 +233,7 @@ BackwardResult backward_cuda(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIO
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
   const Options options = unpacked.options(integers, numbers).with_values();
-  const at::Tensor& of_target = inputs.probabilities(options);
+  const at::Tensor& of_target = inputs.differentiable_target(options);
   const at::Tensor grad_logits = gradient_of(logits, wanted[0]), grad_target = gradient_of(of_target, wanted[1]);
   backward_into(grad_logits, grad_target, {grad_output, unless_scalar(grad_statistics), lse, denominator}, inputs,
                 options, false);
@@ -245,9 +245,9 @@ at::Tensor backward_cuda_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS,
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
   const Options options = unpacked.options(integers, numbers).with_values();
-  const at::Tensor& of_target = inputs.probabilities(options);
+  const at::Tensor& of_target = inputs.differentiable_target(options);
   const at::Tensor grad_target = gradient_of(of_target, target_wanted);
-  TORCH_CHECK(inputs.form(options) != Form::kPairs, "cross_entropy_ext::_backward_: not for pairs");
+  TORCH_CHECK(inputs.target_kind(options) != TargetKind::kPairs, "cross_entropy_ext::_backward_: not for pairs");
   backward_into(logits, grad_target, {grad_output, unless_scalar(grad_statistics), lse, denominator}, inputs, options,
                 false);
   return or_empty(grad_target, of_target);
@@ -259,7 +259,7 @@ ForwardResult forward_backward_cuda_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
   const Options options = unpacked.options(integers, numbers).with_values();
-  TORCH_CHECK(options.reduction != kNone && inputs.form(options) != Form::kPairs,
+  TORCH_CHECK(options.reduction != kNone && inputs.target_kind(options) != TargetKind::kPairs,
               "cross_entropy_ext::_forward_backward_: needs a reduction, and no pairs");
   const bool may_guess = options.reduction == kMean && options.empty_is_zero;
   if (has_own_kernels(options) && logits.stride(class_dim(logits)) == 1 && !may_guess) {

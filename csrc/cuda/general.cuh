@@ -15,7 +15,7 @@ namespace xent::gpu {
 // Whether any class may have a coefficient, but for what hits a few.
 template <class A>
 XENT_DEVICE bool has_coefficients(const Task& task) {
-  return is_dense(task.form) || numbers<A>(task).share != A(0);
+  return is_dense(task.target_kind) || numbers<A>(task).share != A(0);
 }
 
 // ---- logits ---------------------------------------------------------------------------------------------------------
@@ -32,9 +32,9 @@ XENT_DEVICE A scaled(const Task& task, A x) {
 
 // Logits as the loss is of them. Rounded, wherever they are read again: a product that were fused with the subtraction
 // of the maximum would not be the maximum's.
-template <TargetKind kind, int N, class A>
+template <Objective objective, int N, class A>
 XENT_DEVICE void transform(const Task& task, A (&x)[N]) {
-  if constexpr (kind == TargetKind::kGeneral) {
+  if constexpr (objective == Objective::kGeneral) {
 #pragma unroll
     for (int j = 0; j < N; ++j) x[j] = scaled(task, x[j]);
     if (numbers<A>(task).softcap == A(0)) return;
@@ -45,10 +45,10 @@ XENT_DEVICE void transform(const Task& task, A (&x)[N]) {
   }
 }
 
-template <TargetKind kind, class T, class A = Arithmetic<T>>
+template <Objective objective, class T, class A = Arithmetic<T>>
 XENT_DEVICE A read_logit(const Task& task, const T* logits, int64_t c) {
   A x[1] = {widen<A>(logits[c * task.logits.class_stride])};
-  transform<kind>(task, x);
+  transform<objective>(task, x);
   return x[0];
 }
 
@@ -68,7 +68,7 @@ struct DenseTarget {
   A lse_high = 0, lse_low = 0;  // of a teacher
 
   XENT_DEVICE DenseTarget(const Task& task, int64_t position) {
-    if (task.form != Form::kTeacher) return;
+    if (task.target_kind != TargetKind::kTeacher) return;
     lse_high = saved_row<A>(task, saved::kTeacherLse)[position];
     lse_low = saved_row<A>(task, saved::kTeacherLseLost)[position];
   }
@@ -76,12 +76,12 @@ struct DenseTarget {
   // `element` is the target's, where it is dense.
   XENT_DEVICE void set(const Task& task, int64_t c, A element, A& a, A& log_a) const {
     log_a = A(0);
-    if (task.form == Form::kTeacher) {
+    if (task.target_kind == TargetKind::kTeacher) {
       const A log_q = (scaled(task, element) - lse_high) - lse_low;
       a = exp2_fast(log_q * kLog2E<A>);
       if (task.kl) log_a = log_q;
     } else {
-      a = class_weight<A>(task, c) * (task.form == Form::kProbabilities
+      a = class_weight<A>(task, c) * (task.target_kind == TargetKind::kProbabilities
                                           ? numbers<A>(task).keep * element + numbers<A>(task).share
                                           : numbers<A>(task).share);
     }
@@ -153,7 +153,7 @@ struct Pairs {
       : task(task), classes(offset_of(task, task.target, position)), probs(offset_of(task, task.probs, position)) {}
 
   XENT_DEVICE int64_t label(int64_t j) const {
-    return checked_class<TargetKind::kGeneral>(task, task.target, classes + j * task.target.class_stride);
+    return checked_class<Objective::kGeneral>(task, task.target, classes + j * task.target.class_stride);
   }
   XENT_DEVICE A prob(int64_t j) const { return read_number<A>(task.probs, probs + j * task.probs.class_stride); }
 };
@@ -184,13 +184,13 @@ XENT_DEVICE void set_divergence(AllFound<A>& found, const S& sums) {
   found.mass = A(0);
 }
 
-template <TargetKind kind, class A>
-using FoundOf = std::conditional_t<kind == TargetKind::kGeneral, AllFound<A>, Found<A>>;
-template <TargetKind kind, class A, bool kLong>
-using StatisticsOf = std::conditional_t<kind == TargetKind::kGeneral, AllStatistics<A, kLong>,
-                                        Statistics<A, kind != TargetKind::kIndex, kLong>>;
-template <TargetKind kind, class A, int N>
-using TermsOf = std::conditional_t<kind == TargetKind::kGeneral, Terms<A, N>, A[N]>;
+template <Objective objective, class A>
+using FoundOf = std::conditional_t<objective == Objective::kGeneral, AllFound<A>, Found<A>>;
+template <Objective objective, class A, bool kLong>
+using StatisticsOf = std::conditional_t<objective == Objective::kGeneral, AllStatistics<A, kLong>,
+                                        Statistics<A, objective != Objective::kIndex, kLong>>;
+template <Objective objective, class A, int N>
+using TermsOf = std::conditional_t<objective == Objective::kGeneral, Terms<A, N>, A[N]>;
 
 // Pairs are coefficients of their classes: adds those of each `step`-th pair from `first` on.
 template <class T, class A, bool kLong>
@@ -200,7 +200,7 @@ XENT_DEVICE void add_pairs(const Task& task, int64_t position, const T* logits, 
   for (int64_t j = first; j < task.pairs; j += step) {
     const int64_t label = pairs.label(j);
     if (!task.is_here(label)) continue;
-    const A x[1] = {read_logit<TargetKind::kGeneral, T, A>(task, logits, label)};
+    const A x[1] = {read_logit<Objective::kGeneral, T, A>(task, logits, label)};
     statistics.raise(x[0]);  // it is counted by whoever has the class
     statistics.add_terms(
         x, Terms<A, 1>{{numbers<A>(task).keep * class_weight<A>(task, label) * pairs.prob(j)}, {A(0)}, label, 1});
@@ -235,8 +235,8 @@ XENT_DEVICE A log_softmax(const Found<A>& found, A x) {
 template <class T, class A>
 XENT_DEVICE A target_log_prob(const Task& task, int64_t position, int64_t label, const T* logits, A target_logit,
                               const Found<A>& found) {
-  if (task.form == Form::kIndices) return task.is_here(label) ? log_softmax(found, target_logit) : A(0);
-  if (task.form == Form::kProbabilities) {
+  if (task.target_kind == TargetKind::kIndices) return task.is_here(label) ? log_softmax(found, target_logit) : A(0);
+  if (task.target_kind == TargetKind::kProbabilities) {
     if (found.max == -A(INFINITY)) return scaled_loss(found.mass, log_softmax(found, found.max));
     return -(found.spread + found.mass * found.log_sum);
   }
@@ -245,7 +245,7 @@ XENT_DEVICE A target_log_prob(const Task& task, int64_t position, int64_t label,
   for (int64_t j = 0; j < task.pairs; ++j) {
     const int64_t c = pairs.label(j);
     if (!task.is_here(c)) continue;
-    sum += scaled_loss(pairs.prob(j), log_softmax(found, read_logit<TargetKind::kGeneral, T, A>(task, logits, c)));
+    sum += scaled_loss(pairs.prob(j), log_softmax(found, read_logit<Objective::kGeneral, T, A>(task, logits, c)));
   }
   return sum;
 }
@@ -263,7 +263,7 @@ XENT_DEVICE void finish_statistics(const Task& task, int64_t position, int64_t l
   reinterpret_cast<Class*>(saved_row<A>(task, saved::kArgmax))[position] = Class(counts ? found.argmax : -1);
 }
 
-template <TargetKind kind, class A>
+template <Objective objective, class A>
 XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t label, A target_logit,
                              const AllFound<A>& found, Sums& sums) {
   const auto [max, log_sum, spread, mass] = static_cast<const Found<A>&>(found);
@@ -271,22 +271,22 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
   const auto save = [&](int row, A x) { saved_row<A>(task, row)[to.position] = counts ? x : A(0); };
   save(saved::kLse, max);
   save(saved::kLseLost, log_sum);
-  if (task.form == Form::kNone) return;
+  if (task.target_kind == TargetKind::kNone) return;
 
   const A of_terms = index_loss(A(0), A(1), A(0), spread, mass, log_sum);
   A loss = 0, weight = 0, mass_here = mass;
   if (label == kBad) {
     loss = A(NAN);
-    report_bad_target<kind>(task, to.position, to.target_offset);
+    report_bad_target<objective>(task, to.position, to.target_offset);
   } else if (counts) {
     weight = A(1);
     loss = of_terms;
-    if (task.form == Form::kIndices) {
+    if (task.target_kind == TargetKind::kIndices) {
       weight = class_weight<A>(task, label);
       const A hit = task.is_here(label) ? numbers<A>(task).keep * weight : A(0);
       loss += index_loss(hit, A(0), max - target_logit, A(0), A(0), log_sum);
       mass_here += hit;
-    } else if (task.form == Form::kTeacher) {
+    } else if (task.target_kind == TargetKind::kTeacher) {
       loss = scaled_loss(A(task.teacher_scale), of_terms);
       if (label >= 0) {
         loss += scaled_loss(A(task.label_scale), numbers<A>(task).temperature * (max - target_logit) + found.second);
@@ -295,8 +295,8 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
     loss += z_loss_of(task, max + log_sum);
     if (task.is_shard() && max + log_sum == -A(INFINITY)) loss = mass_here > A(0) ? A(INFINITY) : A(0);
   }
-  if (task.form == Form::kProbabilities || task.is_shard()) save(saved::kMass, mass_here);
-  if (task.form == Form::kTeacher) {
+  if (task.target_kind == TargetKind::kProbabilities || task.is_shard()) save(saved::kMass, mass_here);
+  if (task.target_kind == TargetKind::kTeacher) {
     save(saved::kMass, of_terms);
     save(saved::kLabelMax, max);
     save(saved::kLabelLogSum, found.second);
@@ -307,19 +307,19 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
 // ---- the gradient ---------------------------------------------------------------------------------------------------
 
 template <>
-struct SavedOf<TargetKind::kGeneral> {
+struct SavedOf<Objective::kGeneral> {
   template <class A>
   static XENT_DEVICE AllFound<A> at(const Task& task, int64_t position) {
     const auto row = [&](bool there, int row) { return there ? saved_row<A>(task, row)[position] : A(0); };
-    AllFound<A> found{SavedOf<TargetKind::kIndex>::at<A>(task, position)};
-    found.mass = row(is_dense(task.form), saved::kMass);
+    AllFound<A> found{SavedOf<Objective::kIndex>::at<A>(task, position)};
+    found.mass = row(is_dense(task.target_kind), saved::kMass);
     found.second = row(task.labels || task.statistics, task.labels ? saved::kLabelLogSum : saved::kEntropy);
     return found;
   }
 };
 
 template <class A>
-struct Gradient<TargetKind::kGeneral, A> {
+struct Gradient<Objective::kGeneral, A> {
   A max, log_sum;
   A slope, reference, to_softmax;                   // as for every kind: softmax = 2^(x slope - reference) to_softmax
   A scale, of_log_prob;                             // of the loss and of target_log_prob
@@ -351,10 +351,10 @@ struct Gradient<TargetKind::kGeneral, A> {
     mass = smoothed_total<A>(task);
     hits = A(0);
     teacher_loss = found.mass;
-    switch (task.form) {
-      case Form::kIndices: hits = hit_of(task, label); break;
-      case Form::kPairs: hits = hits_of_pairs(task, position); break;
-      case Form::kProbabilities:
+    switch (task.target_kind) {
+      case TargetKind::kIndices: hits = hit_of(task, label); break;
+      case TargetKind::kPairs: hits = hits_of_pairs(task, position); break;
+      case TargetKind::kProbabilities:
         dense -= of_log_prob;
         mass = found.mass;
         break;
@@ -394,7 +394,7 @@ struct Gradient<TargetKind::kGeneral, A> {
       const A power = exp2_fast(fused(x[j], slope, -reference));
       p[j] = power * to_softmax;
       dx[j] = fused(power, to_total, -(dense * terms.a[j]));
-      careful[j] = terms.class_of(j) == label || (p[j] > A(0.5) && is_dense(task.form));
+      careful[j] = terms.class_of(j) == label || (p[j] > A(0.5) && is_dense(task.target_kind));
       any_careful |= careful[j];
     }
     if (entropy != A(0)) {
@@ -435,7 +435,7 @@ struct Gradient<TargetKind::kGeneral, A> {
   // Of class c of a dense target, which is to have a gradient.
   XENT_DEVICE void write_target(const Task& task, int64_t offset, int64_t c, A x, A a, A log_a) const {
     const A gap = (max - x) + log_sum;
-    if (task.form == Form::kProbabilities) return write_probability_gradient(task, offset, c, dense * gap);
+    if (task.target_kind == TargetKind::kProbabilities) return write_probability_gradient(task, offset, c, dense * gap);
     write_element(task.grad_target, offset + c * task.grad_target.class_stride,
                   dense * numbers<A>(task).logit_scale * teacher_gradient(a, gap + log_a, teacher_loss));
   }
@@ -444,7 +444,7 @@ struct Gradient<TargetKind::kGeneral, A> {
   template <int N>
   XENT_DEVICE void of_classes(const Task& task, int64_t grad_target, int64_t label, const A (&x)[N],
                               const Terms<A, N>& terms, A (&dx)[N]) const {
-    if (task.grad_target && is_dense(task.form)) {
+    if (task.grad_target && is_dense(task.target_kind)) {
 #pragma unroll 1
       for (int j = 0; j < N; ++j) {
         write_target(task, grad_target, terms.class_of(j), pick(x, j), pick(terms.a, j), pick(terms.log, j));
@@ -464,7 +464,7 @@ struct Gradient<TargetKind::kGeneral, A> {
     for (int64_t j = first; j < task.pairs; j += step) {
       const int64_t c = pairs.label(j);
       const bool here = task.is_here(c);
-      const A x = here ? read_logit<TargetKind::kGeneral, T, A>(task, logits, c) : A(0);
+      const A x = here ? read_logit<Objective::kGeneral, T, A>(task, logits, c) : A(0);
       if (task.grad_target) {
         write_element(task.grad_target, grad_probs + j * task.grad_target.class_stride,
                       here ? hit_of(task, c) * ((max - x) + log_sum) : A(0));
@@ -490,7 +490,7 @@ struct Gradient<TargetKind::kGeneral, A> {
 XENT_DEVICE void write_target_zeros(const Task& task, int64_t position, int64_t first, int64_t step) {
   if (!task.grad_target) return;
   const int64_t offset = offset_of(task, task.grad_target, position);
-  const int64_t count = task.form == Form::kPairs ? task.pairs : task.classes;
+  const int64_t count = task.target_kind == TargetKind::kPairs ? task.pairs : task.classes;
   for (int64_t j = first; j < count; j += step) {
     write_element(task.grad_target, offset + j * task.grad_target.class_stride, 0.f);
   }

@@ -8,48 +8,48 @@
 
 namespace xent::gpu {
 
-template <class T, TargetKind kind>
+template <class T, Objective objective>
 Status launch_kind(const Task& task, const Plan& plan, void* stream) {
 #define XENT_LAUNCH(...) launch<__VA_ARGS__>(plan.shape, stream, task)
   using A = Arithmetic<T>;
   constexpr int N = kPerVector<T>;
-  constexpr bool kPlain = kind != TargetKind::kGeneral;
+  constexpr bool kPlain = objective != Objective::kGeneral;
   switch (plan.family) {
     case Family::kSmallRows:
-      if constexpr (kPlain) return XENT_LAUNCH(small_rows<T, kind>);
+      if constexpr (kPlain) return XENT_LAUNCH(small_rows<T, objective>);
       break;
     case Family::kRows:
-      if (!plan.copied) return XENT_LAUNCH(rows<T, kind, Team::kBlock, false>);
-      if (plan.team == Team::kWarp) return XENT_LAUNCH(rows<T, kind, Team::kWarp, true>);
-      if (plan.team == Team::kBlock) return XENT_LAUNCH(rows<T, kind, Team::kBlock, true>);
-      return XENT_LAUNCH(rows<T, kind, Team::kCluster, true>);
+      if (!plan.copied) return XENT_LAUNCH(rows<T, objective, Team::kBlock, false>);
+      if (plan.team == Team::kWarp) return XENT_LAUNCH(rows<T, objective, Team::kWarp, true>);
+      if (plan.team == Team::kBlock) return XENT_LAUNCH(rows<T, objective, Team::kBlock, true>);
+      return XENT_LAUNCH(rows<T, objective, Team::kCluster, true>);
     case Family::kSpatial:
       if constexpr (kPlain) {
-        if (!plan.vectors) return XENT_LAUNCH(spatial<T, kind, 1, false>);
-        return plan.copied ? XENT_LAUNCH(spatial<T, kind, N, true>) : XENT_LAUNCH(spatial<T, kind, N, false>);
+        if (!plan.vectors) return XENT_LAUNCH(spatial<T, objective, 1, false>);
+        return plan.copied ? XENT_LAUNCH(spatial<T, objective, N, true>) : XENT_LAUNCH(spatial<T, objective, N, false>);
       }
       break;
     case Family::kStrided: break;
   }
-  if constexpr ((kind == TargetKind::kSoft || !kPlain) && !std::is_same_v<A, double>) {
+  if constexpr ((objective == Objective::kProbabilities || !kPlain) && !std::is_same_v<A, double>) {
     if (task.arithmetic_in_double) {
-      return plan.team == Team::kWarp ? XENT_LAUNCH(strided<T, double, kind, Team::kWarp>)
-                                      : XENT_LAUNCH(strided<T, double, kind, Team::kBlock>);
+      return plan.team == Team::kWarp ? XENT_LAUNCH(strided<T, double, objective, Team::kWarp>)
+                                      : XENT_LAUNCH(strided<T, double, objective, Team::kBlock>);
     }
   }
-  return plan.team == Team::kWarp ? XENT_LAUNCH(strided<T, A, kind, Team::kWarp>)
-                                  : XENT_LAUNCH(strided<T, A, kind, Team::kBlock>);
+  return plan.team == Team::kWarp ? XENT_LAUNCH(strided<T, A, objective, Team::kWarp>)
+                                  : XENT_LAUNCH(strided<T, A, objective, Team::kBlock>);
 #undef XENT_LAUNCH
 }
 
 // How many clusters there may be, of a plan that has them.
 template <class T>
 Status most_clusters_of(const Task& task, const Plan& plan, int& most) {
-#define XENT_ASK(kind) clusters_at_a_time<rows<T, TargetKind::kind, Team::kCluster, true>>(plan.shape, most)
-  switch (task.kind) {
-    case TargetKind::kIndex: return XENT_ASK(kIndex);
-    case TargetKind::kSmoothedIndex: return XENT_ASK(kSmoothedIndex);
-    case TargetKind::kSoft: return XENT_ASK(kSoft);
+#define XENT_ASK(objective) clusters_at_a_time<rows<T, Objective::objective, Team::kCluster, true>>(plan.shape, most)
+  switch (task.objective) {
+    case Objective::kIndex: return XENT_ASK(kIndex);
+    case Objective::kSmoothedIndex: return XENT_ASK(kSmoothedIndex);
+    case Objective::kProbabilities: return XENT_ASK(kSoft);
     default: return XENT_ASK(kGeneral);
   }
 #undef XENT_ASK
@@ -57,11 +57,11 @@ Status most_clusters_of(const Task& task, const Plan& plan, int& most) {
 
 template <class T>
 Status launch_loss_of(const Task& task, const Plan& plan, void* stream) {
-  switch (task.kind) {
-    case TargetKind::kIndex: return launch_kind<T, TargetKind::kIndex>(task, plan, stream);
-    case TargetKind::kSmoothedIndex: return launch_kind<T, TargetKind::kSmoothedIndex>(task, plan, stream);
-    case TargetKind::kSoft: return launch_kind<T, TargetKind::kSoft>(task, plan, stream);
-    default: return launch_kind<T, TargetKind::kGeneral>(task, plan, stream);
+  switch (task.objective) {
+    case Objective::kIndex: return launch_kind<T, Objective::kIndex>(task, plan, stream);
+    case Objective::kSmoothedIndex: return launch_kind<T, Objective::kSmoothedIndex>(task, plan, stream);
+    case Objective::kProbabilities: return launch_kind<T, Objective::kProbabilities>(task, plan, stream);
+    default: return launch_kind<T, Objective::kGeneral>(task, plan, stream);
   }
 }
 

@@ -11,15 +11,15 @@ namespace xent::gpu {
 
 template <class A>
 __global__ void __launch_bounds__(kNllThreads) nll_forward(const __grid_constant__ Task task) {
-  constexpr TargetKind kind = TargetKind::kIndex;
+  constexpr Objective objective = Objective::kIndex;
   Sums sums{0, 0};
   const int64_t step = int64_t(gridDim.x) * kNllThreads;
   for (int64_t p = int64_t(blockIdx.x) * kNllThreads + threadIdx.x; p < task.positions; p += step) {
-    const int64_t target = offset_of(task, task.target, p), label = read_label<kind>(task, target);
+    const int64_t target = offset_of(task, task.target, p), label = read_label<objective>(task, target);
     A loss = 0, weight = 0;
     if (label == kBad) {
       loss = A(NAN);
-      report_bad_target<kind>(task, p, target);
+      report_bad_target<objective>(task, p, target);
     } else if (label != kIgnored) {
       weight = class_weight<A>(task, label);
       const int64_t at = offset_of(task, task.logits, p) + label * task.logits.class_stride;
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kNllThreads, kNllResident) nll_backward(const 
 
     for (int64_t k = threadIdx.x; k < slabs * inner; k += kNllThreads) {
       const int64_t slab = first_slab + k / inner, i = first_inner + k % inner, position = slab * task.inner + i;
-      const int64_t label = read_label<TargetKind::kIndex>(task, offset_of(task, task.target, position));
+      const int64_t label = read_label<Objective::kIndex>(task, offset_of(task, task.target, position));
       if (label < first_class || label >= first_class + classes) continue;  // or it is none
       const double g = read_number<double>(task.grad_output, offset_of(task, task.grad_output, position));
       write_element(task.grad_logits, (slab * task.classes + label) * task.inner + i,

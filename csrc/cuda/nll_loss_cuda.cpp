@@ -1,5 +1,5 @@
 // The CUDA operators of the negative log likelihood. As those of cross entropy, they never wait for the device.
-#include "../nll_loss.h"
+#include "nll/nll_loss.h"
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "../describe.h"
+#include "host/make_problem.h"
 #include "cross_entropy_cuda.h"
 #include "device.h"
 #include "launch.h"
@@ -29,9 +29,9 @@ namespace {
 
 using namespace nll;
 
-void describe_nll(Task& task, const DeviceScope& device, const Inputs& inputs, const Options& options,
-                  const OptionalTensor& kernel_weight, const at::Tensor& denominator) {
-  describe(task, inputs, options, kernel_weight, arithmetic_type(inputs, options), denominator);
+void make_nll_problem(Task& task, const DeviceScope& device, const Inputs& inputs, const Options& options,
+                      const OptionalTensor& kernel_weight, const at::Tensor& denominator) {
+  make_problem(task, inputs, options, kernel_weight, arithmetic_type(inputs, options), denominator);
   task.bad_target = device.bad_target();
   task.bad_targets = device.bad_targets();
 }
@@ -50,7 +50,7 @@ nll::ForwardResult forward_cuda(XENT_NLL_TENSORS, XENT_NLL_OPTIONS, at::ScalarTy
   const at::Tensor denominator = at::empty({}, input.options().dtype(at::kDouble));
 
   Task task;
-  describe_nll(task, device, inputs, options, kernel_weight, denominator);
+  make_nll_problem(task, device, inputs, options, kernel_weight, denominator);
   merge_dimensions(task, {&task.logits, &task.target});
   const int blocks = blocks_to_count(task.positions, device.limits());
   at::Tensor sums;
@@ -86,7 +86,7 @@ at::Tensor backward_cuda(const at::Tensor& grad_output, XENT_NLL_TENSORS, const 
 
   const InMemoryOrder ordered(grad_input, target, grad_output);
   NllGradient task;
-  describe_nll(task, device, {ordered.gradient, ordered.target, weight}, options, kernel_weight, denominator);
+  make_nll_problem(task, device, {ordered.gradient, ordered.target, weight}, options, kernel_weight, denominator);
   task.grad_output = view_of_positions(ordered.grad_output);
   task.denominator = denominator.const_data_ptr<double>();
   task.grad_logits = task.logits;

@@ -95,7 +95,7 @@ Plan plan_small_rows(Task& task, const Device& device) {
   const int64_t room = (device.shared_per_block - kOverheadBytes) / (2 * warps) - 2 * kVectorBytes;
   const int64_t tile_bytes = std::min(room, tuning.small_tile_bytes);
   const int64_t most = std::clamp<int64_t>(tile_bytes / (at_a_time * row_bytes), 1, tuning.small_rows_of_thread);
-  const int resident = small_rows_resident(int(size_of(task.logits.type)), task.kind);
+  const int resident = small_rows_resident(int(size_of(task.logits.type)), task.objective);
   const int64_t all_warps = int64_t(device.multiprocessors) * resident * warps;
   task.rows_per_tile = int32_t(at_a_time * repeats_of_tile(task.positions, at_a_time, most, all_warps));
   // A tile begins anywhere within 16 bytes, and there are two.
@@ -112,7 +112,7 @@ Plan plan_small_rows(Task& task, const Device& device) {
 bool is_twin(const Task& task) {
   const View &logits = task.logits, &target = task.target;
   const int64_t size = size_of(logits.type);
-  if (!is_dense(task.form) || target.type != logits.type || target.class_stride != 1) return false;
+  if (!is_dense(task.target_kind) || target.type != logits.type || target.class_stride != 1) return false;
   const auto differ = [](int64_t a, int64_t b) { return (a - b) % kVectorBytes != 0; };
   if (differ(int64_t(reinterpret_cast<uintptr_t>(logits.data)), int64_t(reinterpret_cast<uintptr_t>(target.data)))) {
     return false;
@@ -154,7 +154,7 @@ Plan plan_rows(Task& task, const Device& device) {
   plan.shape.cluster = cluster;
   plan.shape.shared_bytes = int64_t(rows) * task.copy_bytes;
   const int64_t work = divide_up(task.positions, rows) * cluster;
-  const int resident = rows_resident(int(size_of(task.logits.type)), task.kind, plan.team, plan.copied);
+  const int resident = rows_resident(int(size_of(task.logits.type)), task.objective, plan.team, plan.copied);
   plan.shape.blocks = persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, resident, work);
   plan.shape.blocks = std::max<int64_t>(cluster, plan.shape.blocks / cluster * cluster);
   return plan;
@@ -175,8 +175,8 @@ Plan plan_spatial(Task& task, const Device& device) {
   Plan plan;
   plan.family = Family::kSpatial;
   plan.vectors = has_vectors(task, task.logits) && (!task.grad_logits || has_vectors(task, task.grad_logits));
-  task.twin_target = plan.vectors && task.kind == TargetKind::kSoft && task.target.type == task.logits.type &&
-                     has_vectors(task, task.target);
+  task.twin_target = plan.vectors && task.objective == Objective::kProbabilities &&
+                     task.target.type == task.logits.type && has_vectors(task, task.target);
   const int64_t inner = task.size[task.dims - 1];
   const int64_t of_thread = plan.vectors ? kVectorBytes / size_of(task.logits.type) : 1;
   const int64_t preferred = device.shared_per_multiprocessor / tuning.spatial_blocks;
@@ -202,7 +202,7 @@ Plan plan_spatial(Task& task, const Device& device) {
   plan.shape.threads = kSpatialThreads;
   plan.shape.shared_bytes = plan.copied ? bytes_of(slices) : 0;
   const int64_t tiles = task.positions / inner * divide_up(inner, kSpatialThreads / slices * of_thread);
-  const int resident = spatial_resident(int(size_of(task.logits.type)), task.kind, plan.vectors, plan.copied);
+  const int resident = spatial_resident(int(size_of(task.logits.type)), task.objective, plan.vectors, plan.copied);
   plan.shape.blocks =
       persistent_blocks(device, plan.shape.threads, plan.shape.shared_bytes, resident, tiles, kSpatialOverheadBytes);
   return plan;
@@ -240,12 +240,12 @@ Plan plan(Task& task, const Device& device) {
   convert_numbers(task, task.in_double);
   if (task.classes == 1) {  // whose stride means nothing
     for (View* view : {&task.logits, &task.grad_logits}) view->class_stride = 1;
-    if (task.form != Form::kPairs) task.target.class_stride = task.grad_target.class_stride = 1;
+    if (task.target_kind != TargetKind::kPairs) task.target.class_stride = task.grad_target.class_stride = 1;
   }
   const bool mixed = task.arithmetic_in_double && task.logits.type != ElementType::kFloat64;
   const bool is_countable = task.classes < INT32_MAX - 4096;  // with a step more, within a kernel's int
   if (mixed || !is_countable) return plan_strided(task, device);
-  if (task.kind == TargetKind::kGeneral) {
+  if (task.objective == Objective::kGeneral) {
     return is_class_contiguous(task) ? plan_rows(task, device) : plan_strided(task, device);
   }
   const bool small =

@@ -48,20 +48,20 @@ constexpr int block_threads(Team team) { return team == Team::kWarp ? 128 : 256;
 
 // Blocks of a kernel that fit the registers of a multiprocessor: what the compiler is asked for, and the grid counts
 // on. No more than shared memory has room for, and so few that nothing spills. float64 is not what this is tuned for.
-constexpr int rows_resident(int element_size, TargetKind kind, Team team, bool copied) {
-  if (kind == TargetKind::kGeneral) return (team == Team::kWarp ? 4 : 2) / (element_size == 8 ? 2 : 1);
+constexpr int rows_resident(int element_size, Objective objective, Team team, bool copied) {
+  if (objective == Objective::kGeneral) return (team == Team::kWarp ? 4 : 2) / (element_size == 8 ? 2 : 1);
   if (element_size == 8) return team == Team::kWarp ? 3 : copied ? 2 : 1;
-  if (team == Team::kWarp) return kind == TargetKind::kIndex ? 6 : 5;
-  return kind == TargetKind::kIndex && copied ? 3 : 2;
+  if (team == Team::kWarp) return objective == Objective::kIndex ? 6 : 5;
+  return objective == Objective::kIndex && copied ? 3 : 2;
 }
-constexpr int small_rows_resident(int element_size, TargetKind kind) {
+constexpr int small_rows_resident(int element_size, Objective objective) {
   if (element_size == 8) return 2;
-  return kind == TargetKind::kSmoothedIndex ? 3 : 4;
+  return objective == Objective::kSmoothedIndex ? 3 : 4;
 }
-constexpr int spatial_resident(int element_size, TargetKind kind, bool vectors, bool copied) {
+constexpr int spatial_resident(int element_size, Objective objective, bool vectors, bool copied) {
   if (element_size == 8) return 2;
   if (element_size == 4 || !vectors) return 4;
-  return copied && kind != TargetKind::kSoft ? 4 : 3;
+  return copied && objective != Objective::kProbabilities ? 4 : 3;
 }
 constexpr int strided_resident(int arithmetic_size, Team team) {
   return (team == Team::kWarp ? 4 : 2) / (arithmetic_size / 4);

@@ -19,7 +19,7 @@
 #include "cuda_emulator.h"  // tests/cuda_on_cpu
 #endif
 
-#include "../scalar_types.h"
+#include "kernel/scalar_types.h"
 #include "plan.h"
 
 #define XENT_DEVICE __device__ __forceinline__

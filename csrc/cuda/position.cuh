@@ -96,24 +96,24 @@ XENT_DEVICE void write_element(const View& view, int64_t offset, From x) {
 constexpr int kIgnored = -1, kBad = -2, kProbabilities = -3;
 
 // A class as it is read; of a shard counted from here.
-template <TargetKind kind>
+template <Objective objective>
 XENT_DEVICE int64_t checked_class(const Task& task, int64_t target) {
   if (target == task.ignore_index) return kIgnored;
-  if constexpr (kind == TargetKind::kGeneral) {
+  if constexpr (objective == Objective::kGeneral) {
     return target < 0 || target >= task.all_classes() ? kBad : task.counted_from_here(target);
   }
   return target < 0 || target >= task.classes ? kBad : target;
 }
 
-template <TargetKind kind>
+template <Objective objective>
 XENT_DEVICE int64_t checked_class(const Task& task, const View& view, int64_t offset) {
-  return checked_class<kind>(task, read_class(view, offset));
+  return checked_class<objective>(task, read_class(view, offset));
 }
 
 // Where it is said which positions count: labels that go with a teacher, or the target itself.
-template <TargetKind kind>
+template <Objective objective>
 XENT_DEVICE const View& labels_of(const Task& task) {
-  return kind == TargetKind::kGeneral && task.labels ? task.labels : task.target;
+  return objective == Objective::kGeneral && task.labels ? task.labels : task.target;
 }
 
 // Of k pairs: that they count, that all are to be ignored, or that one is bad. `kLanes`: 1, or as many threads as ask
@@ -122,7 +122,7 @@ template <int kLanes>
 XENT_DEVICE int64_t label_of_pairs(const Task& task, int64_t offset) {
   bool any = false, bad = false;
   for (int64_t j = kLanes == 1 ? 0 : int(threadIdx.x) % kLanes; j < task.pairs; j += kLanes) {
-    const int64_t label = checked_class<TargetKind::kGeneral>(task, task.target, offset + j * task.target.class_stride);
+    const int64_t label = checked_class<Objective::kGeneral>(task, task.target, offset + j * task.target.class_stride);
     any |= label >= 0;
     bad |= label == kBad;
   }
@@ -135,42 +135,42 @@ XENT_DEVICE int64_t label_of_pairs(const Task& task, int64_t offset) {
 }
 
 // What a position's target is. `offset`: of the position in labels_of(task).
-template <TargetKind kind, int kLanes = 1>
+template <Objective objective, int kLanes = 1>
 XENT_DEVICE int64_t read_label(const Task& task, int64_t offset) {
-  if constexpr (kind == TargetKind::kSoft) return kProbabilities;
-  if constexpr (kind == TargetKind::kGeneral) {
-    if (task.form == Form::kPairs) return label_of_pairs<kLanes>(task, offset);
-    if (task.form != Form::kIndices && !task.labels) return kProbabilities;
+  if constexpr (objective == Objective::kProbabilities) return kProbabilities;
+  if constexpr (objective == Objective::kGeneral) {
+    if (task.target_kind == TargetKind::kPairs) return label_of_pairs<kLanes>(task, offset);
+    if (task.target_kind != TargetKind::kIndices && !task.labels) return kProbabilities;
   }
-  return checked_class<kind>(task, labels_of<kind>(task), offset);
+  return checked_class<objective>(task, labels_of<objective>(task), offset);
 }
 
 // Of several positions at once.
-template <TargetKind kind, int N>
+template <Objective objective, int N>
 XENT_DEVICE void read_labels(const Task& task, const int64_t (&offsets)[N], int64_t (&labels)[N]) {
-  const bool one_class =
-      kind != TargetKind::kSoft && (kind != TargetKind::kGeneral || task.labels || task.form == Form::kIndices);
-  if (one_class) read_classes(labels_of<kind>(task), offsets, labels);
+  const bool one_class = objective != Objective::kProbabilities &&
+                         (objective != Objective::kGeneral || task.labels || task.target_kind == TargetKind::kIndices);
+  if (one_class) read_classes(labels_of<objective>(task), offsets, labels);
 #pragma unroll
   for (int j = 0; j < N; ++j) {
-    labels[j] = one_class ? checked_class<kind>(task, labels[j]) : read_label<kind>(task, offsets[j]);
+    labels[j] = one_class ? checked_class<objective>(task, labels[j]) : read_label<objective>(task, offsets[j]);
   }
 }
 
 XENT_DEVICE bool is_counted(int64_t label) { return label >= 0 || label == kProbabilities; }
 
 // Tells the host, unless it still has to take an earlier report. `offset`: of the position in labels_of(task).
-template <TargetKind kind>
+template <Objective objective>
 XENT_DEVICE void report_bad_target(const Task& task, int64_t position, int64_t offset) {
   volatile BadTarget* const report = task.bad_target;
   const int32_t earlier = report->taken;
   if (atomicCAS(task.bad_targets, earlier, earlier + 1) != earlier) return;
-  if constexpr (kind == TargetKind::kGeneral) {
-    for (int64_t j = 1; j < task.pairs && checked_class<kind>(task, task.target, offset) != kBad; ++j) {
+  if constexpr (objective == Objective::kGeneral) {
+    for (int64_t j = 1; j < task.pairs && checked_class<objective>(task, task.target, offset) != kBad; ++j) {
       offset += task.target.class_stride;
     }
   }
-  report->value = read_class(labels_of<kind>(task), offset);
+  report->value = read_class(labels_of<objective>(task), offset);
   report->position = position;
   report->classes = task.all_classes();
   __threadfence_system();
@@ -183,10 +183,10 @@ XENT_DEVICE A class_weight(const Task& task, int64_t c) {
 }
 
 // A class's coefficient in the loss, but for what an index target adds to its own class.
-template <TargetKind kind, class A>
+template <Objective objective, class A>
 XENT_DEVICE A coefficient(const Task& task, int64_t c, A probability) {
-  if constexpr (kind == TargetKind::kIndex) return A(0);
-  if constexpr (kind == TargetKind::kSmoothedIndex) return class_weight<A>(task, c) * numbers<A>(task).share;
+  if constexpr (objective == Objective::kIndex) return A(0);
+  if constexpr (objective == Objective::kSmoothedIndex) return class_weight<A>(task, c) * numbers<A>(task).share;
   return class_weight<A>(task, c) * (numbers<A>(task).keep * probability + numbers<A>(task).share);
 }
 
@@ -197,9 +197,9 @@ XENT_DEVICE A smoothed_total(const Task& task) {
 }
 
 // Whether all classes have the same coefficient, but for what an index target adds to its own.
-template <TargetKind kind>
+template <Objective objective>
 XENT_DEVICE bool is_uniform(const Task& task) {
-  return kind == TargetKind::kIndex || (kind == TargetKind::kSmoothedIndex && task.weight == nullptr);
+  return objective == Objective::kIndex || (objective == Objective::kSmoothedIndex && task.weight == nullptr);
 }
 
 // ---- the loss -------------------------------------------------------------------------------------------------------
@@ -257,31 +257,31 @@ struct Destination {
 };
 
 // What a position adds to its block's sums, and leaves for the backward. By one thread.
-template <TargetKind kind, class A>
+template <Objective objective, class A>
 XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t label, A target_logit,
                              const Found<A>& found, Sums& sums) {
   const auto [max, log_sum, spread, mass] = found;
   A loss = 0, weight = 0, lse_high = 0, lse_low = 0;
   if (label == kBad) {
     loss = A(NAN);
-    report_bad_target<kind>(task, to.position, to.target_offset);
+    report_bad_target<objective>(task, to.position, to.target_offset);
   } else if (label != kIgnored) {
     lse_high = max;
     lse_low = log_sum;
-    if constexpr (kind == TargetKind::kSoft) {
+    if constexpr (objective == Objective::kProbabilities) {
       weight = A(1);
       loss = index_loss(A(0), A(1), A(0), spread, mass, log_sum);
     } else {
       weight = class_weight<A>(task, label);
       const A hit = numbers<A>(task).keep * weight;
-      loss = index_loss(hit, A(kind == TargetKind::kIndex ? 0 : 1), max - target_logit, spread, mass, log_sum);
+      loss = index_loss(hit, A(objective == Objective::kIndex ? 0 : 1), max - target_logit, spread, mass, log_sum);
     }
     loss += z_loss_of(task, max + log_sum);
   }
   if (task.lse) {
     saved_row<A>(task, saved::kLse)[to.position] = lse_high;
     saved_row<A>(task, saved::kLseLost)[to.position] = lse_low;
-    if constexpr (kind == TargetKind::kSoft) saved_row<A>(task, saved::kMass)[to.position] = mass;
+    if constexpr (objective == Objective::kProbabilities) saved_row<A>(task, saved::kMass)[to.position] = mass;
   }
   to.add(task, loss, weight, sums);
 }
@@ -305,7 +305,7 @@ struct ToSoftmax {
 
 // For a position whose target counts: g (A softmax - a) as a function of the logit and its coefficient. Powers of two
 // are KnownMaximum's, so a forward that has them at hand makes the same gradient as a backward, to the bit.
-template <TargetKind kind, class A>
+template <Objective objective, class A>
 struct Gradient {
   A max, log_sum, total, scale;  // total: A, and what z_loss adds; scale: g
   A slope, reference;            // 2^(x slope - reference)
@@ -323,12 +323,12 @@ struct Gradient {
     scale = grad_output;
     hit = smoothed = A(0);
     rest = (numbers<A>(task).z_loss + numbers<A>(task).z_loss) * (max + log_sum);
-    if constexpr (kind == TargetKind::kSoft) rest += found.mass;
-    if constexpr (kind == TargetKind::kSmoothedIndex) {
+    if constexpr (objective == Objective::kProbabilities) rest += found.mass;
+    if constexpr (objective == Objective::kSmoothedIndex) {
       rest += smoothed_total<A>(task);
-      smoothed = coefficient<kind>(task, label, A(0));
+      smoothed = coefficient<objective>(task, label, A(0));
     }
-    if constexpr (kind != TargetKind::kSoft) hit = numbers<A>(task).keep * class_weight<A>(task, label);
+    if constexpr (objective != Objective::kProbabilities) hit = numbers<A>(task).keep * class_weight<A>(task, label);
     total = hit + rest;
     to_total = total * to_softmax;
     to_scaled = scale * to_total;
@@ -338,8 +338,8 @@ struct Gradient {
 
   // Of a class that is not an index target's own, from its power. `careful` becomes true where that is not enough.
   XENT_DEVICE A of_power(A power, A a, bool& careful) const {
-    if constexpr (kind == TargetKind::kIndex) return power * to_scaled;
-    if constexpr (kind == TargetKind::kSoft) careful |= power * to_softmax > A(0.5);
+    if constexpr (objective == Objective::kIndex) return power * to_scaled;
+    if constexpr (objective == Objective::kProbabilities) careful |= power * to_softmax > A(0.5);
     return scale * fused(power, to_total, -a);
   }
   XENT_DEVICE A from_logit(A x, A a) const { return scale * soft_gradient(total, (x - max) - log_sum, a); }
@@ -353,11 +353,11 @@ struct Gradient {
 
 // Of N logits, but for an index target's own class. `of(j)` is the j-th one's Gradient, `set_coefficients(a)` is called
 // where coefficients differ.
-template <TargetKind kind, int N, class A, class Of, class SetCoefficients>
+template <Objective objective, int N, class A, class Of, class SetCoefficients>
 XENT_DEVICE void gradients(const Task& task, const Of& of, const A (&x)[N], const SetCoefficients& set_coefficients,
                            A (&dx)[N]) {
   bool careful = false;
-  if (is_uniform<kind>(task)) {
+  if (is_uniform<objective>(task)) {
 #pragma unroll
     for (int j = 0; j < N; ++j) dx[j] = of(j).of_power(of(j).power(x[j]), numbers<A>(task).share, careful);
     return;
@@ -366,18 +366,18 @@ XENT_DEVICE void gradients(const Task& task, const Of& of, const A (&x)[N], cons
   set_coefficients(a);
 #pragma unroll
   for (int j = 0; j < N; ++j) dx[j] = of(j).of_power(of(j).power(x[j]), a[j], careful);
-  if (kind == TargetKind::kSoft && careful) {
+  if (objective == Objective::kProbabilities && careful) {
 #pragma unroll
     for (int j = 0; j < N; ++j) dx[j] = of(j).from_logit(x[j], a[j]);
   }
 }
 
 // What the forward left for a position.
-template <TargetKind kind>
+template <Objective objective>
 struct SavedOf {
   template <class A>
   static XENT_DEVICE Found<A> at(const Task& task, int64_t position) {
-    const A mass = kind == TargetKind::kSoft ? saved_row<A>(task, saved::kMass)[position] : A(0);
+    const A mass = objective == Objective::kProbabilities ? saved_row<A>(task, saved::kMass)[position] : A(0);
     return {saved_row<A>(task, saved::kLse)[position], saved_row<A>(task, saved::kLseLost)[position], A(0), mass};
   }
 };

@@ -61,7 +61,7 @@ XENT_DEVICE void leave_sums(const Task& task, Sums sums) {
 // time, or it would take as long as its reads take one after the other.
 template <class A>
 __global__ void __launch_bounds__(kReduceThreads, kCountResident) count_targets(const __grid_constant__ Task task) {
-  constexpr TargetKind kind = TargetKind::kGeneral;  // any
+  constexpr Objective objective = Objective::kGeneral;  // any
   let_next_kernel_begin();
   constexpr int N = kCountedTogether;
   Sums sums{0, 0};
@@ -71,14 +71,15 @@ __global__ void __launch_bounds__(kReduceThreads, kCountResident) count_targets(
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int64_t p = min(first + j * step, task.positions - 1);
-      offsets[j] = task.dims == 1 ? p * labels_of<kind>(task).stride[0] : offset_of(task, labels_of<kind>(task), p);
+      offsets[j] =
+          task.dims == 1 ? p * labels_of<objective>(task).stride[0] : offset_of(task, labels_of<objective>(task), p);
     }
-    read_labels<kind>(task, offsets, labels);
+    read_labels<objective>(task, offsets, labels);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int64_t p = first + j * step;
       if (p >= task.positions || !is_counted(labels[j])) continue;
-      const A weight = task.form == Form::kIndices ? class_weight<A>(task, labels[j]) : A(1);
+      const A weight = task.target_kind == TargetKind::kIndices ? class_weight<A>(task, labels[j]) : A(1);
       sums.weight += double(weight * sample_weight_of<A>(task, p));
     }
   }

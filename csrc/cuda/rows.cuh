@@ -221,26 +221,26 @@ struct TargetRow {
 };
 
 // The coefficients of a position's classes, a vector of neighbours at a time.
-template <class T, TargetKind kind>
+template <class T, Objective objective>
 struct Coefficients {
   using A = Arithmetic<T>;
   struct Nothing {
     XENT_DEVICE Nothing(const Task&, int64_t, const T*) {}
   };
   const Task& task;
-  std::conditional_t<kind == TargetKind::kSoft, TargetRow<T>, Nothing> target;
+  std::conditional_t<objective == Objective::kProbabilities, TargetRow<T>, Nothing> target;
 
   XENT_DEVICE Coefficients(const Task& task, int64_t position, const T* row)
       : task(task), target(task, position, row) {}
 
   XENT_DEVICE A at(int64_t c) const {
     A q[1] = {A(0)};
-    if constexpr (kind == TargetKind::kSoft) target.load(c, q);
-    return coefficient<kind>(task, c, q[0]);
+    if constexpr (objective == Objective::kProbabilities) target.load(c, q);
+    return coefficient<objective>(task, c, q[0]);
   }
 
   XENT_DEVICE void of_vector(int64_t c, A (&a)[kPerVector<T>]) const {
-    if constexpr (kind == TargetKind::kSoft) {
+    if constexpr (objective == Objective::kProbabilities) {
       target.load(c, a);
 #pragma unroll
       for (int j = 0; j < kPerVector<T>; ++j) a[j] = numbers<A>(task).keep * a[j] + numbers<A>(task).share;
@@ -255,7 +255,7 @@ struct Coefficients {
 };
 
 template <class T>
-struct Coefficients<T, TargetKind::kGeneral> {
+struct Coefficients<T, Objective::kGeneral> {
   using A = Arithmetic<T>;
   const Task& task;
   DenseTarget<A> dense;
@@ -271,7 +271,7 @@ struct Coefficients<T, TargetKind::kGeneral> {
   XENT_DEVICE void for_class(int64_t c, A logit, const Use& use) const {
     A x[1] = {logit};
     Terms<A, 1> terms;
-    if (is_dense(task.form) && !skipped) target.load(c, terms.a);
+    if (is_dense(task.target_kind) && !skipped) target.load(c, terms.a);
     finish(c, x, terms);
     use(x, terms);
   }
@@ -282,7 +282,7 @@ struct Coefficients<T, TargetKind::kGeneral> {
       A x[kPerPart<T>];
       Terms<A, kPerPart<T>> terms;
       widen_part<T>(raw, begin, x);
-      if (is_dense(task.form) && !skipped) target.load_part(c, begin, terms.a);
+      if (is_dense(task.target_kind) && !skipped) target.load_part(c, begin, terms.a);
       finish(c + begin, x, terms);
       use(x, terms, begin);
     }
@@ -315,7 +315,7 @@ struct Coefficients<T, TargetKind::kGeneral> {
         terms.a[j] = terms.log[j] = A(0);
       }
     }
-    transform<TargetKind::kGeneral>(task, x);
+    transform<Objective::kGeneral>(task, x);
   }
 };
 
@@ -329,14 +329,14 @@ XENT_DEVICE void write_zeros(T* out, int64_t classes, const Members<team>& membe
   if (members.rank == 0 && members.thread < shape.edges) out[shape.edge(members.thread)] = T{};
 }
 
-template <class T, TargetKind kind, Team team, bool kCopied>
-__global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), kind, team, kCopied))
+template <class T, Objective objective, Team team, bool kCopied>
+__global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), objective, team, kCopied))
     rows(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
-  using S = StatisticsOf<kind, A, !kCopied>;
-  using RowSlice = Slice<T, team, kCopied, kind == TargetKind::kGeneral>;
+  using S = StatisticsOf<objective, A, !kCopied>;
+  using RowSlice = Slice<T, team, kCopied, objective == Objective::kGeneral>;
   constexpr int N = kPerVector<T>;
-  constexpr bool kGeneral = kind == TargetKind::kGeneral;
+  constexpr bool kGeneral = objective == Objective::kGeneral;
   if (nothing_to_do(task)) return;
   let_next_kernel_begin();
 
@@ -351,23 +351,24 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
 
   // Whether a row is copied depends on its label, which is therefore read one row ahead.
   const auto label_at = [&](int64_t position) {
-    return position < task.positions ? read_label<kind, kWarp>(task, offset_of(task, labels_of<kind>(task), position))
-                                     : int64_t(kIgnored);
+    return position < task.positions
+               ? read_label<objective, kWarp>(task, offset_of(task, labels_of<objective>(task), position))
+               : int64_t(kIgnored);
   };
   int64_t label, next_label = label_at(members.first);
 
   for (int64_t position = members.first; position < task.positions; position += members.step, ++round) {
     const T* const row = static_cast<const T*>(task.logits.data) + offset_of(task, task.logits, position);
-    const int64_t target = offset_of(task, labels_of<kind>(task), position);
+    const int64_t target = offset_of(task, labels_of<objective>(task), position);
     label = next_label;
     const bool counts = is_counted(label);
-    Coefficients<T, kind> coefficients(task, position, row);
+    Coefficients<T, objective> coefficients(task, position, row);
     const RowSlice slice(row, task.classes, copies, members);
     const bool has_edge = counts && members.rank == 0 && members.thread < slice.shape.edges;
     const int64_t edge = slice.shape.edge(members.thread);
 
     A edge_logit[1] = {A(0)}, edge_coefficient[1] = {A(0)}, target_logit = 0;
-    if constexpr (kCopied && (kind == TargetKind::kSoft || kGeneral)) {
+    if constexpr (kCopied && (objective == Objective::kProbabilities || kGeneral)) {
       const T*& twin = coefficients.target.twin;
       const T* const to_copy = task.twin_target ? twin : nullptr;
       const T* const copied =
@@ -384,10 +385,10 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
 
     S statistics = S::of_nothing(task);
     const auto add_general = [&](const auto& x, const auto& terms, int = 0) { add_logits(task, x, terms, statistics); };
-    FoundOf<kind, A> found;
+    FoundOf<objective, A> found;
     if (forward) {
       if constexpr (kGeneral) coefficients.skipped = task.kl;
-      if (task.is_here(label) && members.leads()) target_logit = read_logit<kind>(task, row, label);
+      if (task.is_here(label) && members.leads()) target_logit = read_logit<objective>(task, row, label);
       if (counts) {
         for (int stage = 0; stage < RowSlice::kStages; ++stage) {
           const int begin = stage * slice.stage_size, end = slice.stage_end(stage);
@@ -406,7 +407,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
                   statistics.add(x, a);
                 }
               };
-              if (is_uniform<kind>(task)) return add(numbers<A>(task).share);
+              if (is_uniform<objective>(task)) return add(numbers<A>(task).share);
               A a[N];
               coefficients.of_vector(c, a);
               add(a);
@@ -421,7 +422,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
         if (has_edge) statistics.add(edge_logit, edge_coefficient);
       }
       members.join(task, statistics, exchange, kGeneral && task.kl ? 2 * round : round);
-      found = FoundOf<kind, A>::of(task, statistics);
+      found = FoundOf<objective, A>::of(task, statistics);
       if constexpr (kGeneral) {
         coefficients.skipped = false;
         if (task.kl) {
@@ -442,13 +443,13 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
         }
       }
       if (members.leads()) {
-        finish_loss<kind>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
+        finish_loss<objective>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
         if constexpr (kGeneral) finish_statistics(task, position, label, row, target_logit, found);
       }
     } else {
       if constexpr (kCopied) wait_for_copies<0>();
-      found = SavedOf<kind>::template at<A>(task, position);
-      if (label == kBad && members.leads()) report_bad_target<kind>(task, position, target);
+      found = SavedOf<objective>::template at<A>(task, position);
+      if (label == kBad && members.leads()) report_bad_target<objective>(task, position, target);
     }
     if (!backward) continue;
 
@@ -461,7 +462,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       if (kGeneral) write_target_zeros(task, position, members.index(), members.count());
       continue;
     }
-    Gradient<kind, A> gradient;
+    Gradient<objective, A> gradient;
     gradient.set(task, position, label, found, scale_of_all * grad_output_of<A>(task, position));
     const auto gradient_of = [&](int) -> const auto& { return gradient; };
     const bool aligned = phase_of(out) == phase_of(row);
@@ -482,19 +483,19 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     } else {
       // An index target's own class, once, rather than looked for in each vector. Its thread writes it after the
       // vector.
-      const bool has_own = kind != TargetKind::kSoft && slice.has(label, members.thread);
+      const bool has_own = objective != Objective::kProbabilities && slice.has(label, members.thread);
       const A own = has_own ? gradient.own(slice.logit_of(label)) : A(0);
       const auto write = [&](auto as_vectors) {
         slice.for_each(0, slice.count, members.thread, [&](int64_t c, uint4 raw) {
           A x[N], dx[N];
           widen_vector<T>(raw, x);
-          if (kind == TargetKind::kSoft && task.grad_target) {
+          if (objective == Objective::kProbabilities && task.grad_target) {
             for (int j = 0; j < N; ++j) {
               write_probability_gradient(task, grad_target, c + j, gradient.of_probability(x[j]));
             }
             if (!out) return;
           }
-          gradients<kind>(task, gradient_of, x, [&](A(&a)[N]) { coefficients.of_vector(c, a); }, dx);
+          gradients<objective>(task, gradient_of, x, [&](A(&a)[N]) { coefficients.of_vector(c, a); }, dx);
           if constexpr (decltype(as_vectors)::value) {
             stream_vector(out + c, narrow_vector<T>(dx));
           } else {
@@ -513,7 +514,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
           gradient.of_classes(task, grad_target, label, x, terms, dx);
         });
       } else {
-        gradients<kind>(task, gradient_of, edge_logit, [&](A(&a)[1]) { a[0] = edge_coefficient[0]; }, dx);
+        gradients<objective>(task, gradient_of, edge_logit, [&](A(&a)[1]) { a[0] = edge_coefficient[0]; }, dx);
         if (edge == label) dx[0] = gradient.own(edge_logit[0]);
         if (task.grad_target) {
           write_probability_gradient(task, grad_target, edge, gradient.of_probability(edge_logit[0]));
@@ -522,7 +523,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       if (out) out[edge] = narrow<T>(dx[0]);
     }
     if constexpr (kGeneral) {
-      if (task.form != Form::kPairs) continue;
+      if (task.target_kind != TargetKind::kPairs) continue;
       members.barrier();  // whoever has a pair's class has written it
       gradient.write_pairs(task, position, row, out, members.index(), members.count());
     }

@@ -83,11 +83,11 @@ struct Tile {
   }
 };
 
-template <class T, TargetKind kind>
-__global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(T), kind))
+template <class T, Objective objective>
+__global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(T), objective))
     small_rows(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
-  constexpr bool kSoft = kind == TargetKind::kSoft;
+  constexpr bool kSoft = objective == Objective::kProbabilities;
   constexpr int kTogether = 4;
   if (nothing_to_do(task)) return;
   let_next_kernel_begin();
@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
     next_elements = next.start_load(task, lane);  // of nothing, after the last one
 
     const auto label_at = [&](int r) {
-      return r < tile.rows ? read_label<kind>(task, offset_of(task, task.target, tile.first + r)) : int64_t(kIgnored);
+      return r < tile.rows ? read_label<objective>(task, offset_of(task, task.target, tile.first + r))
+                           : int64_t(kIgnored);
     };
     int64_t label, next_label = label_at(lane / lanes);
     wait_for_copies<1>();
@@ -154,21 +155,21 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
         if constexpr (kSoft) {
           if (k < own) q = read_number<A>(task.target, target + (first_class + k) * task.target.class_stride);
         }
-        return k < own ? coefficient<kind>(task, first_class + k, q) : A(0);
+        return k < own ? coefficient<objective>(task, first_class + k, q) : A(0);
       };
 
       A held[kMostHeld];  // logits, then powers of two
       for_held([&](int k) { held[k] = k < own ? widen<A>(row[k]) : A(-INFINITY); });
 
       Found<A> found;
-      Gradient<kind, A> gradient;
+      Gradient<objective, A> gradient;
       const A grad_output = backward ? scale_of_all * grad_output_of<A>(task, position) : A(0);
       const int64_t of_label = counts ? label : 0;
       if (forward) {
         A largest = A(-INFINITY);
         for_held([&](int k) { largest = maximum(largest, held[k]); });
         auto known = KnownMaximum<A>::of(lanes_max(largest, lanes));
-        if constexpr (kind != TargetKind::kIndex) {
+        if constexpr (objective != Objective::kIndex) {
           for_held([&](int k) {
             const A a = coefficient_of(k);
             known.add_careful_spread(held[k], a);
@@ -183,13 +184,13 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
         found = {known.max, known.log_sum(), known.spread, known.mass};
         if (leads) {
           const A target_logit = counts && !kSoft ? widen<A>(row[label]) : A(0);
-          finish_loss<kind>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
+          finish_loss<objective>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
         }
         gradient.set(task, position, of_label, found, grad_output);
       } else {
-        found = SavedOf<kind>::template at<A>(task, position);
+        found = SavedOf<objective>::template at<A>(task, position);
         gradient.set(task, position, of_label, found, grad_output);
-        if (leads && label == kBad) report_bad_target<kind>(task, position, target);
+        if (leads && label == kBad) report_bad_target<objective>(task, position, target);
         if (kSoft && task.grad_target) {
           const int64_t grad_target = offset_of(task, task.grad_target, position);
           for (int k = 0; k < own; ++k) {
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
       const bool has_label = uint32_t(own_label) < uint32_t(own);
       const A own_gradient = !kSoft && has_label ? gradient.own(widen<A>(row[own_label])) : A(0);
       __syncwarp();  // the target's logit has been read
-      if (is_uniform<kind>(task)) {
+      if (is_uniform<objective>(task)) {
         bool careful = false;
         for_held([&](int k) { held[k] = gradient.of_power(held[k], numbers<A>(task).share, careful); });
       } else {

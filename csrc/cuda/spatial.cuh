@@ -85,13 +85,13 @@ XENT_DEVICE void join_slices(A* exchange, int x, int y, int width, int slices, c
   }
 }
 
-template <class T, TargetKind kind, int N, bool kCopied>
-__global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), kind, N > 1, kCopied))
+template <class T, Objective objective, int N, bool kCopied>
+__global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), objective, N > 1, kCopied))
     spatial(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
-  using S = Statistics<A, kind != TargetKind::kIndex, true>;
+  using S = Statistics<A, objective != Objective::kIndex, true>;
   static_assert(!kCopied || N == kPerVector<T>);
-  constexpr bool kSoft = kind == TargetKind::kSoft;
+  constexpr bool kSoft = objective == Objective::kProbabilities;
   constexpr int kTogether = N == 8 ? 2 : 4;                  // classes
   constexpr int kNextCopy = kSpatialThreads * kVectorBytes;  // bytes, to a thread's next class
   if (nothing_to_do(task)) return;
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
     const int64_t target = exists ? place.offset(task, task.target) : 0, target_stride = task.target.stride[last];
     if (exists) {
 #pragma unroll
-      for (int j = 0; j < N; ++j) label[j] = int(read_label<kind>(task, target + j * target_stride));
+      for (int j = 0; j < N; ++j) label[j] = int(read_label<objective>(task, target + j * target_stride));
     }
     const auto load_coefficients = [&](int c, A(&a)[N]) {
       if constexpr (kSoft) {
@@ -156,9 +156,9 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
           for (int j = 0; j < N; ++j) a[j] = read_number<A>(task.target, at + j * target_stride);
         }
 #pragma unroll
-        for (int j = 0; j < N; ++j) a[j] = coefficient<kind>(task, c, a[j]);
+        for (int j = 0; j < N; ++j) a[j] = coefficient<objective>(task, c, a[j]);
       } else {
-        const A same = coefficient<kind>(task, c, A(0));
+        const A same = coefficient<objective>(task, c, A(0));
 #pragma unroll
         for (int j = 0; j < N; ++j) a[j] = same;
       }
@@ -192,17 +192,17 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
         for_classes([&](int c, const unsigned char* copy) {
           A x[N], a[N];
           load_class(c, copy, x);
-          if constexpr (kind != TargetKind::kIndex) load_coefficients(c, a);
+          if constexpr (objective != Objective::kIndex) load_coefficients(c, a);
 #pragma unroll
           for (int j = 0; j < N; ++j) {
             known[j].add(x[j]);
-            if constexpr (kind != TargetKind::kIndex) known[j].add_spread(x[j], a[j]);
+            if constexpr (objective != Objective::kIndex) known[j].add_spread(x[j], a[j]);
             if constexpr (kSoft) known[j].mass += a[j];
           }
         });
         join([&](int j) -> A& { return known[j].ties; }, sum);
         join([&](int j) -> A& { return known[j].rest; }, sum);
-        if constexpr (kind != TargetKind::kIndex) {
+        if constexpr (objective != Objective::kIndex) {
           bool careful = false;
 #pragma unroll
           for (int j = 0; j < N; ++j) careful |= known[j].spread != known[j].spread;
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
         if constexpr (kSoft) join([&](int j) -> A& { return known[j].mass; }, sum);
 #pragma unroll
         for (int j = 0; j < N; ++j) {
-          const A mass = kSoft ? known[j].mass : kind == TargetKind::kIndex ? A(0) : smoothed_total<A>(task);
+          const A mass = kSoft ? known[j].mass : objective == Objective::kIndex ? A(0) : smoothed_total<A>(task);
           found[j] = {known[j].max, known[j].log_sum(), known[j].spread, mass};
         }
       } else {
@@ -258,7 +258,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
           for (int j = 0; j < N; ++j) statistics[j].raise(largest[j]), statistics[j].settle();
           join([&](int j) -> A& { return statistics[j].ties; }, sum);
           join([&](int j) -> A& { return statistics[j].rest.sum; }, sum);
-          if constexpr (kind != TargetKind::kIndex) {
+          if constexpr (objective != Objective::kIndex) {
             join([&](int j) -> A& { return statistics[j].spread.sum; }, sum);
             join([&](int j) -> A& { return statistics[j].mass.sum; }, sum);
           }
@@ -276,14 +276,14 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
         }
         const Destination<A> to{first + j, target + j * target_stride, loss + j * task.loss.stride[last],
                                 sample_weight(j)};
-        finish_loss<kind>(task, to, label[j], target_logit, found[j], sums);
+        finish_loss<objective>(task, to, label[j], target_logit, found[j], sums);
       }
     } else if (exists) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        found[j] = SavedOf<kind>::template at<A>(task, first + j);
+        found[j] = SavedOf<objective>::template at<A>(task, first + j);
         if (label[j] == kBad && slice_of(j) == y_index)
-          report_bad_target<kind>(task, first + j, target + j * target_stride);
+          report_bad_target<objective>(task, first + j, target + j * target_stride);
       }
     }
     if (!backward || !exists) continue;
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
     const int64_t grad_target = place.offset(task, task.grad_target);
     T* const out =
         task.grad_logits ? static_cast<T*>(task.grad_logits.data) + place.offset(task, task.grad_logits) : nullptr;
-    Gradient<kind, A> gradient[N];
+    Gradient<objective, A> gradient[N];
     A own[N];  // of an index target's own class, which is dear: once, and not for each class
     bool counts[N];
 #pragma unroll
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), k
       for_classes([&](int c, const unsigned char* copy) {
         A x[N], dx[N];
         load_class(c, copy, x);
-        gradients<kind>(
+        gradients<objective>(
             task, [&](int j) -> const auto& { return gradient[j]; }, x, [&](A(&a)[N]) { load_coefficients(c, a); }, dx);
         if constexpr (kSoft) {
           for (int j = 0; task.grad_target && j < N; ++j) {

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "portable.cuh"
-#include "../problem.h"
+#include "kernel/problem.h"
 
 namespace xent::gpu {
 
@@ -32,7 +32,7 @@ XENT_DEVICE void exp_and_expm1(A x, A& exp_x, A& expm1_x) {
   expm1_x = x > A(-1) ? expm1(x) : exp_x - A(1);
 }
 
-#include "../online_softmax.h"
+#include "kernel/online_softmax.h"
 
 #undef XENT_INLINE
 

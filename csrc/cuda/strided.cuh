@@ -8,9 +8,9 @@
 namespace xent::gpu {
 
 // The coefficients of a position's classes, `step` apart; zero beyond the last.
-template <TargetKind kind, class A>
+template <Objective objective, class A>
 struct ElementsOfTarget {
-  static constexpr bool kGeneral = kind == TargetKind::kGeneral;
+  static constexpr bool kGeneral = objective == Objective::kGeneral;
   struct Nothing {
     XENT_DEVICE Nothing(const Task&, int64_t) {}
   };
@@ -23,7 +23,7 @@ struct ElementsOfTarget {
       : task(task), offset(offset_of(task, task.target, position)), dense(task, position) {}
 
   XENT_DEVICE A element(int64_t c) const {
-    if (kGeneral ? !is_dense(task.form) : kind != TargetKind::kSoft) return A(0);
+    if (kGeneral ? !is_dense(task.target_kind) : objective != Objective::kProbabilities) return A(0);
     return read_number<A>(task.target, offset + c * task.target.class_stride);
   }
 
@@ -32,7 +32,7 @@ struct ElementsOfTarget {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const int64_t at = c + j * step;
-      a[j] = at < task.classes ? coefficient<kind>(task, at, element(at)) : A(0);
+      a[j] = at < task.classes ? coefficient<objective>(task, at, element(at)) : A(0);
     }
   }
   template <int N>
@@ -50,12 +50,12 @@ struct ElementsOfTarget {
   }
 };
 
-template <class T, class A, TargetKind kind, Team team>
+template <class T, class A, Objective objective, Team team>
 __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A), team))
     strided(const __grid_constant__ Task task) {
-  using S = StatisticsOf<kind, A, true>;
+  using S = StatisticsOf<objective, A, true>;
   constexpr int kTogether = 4;
-  constexpr bool kGeneral = kind == TargetKind::kGeneral;
+  constexpr bool kGeneral = objective == Objective::kGeneral;
   if (nothing_to_do(task)) return;
   let_next_kernel_begin();
 
@@ -68,25 +68,25 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
 
   for (int64_t position = members.first; position < task.positions; position += members.step) {
     const T* const logits = static_cast<const T*>(task.logits.data) + offset_of(task, task.logits, position);
-    const int64_t target = offset_of(task, labels_of<kind>(task), position);
-    const int64_t label = read_label<kind, kWarp>(task, target);
+    const int64_t target = offset_of(task, labels_of<objective>(task), position);
+    const int64_t label = read_label<objective, kWarp>(task, target);
     const bool counts = is_counted(label);
-    ElementsOfTarget<kind, A> elements(task, position);
+    ElementsOfTarget<objective, A> elements(task, position);
 
     S statistics = S::of_nothing(task);
-    FoundOf<kind, A> found;
+    FoundOf<objective, A> found;
     if (forward) {
       A target_logit = 0;
       elements.skipped = kGeneral && task.kl;
-      if (task.is_here(label) && members.leads()) target_logit = read_logit<kind, T, A>(task, logits, label);
+      if (task.is_here(label) && members.leads()) target_logit = read_logit<objective, T, A>(task, logits, label);
       if (counts) {
         for (int64_t c = members.thread; c < task.classes; c += kTogether * members.kThreads) {
           A x[kTogether];
-          TermsOf<kind, A, kTogether> a;
+          TermsOf<objective, A, kTogether> a;
 #pragma unroll
           for (int k = 0; k < kTogether; ++k) {
             const int64_t at = c + k * members.kThreads;
-            x[k] = at < task.classes ? read_logit<kind, T, A>(task, logits, at) : A(-INFINITY);
+            x[k] = at < task.classes ? read_logit<objective, T, A>(task, logits, at) : A(-INFINITY);
           }
           elements.load(c, members.kThreads, a);
           add_logits(task, x, a, statistics);
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
         if (counts) add_pairs(task, position, logits, members.index(), members.count(), statistics);
       }
       members.join(task, statistics, exchange, joins++);
-      found = FoundOf<kind, A>::of(task, statistics);
+      found = FoundOf<objective, A>::of(task, statistics);
       elements.skipped = false;
       if constexpr (kGeneral) {
         if (task.kl) {
@@ -110,12 +110,12 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
         }
       }
       if (members.leads()) {
-        finish_loss<kind>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
+        finish_loss<objective>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
         if constexpr (kGeneral) finish_statistics(task, position, label, logits, target_logit, found);
       }
     } else {
-      found = SavedOf<kind>::template at<A>(task, position);
-      if (label == kBad && members.leads()) report_bad_target<kind>(task, position, target);
+      found = SavedOf<objective>::template at<A>(task, position);
+      if (label == kBad && members.leads()) report_bad_target<objective>(task, position, target);
     }
     if (!backward) continue;
 
@@ -123,22 +123,22 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
                        ? static_cast<T*>(task.grad_logits.data) + offset_of(task, task.grad_logits, position)
                        : nullptr;
     const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
-    Gradient<kind, A> gradient;
+    Gradient<objective, A> gradient;
     if (counts) gradient.set(task, position, label, found, scale_of_all * grad_output_of<A>(task, position));
     if (kGeneral && !counts) write_target_zeros(task, position, members.index(), members.count());
     const auto gradient_of = [&](int) -> const auto& { return gradient; };
     for (int64_t c = members.thread; c < task.classes; c += members.kThreads) {
       A dx[1] = {A(0)};
       if (counts) {
-        const A x[1] = {read_logit<kind, T, A>(task, logits, c)};
+        const A x[1] = {read_logit<objective, T, A>(task, logits, c)};
         if constexpr (kGeneral) {
           Terms<A, 1> terms;
           elements.load(c, 1, terms);
           gradient.of_classes(task, grad_target, label, x, terms, dx);
         } else {
-          gradients<kind>(task, gradient_of, x, [&](A(&a)[1]) { elements.load(c, 1, a); }, dx);
+          gradients<objective>(task, gradient_of, x, [&](A(&a)[1]) { elements.load(c, 1, a); }, dx);
           if (c == label) dx[0] = gradient.own(x[0]);
-          if (kind == TargetKind::kSoft && task.grad_target) {
+          if (objective == Objective::kProbabilities && task.grad_target) {
             write_probability_gradient(task, grad_target, c, gradient.of_probability(x[0]));
           }
         }
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
       if (out) out[c * task.grad_logits.class_stride] = narrow<T>(dx[0]);
     }
     if constexpr (kGeneral) {
-      if (task.form != Form::kPairs || !counts) continue;
+      if (task.target_kind != TargetKind::kPairs || !counts) continue;
       members.barrier();  // whoever has a pair's class has written it
       gradient.write_pairs(task, position, logits, out, members.index(), members.count());
     }

@@ -2,7 +2,7 @@
 // launch. Knows neither torch nor CUDA.
 #pragma once
 
-#include "../problem.h"
+#include "kernel/problem.h"
 
 namespace xent::gpu {
 

@@ -42,7 +42,7 @@ def load() -> ModuleType:
     folder = SOURCE.parent / "build" / "-".join(["cuda_on_cpu", torch.__version__, *sanitize.split(",")]).rstrip("-")
     folder.mkdir(parents=True, exist_ok=True)
     sources = [
-        *(SOURCE / name for name in ("arguments.cpp", "describe.cpp", "cuda/plan.cpp")),
+        *(SOURCE / name for name in ("host/arguments.cpp", "host/make_problem.cpp", "cuda/plan.cpp")),
         *(SOURCE / "cuda" / name for name in ("cross_entropy_cuda.cpp", "nll_loss_cuda.cpp")),
         *(HERE / name for name in ("emulated_kernels.cpp", "device_on_cpu.cpp")),
     ]

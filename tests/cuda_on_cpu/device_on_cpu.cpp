@@ -1,5 +1,5 @@
 // csrc/cuda/device.h where the CUDA device is the emulator.
-#include "../../csrc/cuda/device.h"
+#include "cuda/device.h"
 
 #include <c10/util/Exception.h>
 

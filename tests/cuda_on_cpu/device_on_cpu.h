@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../../csrc/cuda/task.h"
+#include "cuda/task.h"
 
 namespace xent::gpu {
 

@@ -6,11 +6,11 @@
 #include <memory>
 #include <string>
 
-#include "../../csrc/cuda/cross_entropy_cuda.h"
-#include "../../csrc/cuda/device.h"
-#include "../../csrc/cuda/plan.h"
-#include "../../csrc/cuda/tuning.h"
-#include "../../csrc/describe.h"
+#include "cuda/cross_entropy_cuda.h"
+#include "cuda/device.h"
+#include "cuda/plan.h"
+#include "cuda/tuning.h"
+#include "host/make_problem.h"
 #include "cuda_emulator.h"
 #include "device_on_cpu.h"
 
@@ -53,7 +53,7 @@ pybind11::dict plan(const at::Tensor& logits, const at::Tensor& target, bool gen
   const xent::Inputs inputs{logits, target, none, none, none};
   xent::Options options;
   if (general) options.logit_scale = 2;
-  xent::describe(task, inputs, options, none, xent::arithmetic_type(inputs, options), logits);
+  xent::make_problem(task, inputs, options, none, xent::arithmetic_type(inputs, options), logits);
   task.grad_logits = task.logits;
   xent::merge_dimensions(task, {&task.logits, &task.target, &task.grad_logits});
   const xent::gpu::Plan plan = xent::gpu::plan(task, xent::gpu::emulated_device());

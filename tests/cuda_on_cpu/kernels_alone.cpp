@@ -7,7 +7,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "../../csrc/cuda/launch.h"
+#include "cuda/launch.h"
 #include "cuda_emulator.h"
 
 // Only the kernels for float32 are compiled: the others are the same templates.
@@ -69,7 +69,7 @@ struct Reference {
   std::vector<double> grad;
   double loss = 0, denominator = 0;
 
-  Reference(const Shape& shape, TargetKind kind, double smoothing, const float* logits,
+  Reference(const Shape& shape, Objective objective, double smoothing, const float* logits,
             const std::vector<int64_t>& target, const std::vector<float>& weight,
             const std::vector<float>& probabilities)
       : grad(size_t(shape.outer * shape.classes * shape.inner)) {
@@ -77,13 +77,13 @@ struct Reference {
     for (int64_t p = 0; p < shape.outer * shape.inner; ++p) {
       const int64_t first = p / shape.inner * classes * shape.inner + p % shape.inner, label = target[size_t(p)];
       const auto at = [&](int64_t c) { return size_t(first + c * shape.inner); };
-      if (kind != TargetKind::kSoft && label < 0) continue;
-      const bool pairs = kind == TargetKind::kGeneral, soft = pairs || kind == TargetKind::kSoft;
+      if (objective != Objective::kProbabilities && label < 0) continue;
+      const bool pairs = objective == Objective::kGeneral, soft = pairs || objective == Objective::kProbabilities;
       denominator += soft ? 1 : double(weight[size_t(label)]);
       double sum = 0, total = 0;
       for (int64_t c = 0; c < classes; ++c) sum += std::exp(double(logits[at(c)]));
       const auto coefficient = [&](int64_t c) {
-        double q = kind == TargetKind::kSoft ? double(probabilities[at(c)]) : c == label;
+        double q = objective == Objective::kProbabilities ? double(probabilities[at(c)]) : c == label;
         if (pairs) q = (c == label ? kProbs[0] + kProbs[1] : 0) + (c == (label + 1) % classes ? kProbs[2] : 0);
         return double(weight[size_t(c)]) * ((1 - smoothing) * q + smoothing / double(classes));
       };
@@ -102,15 +102,16 @@ struct Reference {
 
 int wrong = 0;
 
-void compare(const char* what, const Shape& shape, TargetKind kind, double got, double right) {
+void compare(const char* what, const Shape& shape, Objective objective, double got, double right) {
   if (std::abs(got - right) <= 2e-6 * std::abs(right) + 1e-8) return;
-  if (++wrong < 20) std::printf("%s, kind %d: %s is %.9g, not %.9g\n", shape.name, int(kind), what, got, right);
+  if (++wrong < 20)
+    std::printf("%s, objective %d: %s is %.9g, not %.9g\n", shape.name, int(objective), what, got, right);
 }
 
 // `misaligned`: logits and gradient begin at places of their own within 16 bytes.
-void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
+void run(const Shape& shape, Objective objective, bool in_place, bool misaligned) {
   const size_t logits_begin = misaligned ? 1 : 0, grad_begin = misaligned ? 2 : 0;
-  const bool pairs = kind == TargetKind::kGeneral;
+  const bool pairs = objective == Objective::kGeneral;
   const size_t positions = size_t(shape.outer * shape.inner), count = positions * size_t(shape.classes);
   std::vector<float> logits_memory(logits_begin + count), grad_memory(grad_begin + count, NAN);
   float *const logits = logits_memory.data() + logits_begin, *const grad = grad_memory.data() + grad_begin;
@@ -124,8 +125,8 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
   for (size_t i = 0; i < positions; ++i) target[i] = i % 5 == 3 ? -100 : int64_t(i * 31 + 5) % shape.classes;
   std::vector<float> weight(size_t(shape.classes));
   for (size_t c = 0; c < weight.size(); ++c) weight[c] = 0.5f + float(c % 4);
-  const double smoothing = kind == TargetKind::kIndex ? 0 : 0.1;
-  const Reference reference(shape, kind, smoothing, logits, target, weight, probabilities);
+  const double smoothing = objective == Objective::kIndex ? 0 : 0.1;
+  const Reference reference(shape, objective, smoothing, logits, target, weight, probabilities);
 
   Task task;
   task.positions = int64_t(positions);
@@ -133,8 +134,10 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
   task.dims = shape.inner > 1 ? 2 : 1;
   task.size[0] = shape.outer;
   task.size[1] = shape.inner;
-  task.kind = kind;
-  task.form = pairs ? Form::kPairs : kind == TargetKind::kSoft ? Form::kProbabilities : Form::kIndices;
+  task.objective = objective;
+  task.target_kind = pairs                                    ? TargetKind::kPairs
+                     : objective == Objective::kProbabilities ? TargetKind::kProbabilities
+                                                              : TargetKind::kIndices;
   task.label_smoothing = smoothing;
   task.ignore_index = -100;
   task.logits = view(logits, ElementType::kFloat32, shape);
@@ -152,7 +155,7 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
     result.stride[1] = kPairs;
     return result;
   };
-  if (kind == TargetKind::kSoft) {
+  if (objective == Objective::kProbabilities) {
     task.target = view(probabilities.data(), ElementType::kFloat32, shape);
   } else if (pairs) {
     task.pairs = kPairs;
@@ -177,7 +180,7 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
   std::vector<Sums> counted(static_cast<size_t>(counting));
   task.partial_sums = counted.data();
   launch_count(task, counting, nullptr);
-  if (kind == TargetKind::kSoft) {
+  if (objective == Objective::kProbabilities) {
     task.known_denominator = double(positions);
   } else {
     task.counted = counted.data();
@@ -196,17 +199,17 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
   totals.counted = task.counted;
   totals.counted_blocks = task.counted_blocks;
   totals.mean = true;
-  totals.count_is_known = kind == TargetKind::kSoft;
+  totals.count_is_known = objective == Objective::kProbabilities;
   totals.known_count = double(positions);
   totals.loss = View{&loss, ElementType::kFloat64};
   totals.denominator = &denominator;
   launch_finish(totals, nullptr);
-  compare("the loss", shape, kind, loss, reference.loss);
-  compare("the denominator", shape, kind, denominator, reference.denominator);
-  for (size_t i = 0; i < count; ++i) compare("the forward's gradient", shape, kind, grad[i], reference.grad[i]);
+  compare("the loss", shape, objective, loss, reference.loss);
+  compare("the denominator", shape, objective, denominator, reference.denominator);
+  for (size_t i = 0; i < count; ++i) compare("the forward's gradient", shape, objective, grad[i], reference.grad[i]);
 
-  std::vector<float> grad_target(kind == TargetKind::kSoft ? count : 0, NAN);
-  if (kind == TargetKind::kSoft) task.grad_target = view(grad_target.data(), ElementType::kFloat32, shape);
+  std::vector<float> grad_target(objective == Objective::kProbabilities ? count : 0, NAN);
+  if (objective == Objective::kProbabilities) task.grad_target = view(grad_target.data(), ElementType::kFloat32, shape);
   if (pairs) task.grad_target = view_of_pairs(grad_probs.data(), ElementType::kFloat32);
   const float grad_output = 2;
   task.grad_output = View{const_cast<float*>(&grad_output), ElementType::kFloat32};
@@ -217,9 +220,9 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
   const float* const result = in_place ? logits : grad;
   how = plan(task, shape.device);
   launch_loss(task, how, nullptr);
-  for (size_t i = 0; i < count; ++i) compare("the gradient", shape, kind, result[i], 2 * reference.grad[i]);
+  for (size_t i = 0; i < count; ++i) compare("the gradient", shape, objective, result[i], 2 * reference.grad[i]);
   for (const float g : pairs ? grad_probs : grad_target) {
-    if (!std::isfinite(g)) compare("the probabilities' gradient", shape, kind, g, 0);
+    if (!std::isfinite(g)) compare("the probabilities' gradient", shape, objective, g, 0);
   }
 
   // In the logits' place from the one read of them, while the count, the loss and the reduction overlap.
@@ -239,9 +242,9 @@ void run(const Shape& shape, TargetKind kind, bool in_place, bool misaligned) {
   totals.partial_sums = partial.data();
   totals.blocks = int32_t(how.shape.blocks);
   launch_finish(totals, nullptr, /*overlaps=*/true);
-  compare("the loss, in place", shape, kind, loss, reference.loss);
+  compare("the loss, in place", shape, objective, loss, reference.loss);
   for (size_t i = 0; i < count; ++i)
-    compare("the forward's gradient, in place", shape, kind, logits[i], reference.grad[i]);
+    compare("the forward's gradient, in place", shape, objective, logits[i], reference.grad[i]);
 }
 
 }  // namespace
@@ -259,13 +262,13 @@ int main(int argc, char** argv) {
   };
   emulator::schedule = {emulator::Order(argc > 1 ? atoi(argv[1]) : 0), uint64_t(argc > 2 ? atoi(argv[2]) : 0)};
   for (const Shape& shape : shapes) {
-    for (const TargetKind kind : {TargetKind::kIndex, TargetKind::kSmoothedIndex, TargetKind::kSoft}) {
-      run(shape, kind, false, false);
-      run(shape, kind, true, false);
+    for (const Objective objective : {Objective::kIndex, Objective::kSmoothedIndex, Objective::kProbabilities}) {
+      run(shape, objective, false, false);
+      run(shape, objective, true, false);
     }
-    run(shape, TargetKind::kIndex, false, true);
-    run(shape, TargetKind::kGeneral, false, false);
-    run(shape, TargetKind::kGeneral, false, true);
+    run(shape, Objective::kIndex, false, true);
+    run(shape, Objective::kGeneral, false, false);
+    run(shape, Objective::kGeneral, false, true);
   }
   std::printf("%d wrong\n", wrong);
   return wrong != 0;

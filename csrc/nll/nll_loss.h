@@ -5,7 +5,7 @@
 // the gradient is multiplied by, and there are derivatives of any order without a line more.
 #pragma once
 
-#include "cross_entropy.h"
+#include "host/cross_entropy.h"
 
 #define XENT_NLL_INPUTS const at::Tensor &input, const at::Tensor &target, const OptionalTensor &weight
 #define XENT_NLL_TENSORS const at::Tensor &input, const at::Tensor &target, const OptionalTensors &weights
@@ -29,13 +29,13 @@ using Backward = at::Tensor(const at::Tensor& grad_output, XENT_NLL_TENSORS, con
                             XENT_NLL_OPTIONS);
 }  // namespace schema
 
-// What describe(), is_supported() and the readers of targets take. The target is of indices, whatever its shape.
+// What make_problem(), is_supported() and the readers of targets take. The target is of indices, whatever its shape.
 inline Options options_of(XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype = std::nullopt) {
   Options options;
   options.reduction = reduction;
   options.ignore_index = ignore_index;
   options.loss_dtype = loss_dtype;
-  options.form = Form::kIndices;
+  options.target_kind = TargetKind::kIndices;
   return options;
 }
 

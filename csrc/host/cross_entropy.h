@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "problem.h"
+#include "kernel/problem.h"
 
 namespace xent {
 
@@ -43,10 +43,10 @@ struct Inputs {
   const OptionalTensor& sample_weight = kNothing;
   const OptionalTensor& divisor = kNothing;  // of a mean, instead of what its positions weigh: a float64 scalar
 
-  Form form(const struct Options& options) const;
+  TargetKind target_kind(const struct Options& options) const;
 
   // What a gradient of the target is one of: probabilities, or the teacher's logits.
-  const at::Tensor& probabilities(const struct Options& options) const;
+  const at::Tensor& differentiable_target(const struct Options& options) const;
 
  private:
   static const OptionalTensor kNothing;
@@ -58,10 +58,10 @@ struct Options {
   double label_smoothing = 0;
   std::optional<at::ScalarType> loss_dtype;
   bool empty_is_zero = false;
-  bool inplace = false;     // the gradient takes the logits' storage
-  bool statistics = false;  // besides the loss
-  Form form = Form::kNone;  // kPairs or kTeacher; else the target's shape decides
-  bool kl = false;          // a teacher's divergence, not its cross entropy
+  bool inplace = false;                        // the gradient takes the logits' storage
+  bool statistics = false;                     // besides the loss
+  TargetKind target_kind = TargetKind::kNone;  // kPairs or kTeacher; else the target's shape decides
+  bool kl = false;                             // a teacher's divergence, not its cross entropy
   double z_loss = 0, softcap = 0, logit_scale = 1;
   double temperature = 1, alpha = 1;           // of a teacher
   int64_t class_begin = 0, total_classes = 0;  // of a shard, see Problem; private operators alone take it
@@ -90,8 +90,8 @@ struct Options {
 
   // Whether it is a loss that PyTorch has, too.
   bool is_plain() const {
-    return !statistics && form == Form::kNone && z_loss == 0 && softcap == 0 && logit_scale == 1 && !is_shard() &&
-           tensors.empty();
+    return !statistics && target_kind == TargetKind::kNone && z_loss == 0 && softcap == 0 && logit_scale == 1 &&
+           !is_shard() && tensors.empty();
   }
 
   bool is_shard() const { return total_classes != 0; }
@@ -136,7 +136,7 @@ ForwardResult forward_backward_(const Inputs& inputs, const Options& options);
 
 // Whether logits of this size profit from making the gradient in the forward: one read instead of two, for memory that
 // is taken earlier.
-bool one_pass_pays(const at::Tensor& logits, int64_t reduction);
+bool fusing_pays(const at::Tensor& logits, int64_t reduction);
 
 // What a backward is given besides the inputs. `grad_statistics`: (3, positions) in the type of arithmetic, see
 // GradStatistic.
@@ -243,7 +243,7 @@ inline at::ScalarType widened(at::ScalarType type) {
 }
 
 // A tensor with memory behind it, rather than one that a compiler or a transform of functions traces with.
-bool is_concrete(const at::Tensor& tensor);
+bool is_eager(const at::Tensor& tensor);
 
 // Probabilities or class indices: by shape alone, as native decides.
 bool has_shape_of_logits(const at::Tensor& logits, const at::Tensor& target);
@@ -264,7 +264,7 @@ std::pair<OptionalTensor, Options> with_wide_loss(const Inputs& inputs, Options 
 c10::SymDimVector shape_of_positions(const at::Tensor& logits);
 
 // How many rows of numbers the backward needs.
-int64_t saved_rows(Form form, const Options& options);
+int64_t saved_rows(TargetKind target_kind, const Options& options);
 
 // Raise an error for numbers that mean nothing: a negative or NaN label_smoothing, which native takes for zero; a
 // loss_dtype that is not one of a loss.

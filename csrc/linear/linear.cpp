@@ -17,11 +17,11 @@
 #include <utility>
 #include <vector>
 
-#include "dispatch.h"
+#include "host/dispatch.h"
 
 namespace xent::linear {
 
-at::Tensor stand_in(const Layer& layer) {
+at::Tensor logits_placeholder(const Layer& layer) {
   c10::SymDimVector shape(layer.weight.sym_sizes());
   shape.pop_back();
   shape.insert(shape.begin(), layer.input.sym_size(0));
@@ -34,7 +34,7 @@ at::Tensor logits_of(const Layer& layer) {
   if (has_value(layer.bias)) bias = layer.bias->reshape({-1});
   const at::Tensor logits = at::linear(layer.input, weight.flatten(0, -2), bias);
   // A trace would keep the sizes as they are here.
-  return weight.dim() == 2 ? logits : logits.view_symint(stand_in(layer).sym_sizes());
+  return weight.dim() == 2 ? logits : logits.view_symint(logits_placeholder(layer).sym_sizes());
 }
 
 namespace {
@@ -109,7 +109,8 @@ Outputs fallback_of(const Layer& layer, const Inputs& in, const Options& options
 
 // As xent::correct_target_log_prob.
 void correct(Outputs& outputs, const Layer& layer, const Inputs& in, const Options& options, int64_t chunk) {
-  if (in.form(options) != Form::kProbabilities || (!has_value(in.weight) && options.label_smoothing == 0)) return;
+  if (in.target_kind(options) != TargetKind::kProbabilities || (!has_value(in.weight) && options.label_smoothing == 0))
+    return;
   const Options unweighted = options.without_weights(arithmetic_type(in, options));
   outputs[2] = -loss(layer, {in.logits, in.target, std::nullopt}, unweighted, chunk);
 }
@@ -166,7 +167,7 @@ struct Saved {
         divisor(optional(saved[7])),
         options(options),
         chunk(chunk) {
-    logits = stand_in(layer());
+    logits = logits_placeholder(layer());
   }
 
   Layer layer() const { return {input, weight, bias}; }
@@ -175,7 +176,7 @@ struct Saved {
 
 // Returns true if the gradients are made together with the loss, while a chunk's logits are in memory: for gradients of
 // the layer alone. float16 comes with a loss scale, without which gradients may be too small for it.
-bool wants_one_pass(const Layer& layer, const Inputs& in, const Options& options) {
+bool fuse_backward(const Layer& layer, const Inputs& in, const Options& options) {
   const auto needs_none = [](const OptionalTensor& tensor) { return !has_value(tensor) || !tensor->requires_grad(); };
   return options.reduction != kNone && !options.statistics && !in.target.requires_grad() && needs_none(in.companion) &&
          layer.input.scalar_type() != at::kHalf;
@@ -199,7 +200,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
                                const OptionalTensor& /*logit_scale, of the options*/) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Layer layer{input, linear_weight, linear_bias};
-    const at::Tensor logits = stand_in(layer);
+    const at::Tensor logits = logits_placeholder(layer);
     const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
     const auto integers = options.integers();
     const auto numbers = options.numbers();
@@ -208,7 +209,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     ctx->saved_data["chunk"] = chunk;
     variable_list saved = Saved::list(layer, inputs, options);
     // Hooks on saved tensors mean to save memory, and may lose precision: then the backward makes all of it anew.
-    const bool hooked = at::SavedTensorDefaultHooks::get_hooks() && is_concrete(input);
+    const bool hooked = at::SavedTensorDefaultHooks::get_hooks() && is_eager(input);
     if (one_pass && !hooked) {
       const auto wanted = wanted_of(layer, options);
       auto [loss, of_input, of_weight, of_bias] = linear::forward_backward(layer, inputs, options, chunk, wanted);
@@ -276,7 +277,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
   static variable_list scaled_gradients(AutogradContext* ctx, const Saved& saved, const at::Tensor& grad) {
     const at::AutoDispatchBelowADInplaceOrView below;
     const Layer layer = saved.layer();
-    const double scale = grad.is_cpu() && is_concrete(grad) ? grad.item<double>() : 1;
+    const double scale = grad.is_cpu() && is_eager(grad) ? grad.item<double>() : 1;
     if (!std::isfinite(scale)) {  // of which ignored positions take nothing
       const auto [loss, lse, denominator] = linear::forward(layer, saved.inputs(), saved.options, saved.chunk);
       return recomputed_gradients(saved, lse, denominator, {grad});
@@ -291,7 +292,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
           linear::forward_backward(layer, saved.inputs(), saved.options, saved.chunk, wanted_of(layer, saved.options));
       made = {of_input, of_weight, of_bias};
     }
-    const bool traced = !is_concrete(grad) || !is_concrete(made[0]);
+    const bool traced = !is_eager(grad) || !is_eager(made[0]);
     if (traced || !grad.is_cpu() || scale != 1) {
       for (at::Tensor& gradient : made) {
         if (traced) {
@@ -317,8 +318,8 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
       grad = at::zeros_symint(shape, saved.input.options().dtype(*options.loss_dtype));
       divide_by = at::ones_like(denominator);  // by which the loss's mean may be undefined
     }
-    const bool pairs = options.form == Form::kPairs;
-    const at::Tensor& probabilities = inputs.probabilities(options);
+    const bool pairs = options.target_kind == TargetKind::kPairs;
+    const at::Tensor& probabilities = inputs.differentiable_target(options);
     const auto wanted = wanted_of(layer, options);
     const auto [of_input, of_weight, of_bias, of_target] =
         linear::backward(layer, {grad, of_statistics, lse, divide_by}, inputs, options, saved.chunk,
@@ -380,7 +381,7 @@ Outputs outputs_autograd(const Layer& layer, const Inputs& in, const Options& gi
   const Inputs inputs = for_kernels();
   const auto results = LossFunction::apply(layer.input, layer.weight, layer.bias, inputs.target, inputs.weight,
                                            inputs.companion, inputs.sample_weight, inputs.divisor, options, chunk,
-                                           wants_one_pass(layer, in, options), options.tensor(Options::kLogitScale));
+                                           fuse_backward(layer, in, options), options.tensor(Options::kLogitScale));
   Outputs outputs;
   std::copy(results.begin(), results.end(), outputs.begin());
   if (options.statistics) correct(outputs, layer, in, options, chunk);
@@ -420,7 +421,7 @@ Outputs outputs_autocast(const Layer& layer, const Inputs& in, const Options& gi
   OptionalTensor bias;
   if (has_value(layer.bias)) bias = cast(*layer.bias);
   const Layer narrow{input, linear_weight, bias};
-  const at::Tensor logits = stand_in(narrow);
+  const at::Tensor logits = logits_placeholder(narrow);
   const Inputs inputs{logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor};
   const auto [weight, options] = with_wide_loss(inputs, given);
   return outputs_of_operator(narrow, {logits, in.target, weight, in.companion, in.sample_weight, in.divisor}, options,
@@ -432,7 +433,7 @@ at::Tensor loss_by(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t chunk) {
   const OptionalTensor bias = element_of(linear_bias, 0);
   const Others unpacked(others);
   const Layer layer{input, linear_weight, bias};
-  const at::Tensor logits = stand_in(layer);
+  const at::Tensor logits = logits_placeholder(layer);
   return function(layer, unpacked.with(logits, target), unpacked.options(integers, numbers), chunk)[0];
 }
 
@@ -441,14 +442,14 @@ Results results_by(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t chunk) {
   const OptionalTensor bias = element_of(linear_bias, 0);
   const Others unpacked(others);
   const Layer layer{input, linear_weight, bias};
-  const at::Tensor logits = stand_in(layer);
+  const at::Tensor logits = logits_placeholder(layer);
   return as_tuple(function(layer, unpacked.with(logits, target), unpacked.options(integers, numbers), chunk));
 }
 
 // ---- Meta: shapes and types -----------------------------------------------------------------------------------------
 
 ForwardResult forward_meta(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64_t) {
-  const at::Tensor logits = stand_in({input, linear_weight, std::nullopt});
+  const at::Tensor logits = logits_placeholder({input, linear_weight, std::nullopt});
   const Others unpacked(others);
   return xent::forward(unpacked.with(logits, target), unpacked.options(integers, numbers));
 }
@@ -474,7 +475,7 @@ BackwardResult backward_meta(XENT_GRADIENTS, XENT_LAYER, XENT_OTHER_INPUTS, XENT
   const Inputs inputs = unpacked.with(input, target);
   return {gradient_meta(input, wanted[0]), gradient_meta(linear_weight, wanted[1]),
           gradient_of_bias_meta(linear_bias, input, wanted[2]),
-          gradient_meta(inputs.probabilities(Options::of(integers, numbers)), wanted[3])};
+          gradient_meta(inputs.differentiable_target(Options::of(integers, numbers)), wanted[3])};
 }
 
 static_assert(std::is_same_v<decltype(loss_by<outputs_default>), schema::Loss>);

@@ -294,7 +294,7 @@ XENT_INLINE int64_t count_from_here(int64_t* y, const Problem& problem, int64_t 
 // What the targets of `count` positions say: a class, counted from here; -1 where they are to be ignored, as a position
 // of only ignored pairs is; 0 where they have no class of their own. At most kTile positions.
 static void read_labels(int64_t* y, const Problem& problem, const Cursor& cursor, int64_t first, int64_t count) {
-  if (problem.form == Form::kPairs) {
+  if (problem.target_kind == TargetKind::kPairs) {
     const uint64_t classes = uint64_t(problem.all_classes());
     int64_t of_pair[kTile];
     bool any_bad = false;
@@ -308,7 +308,7 @@ static void read_labels(int64_t* y, const Problem& problem, const Cursor& cursor
       }
     }
     if (any_bad) report_bad_targets(y, problem, first, count);
-  } else if (problem.form == Form::kIndices || problem.labels) {
+  } else if (problem.target_kind == TargetKind::kIndices || problem.labels) {
     read_positions(y, cursor, count, problem.labels ? problem.labels : problem.target);
     check_targets(y, problem, first, count);
     for (int64_t i = 0; i < count && problem.is_shard(); ++i) y[i] = y[i] < 0 ? y[i] : problem.counted_from_here(y[i]);

@@ -66,7 +66,7 @@ bool is_index_type(at::ScalarType type) {
   return type == at::kLong || type == at::kInt || type == at::kShort || type == at::kChar || type == at::kByte;
 }
 
-bool is_concrete(const at::Tensor& tensor) {
+bool is_eager(const at::Tensor& tensor) {
   constexpr c10::DispatchKeySet kTracing({c10::DispatchKey::Python, c10::DispatchKey::Functionalize,
                                           c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched,
                                           c10::DispatchKey::FuncTorchGradWrapper});
@@ -79,9 +79,9 @@ bool has_shape_of_logits(const at::Tensor& logits, const at::Tensor& target) {
 
 // ---- options, as numbers --------------------------------------------------------------------------------------------
 
-Form Inputs::form(const Options& options) const {
-  if (options.form != Form::kNone) return options.form;
-  return has_shape_of_logits(logits, target) ? Form::kProbabilities : Form::kIndices;
+TargetKind Inputs::target_kind(const Options& options) const {
+  if (options.target_kind != TargetKind::kNone) return options.target_kind;
+  return has_shape_of_logits(logits, target) ? TargetKind::kProbabilities : TargetKind::kIndices;
 }
 
 const OptionalTensor Inputs::kNothing;
@@ -125,12 +125,12 @@ OptionalTensors Others::of(const Inputs& in, const Options& options) {
 }
 
 const at::Tensor& Inputs::probabilities(const Options& options) const {
-  return options.form == Form::kPairs ? *companion : target;
+  return options.target_kind == TargetKind::kPairs ? *companion : target;
 }
 
 std::array<int64_t, Options::kIntegers> Options::integers() const {
-  const int64_t flags =
-      int64_t{empty_is_zero} | int64_t{inplace} << 1 | int64_t{statistics} << 2 | int64_t{kl} << 3 | int64_t(form) << 4;
+  const int64_t flags = int64_t{empty_is_zero} | int64_t{inplace} << 1 | int64_t{statistics} << 2 | int64_t{kl} << 3 |
+                        int64_t(target_kind) << 4;
   return {reduction, ignore_index, loss_dtype ? int64_t(*loss_dtype) : -1, flags, class_begin, total_classes};
 }
 
@@ -156,7 +156,7 @@ Options Options::of(at::IntArrayRef integers, at::ArrayRef<double> numbers, std:
   options.inplace = integers[3] & 2;
   options.statistics = integers[3] & 4;
   options.kl = integers[3] & 8;
-  options.form = Form(integers[3] >> 4);
+  options.target_kind = TargetKind(integers[3] >> 4);
   options.class_begin = integers[4];
   options.total_classes = integers[5];
   const auto number = [&](size_t i) {
@@ -199,7 +199,7 @@ bool numbers_need_composite(const Options& options) {
   for (size_t i = 0; i < Options::kNumbers; ++i) {
     const at::Tensor& number = options.tensors[i];
     if (!number.defined() || !number.requires_grad()) continue;
-    if (i != Options::kLogitScale || (is_concrete(number) && number.item<double>() == 0)) return true;
+    if (i != Options::kLogitScale || (is_eager(number) && number.item<double>() == 0)) return true;
   }
   return false;
 }
@@ -209,14 +209,14 @@ bool numbers_need_composite(const Options& options) {
 at::ScalarType loss_type(const Inputs& inputs, const Options& options) {
   if (options.loss_dtype) return *options.loss_dtype;
   auto type = inputs.logits.scalar_type();
-  if (!is_dense(inputs.form(options))) return type;
+  if (!is_dense(inputs.target_kind(options))) return type;
   type = c10::promoteTypes(type, inputs.target.scalar_type());
   return has_value(inputs.weight) ? c10::promoteTypes(type, inputs.weight->scalar_type()) : type;
 }
 
 at::ScalarType arithmetic_type(const Inputs& inputs, const Options& options) {
   auto type = inputs.logits.scalar_type();
-  if (type != at::kDouble && is_dense(inputs.form(options))) {
+  if (type != at::kDouble && is_dense(inputs.target_kind(options))) {
     Options native = options;
     native.loss_dtype = std::nullopt;
     type = loss_type(inputs, native);
@@ -236,10 +236,10 @@ c10::SymDimVector shape_of_positions(const at::Tensor& logits) {
   return shape;
 }
 
-int64_t saved_rows(Form form, const Options& options) {
-  if (form == Form::kTeacher) return saved::kTeacherLseLost + 1;
+int64_t saved_rows(TargetKind target_kind, const Options& options) {
+  if (target_kind == TargetKind::kTeacher) return saved::kTeacherLseLost + 1;
   if (options.statistics) return saved::kArgmax + 1;
-  return form == Form::kProbabilities || options.is_shard() ? saved::kMass + 1 : saved::kLseLost + 1;
+  return target_kind == TargetKind::kProbabilities || options.is_shard() ? saved::kMass + 1 : saved::kLseLost + 1;
 }
 
 // ---- checks ---------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ void check_options(const Options& options) {
   if (!options.tensors.empty()) {
     // A compiler or a transform leaves values open. The kernels check the values that they get.
     const bool known = std::all_of(options.tensors.begin(), options.tensors.end(),
-                                   [](const at::Tensor& number) { return !number.defined() || is_concrete(number); });
+                                   [](const at::Tensor& number) { return !number.defined() || is_eager(number); });
     if (!known) return check_options(Options::of(options.integers(), options.numbers()));
     const Options valued = Options(options).with_values();
     TORCH_CHECK_VALUE(!options.tensor(Options::kSoftcap) || valued.softcap > 0,
@@ -270,7 +270,7 @@ void check_options(const Options& options) {
                     "softcap must be None or a finite number above 0, but got ", options.softcap);
   TORCH_CHECK_VALUE(std::isfinite(options.logit_scale), "logit_scale must be a finite number, but got ",
                     options.logit_scale);
-  if (options.form == Form::kTeacher) {
+  if (options.target_kind == TargetKind::kTeacher) {
     TORCH_CHECK_VALUE(std::isfinite(options.temperature) && options.temperature > 0,
                       "temperature must be a finite number above 0, but got ", options.temperature);
     TORCH_CHECK_VALUE(options.alpha >= 0 && options.alpha <= 1, "alpha must be between 0 and 1, but got ",
@@ -281,19 +281,20 @@ void check_options(const Options& options) {
 void check(const Inputs& inputs, const Options& options) {
   check_options(options);
   TORCH_CHECK_VALUE(!options.is_shard(), "cross_entropy_ext: only _forward and _backward take a shard of the classes");
-  if (options.form == Form::kNone && !has_value(inputs.sample_weight) && !has_value(inputs.divisor)) return;
+  if (options.target_kind == TargetKind::kNone && !has_value(inputs.sample_weight) && !has_value(inputs.divisor))
+    return;
   const at::Tensor &logits = inputs.logits, &target = inputs.target;
   const OptionalTensor &weight = inputs.weight, &companion = inputs.companion, &sample_weight = inputs.sample_weight;
   const auto positions = [&] { return c10::str(c10::SymIntArrayRef(shape_of_positions(logits))); };
   const auto check_type = [](const at::Tensor& tensor, bool is_right, const char* name, const char* accepted) {
     TORCH_CHECK_VALUE(is_right, name, " must be a tensor of ", accepted, ", but got ", tensor.scalar_type());
   };
-  if (options.form == Form::kPairs || options.form == Form::kTeacher) {
-    const char* const name = options.form == Form::kPairs ? "input" : "student_logits";
+  if (options.target_kind == TargetKind::kPairs || options.target_kind == TargetKind::kTeacher) {
+    const char* const name = options.target_kind == TargetKind::kPairs ? "input" : "student_logits";
     TORCH_CHECK_VALUE(logits.dim() >= 1, name, " must have a class dimension, but got a scalar");
     check_type(logits, logits.is_floating_point(), name, "a floating type");
   }
-  if (options.form == Form::kPairs) {
+  if (options.target_kind == TargetKind::kPairs) {
     check_type(target, is_index_type(target.scalar_type()), "indices", "int64, int32, int16, int8 or uint8");
     TORCH_CHECK_VALUE(is_shape_of_pairs(logits, target), "indices must have the input's shape ", logits.sym_sizes(),
                       " with k in the place of its classes, but got ", target.sym_sizes());
@@ -305,7 +306,7 @@ void check(const Inputs& inputs, const Options& options) {
     TORCH_CHECK_VALUE(has_shape_of_logits(target, *companion), "probs must have the shape of indices, ",
                       target.sym_sizes(), ", but got ", companion->sym_sizes());
   }
-  if (options.form == Form::kTeacher) {
+  if (options.target_kind == TargetKind::kTeacher) {
     check_type(target, target.is_floating_point(), "teacher_logits", "a floating type");
     TORCH_CHECK_VALUE(has_shape_of_logits(logits, target), "teacher_logits must have the shape of student_logits, ",
                       logits.sym_sizes(), ", but got ", target.sym_sizes());
@@ -315,7 +316,7 @@ void check(const Inputs& inputs, const Options& options) {
                         positions(), ", but got the shape ", companion->sym_sizes());
     }
   }
-  if (has_value(weight) && options.form == Form::kPairs) {
+  if (has_value(weight) && options.target_kind == TargetKind::kPairs) {
     check_type(*weight, !weight->is_complex(), "weight", "a real type");
     TORCH_CHECK_VALUE(weight->dim() == 1 && weight->sym_size(0) == logits.sym_size(class_dim(logits)),
                       "weight must have one element for each of the ", logits.sym_size(class_dim(logits)),
@@ -363,15 +364,15 @@ bool is_valid(const Inputs& inputs, const Options& options) {
     if (grad && sample_weight->requires_grad()) return false;
   }
   if (has_value(inputs.divisor) && grad && inputs.divisor->requires_grad()) return false;
-  const Form form = inputs.form(options);
-  switch (form) {
-    case Form::kProbabilities:
+  const TargetKind target_kind = inputs.target_kind(options);
+  switch (target_kind) {
+    case TargetKind::kProbabilities:
       if (!is_logits_type(target.scalar_type()) || options.ignore_index >= 0) return false;
       break;
-    case Form::kIndices:
+    case TargetKind::kIndices:
       if (!is_index_type(target.scalar_type()) || !is_shape_of_positions(logits, target)) return false;
       break;
-    case Form::kPairs:
+    case TargetKind::kPairs:
       if (!is_index_type(target.scalar_type()) || !is_shape_of_pairs(logits, target)) return false;
       if (!has_value(companion) || !is_plain(*companion, logits) || !is_logits_type(companion->scalar_type()) ||
           !has_shape_of_logits(target, *companion) || target.sym_size(class_dim(logits)) == 0) {
@@ -389,9 +390,10 @@ bool is_valid(const Inputs& inputs, const Options& options) {
   if (!has_value(weight)) return true;
   const auto all_classes = options.is_shard() ? c10::SymInt(options.total_classes) : classes;
   if (!is_plain(*weight, logits) || weight->dim() != 1 || weight->sym_size(0) != all_classes) return false;
-  if (form == Form::kProbabilities && options.is_plain() && !has_value(sample_weight)) return !weight->is_complex();
+  if (target_kind == TargetKind::kProbabilities && options.is_plain() && !has_value(sample_weight))
+    return !weight->is_complex();
   if (grad && weight->requires_grad()) return false;
-  if (form != Form::kIndices || options.is_shard()) return !weight->is_complex();
+  if (target_kind != TargetKind::kIndices || options.is_shard()) return !weight->is_complex();
   // Native asks for the logits' type; where the loss is wanted in float32 or wider, weights of that type go with it.
   return weight->scalar_type() == logits.scalar_type() ||
          (weight->scalar_type() == at::kFloat && logits.scalar_type() != at::kDouble &&

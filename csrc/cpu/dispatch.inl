@@ -1,7 +1,7 @@
 // Everything that is compiled for each instruction set, in the order in which one builds on the other.
 #include "simd.inl"
-#include "../online_softmax.h"
-#include "stage.inl"
+#include "kernel/online_softmax.h"
+#include "load_store.inl"
 #include "rows.inl"
 #include "spatial.inl"
 #include "general.inl"
@@ -10,23 +10,23 @@
 
 template <class T>
 static void forward_rows(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
-  switch (problem.kind) {
-    case TargetKind::kIndex:
+  switch (problem.objective) {
+    case Objective::kIndex:
       return problem.grad_logits ? forward_backward_rows<T>(problem, begin, end, sums)
-                                 : forward_rows_of<T, TargetKind::kIndex>(problem, begin, end, sums);
-    case TargetKind::kSmoothedIndex: return forward_rows_of<T, TargetKind::kSmoothedIndex>(problem, begin, end, sums);
-    case TargetKind::kSoft: return forward_rows_of<T, TargetKind::kSoft>(problem, begin, end, sums);
-    case TargetKind::kGeneral: return forward_general_rows<T>(problem, begin, end, sums);
+                                 : forward_rows_of<T, Objective::kIndex>(problem, begin, end, sums);
+    case Objective::kSmoothedIndex: return forward_rows_of<T, Objective::kSmoothedIndex>(problem, begin, end, sums);
+    case Objective::kProbabilities: return forward_rows_of<T, Objective::kProbabilities>(problem, begin, end, sums);
+    case Objective::kGeneral: return forward_general_rows<T>(problem, begin, end, sums);
   }
 }
 
 template <class T>
 static void backward_rows(const Backward& problem, int64_t begin, int64_t end) {
-  switch (problem.kind) {
-    case TargetKind::kIndex: return backward_rows_of<T, TargetKind::kIndex>(problem, begin, end);
-    case TargetKind::kSmoothedIndex: return backward_rows_of<T, TargetKind::kSmoothedIndex>(problem, begin, end);
-    case TargetKind::kSoft: return backward_rows_of<T, TargetKind::kSoft>(problem, begin, end);
-    case TargetKind::kGeneral: return backward_general_rows<T>(problem, begin, end);
+  switch (problem.objective) {
+    case Objective::kIndex: return backward_rows_of<T, Objective::kIndex>(problem, begin, end);
+    case Objective::kSmoothedIndex: return backward_rows_of<T, Objective::kSmoothedIndex>(problem, begin, end);
+    case Objective::kProbabilities: return backward_rows_of<T, Objective::kProbabilities>(problem, begin, end);
+    case Objective::kGeneral: return backward_general_rows<T>(problem, begin, end);
   }
 }
 
@@ -36,17 +36,19 @@ static void forward_tiles(const Forward& problem, int64_t begin, int64_t end, Su
   Cursor cursor(problem, begin);
   for (int64_t first = begin; first < end; first += width) {
     const int64_t count = std::min(width, end - first);
-    switch (problem.kind) {
-      case TargetKind::kIndex:
-        problem.grad_logits ? forward_tile<T, TargetKind::kIndex, true>(problem, cursor, first, count, sums)
-                            : forward_tile<T, TargetKind::kIndex, false>(problem, cursor, first, count, sums);
+    switch (problem.objective) {
+      case Objective::kIndex:
+        problem.grad_logits ? forward_tile<T, Objective::kIndex, true>(problem, cursor, first, count, sums)
+                            : forward_tile<T, Objective::kIndex, false>(problem, cursor, first, count, sums);
         break;
-      case TargetKind::kSmoothedIndex:
-        problem.grad_logits ? forward_tile<T, TargetKind::kSmoothedIndex, true>(problem, cursor, first, count, sums)
-                            : forward_tile<T, TargetKind::kSmoothedIndex, false>(problem, cursor, first, count, sums);
+      case Objective::kSmoothedIndex:
+        problem.grad_logits ? forward_tile<T, Objective::kSmoothedIndex, true>(problem, cursor, first, count, sums)
+                            : forward_tile<T, Objective::kSmoothedIndex, false>(problem, cursor, first, count, sums);
         break;
-      case TargetKind::kSoft: forward_tile<T, TargetKind::kSoft, false>(problem, cursor, first, count, sums); break;
-      case TargetKind::kGeneral: forward_general_tile<T>(problem, cursor, first, count, sums); break;
+      case Objective::kProbabilities:
+        forward_tile<T, Objective::kProbabilities, false>(problem, cursor, first, count, sums);
+        break;
+      case Objective::kGeneral: forward_general_tile<T>(problem, cursor, first, count, sums); break;
     }
     cursor.skip(count);
   }
@@ -58,13 +60,11 @@ static void backward_tiles(const Backward& problem, int64_t begin, int64_t end) 
   Cursor cursor(problem, begin);
   for (int64_t first = begin; first < end; first += width) {
     const int64_t count = std::min(width, end - first);
-    switch (problem.kind) {
-      case TargetKind::kIndex: backward_tile<T, TargetKind::kIndex>(problem, cursor, first, count); break;
-      case TargetKind::kSmoothedIndex:
-        backward_tile<T, TargetKind::kSmoothedIndex>(problem, cursor, first, count);
-        break;
-      case TargetKind::kSoft: backward_tile<T, TargetKind::kSoft>(problem, cursor, first, count); break;
-      case TargetKind::kGeneral: backward_general_tile<T>(problem, cursor, first, count); break;
+    switch (problem.objective) {
+      case Objective::kIndex: backward_tile<T, Objective::kIndex>(problem, cursor, first, count); break;
+      case Objective::kSmoothedIndex: backward_tile<T, Objective::kSmoothedIndex>(problem, cursor, first, count); break;
+      case Objective::kProbabilities: backward_tile<T, Objective::kProbabilities>(problem, cursor, first, count); break;
+      case Objective::kGeneral: backward_general_tile<T>(problem, cursor, first, count); break;
     }
     cursor.skip(count);
   }
@@ -86,7 +86,7 @@ static void backward_positions(const Backward& problem, int64_t begin, int64_t e
 // The sum of the weights of the targets that count: what a mean divides by.
 template <class T>
 static void sum_target_weights(const Problem& problem, int64_t begin, int64_t end, Sums& sums) {
-  const T* weight = problem.form == Form::kIndices ? static_cast<const T*>(problem.weight) : nullptr;
+  const T* weight = problem.target_kind == TargetKind::kIndices ? static_cast<const T*>(problem.weight) : nullptr;
   Cursor cursor(problem, begin);
   for (int64_t first = begin; first < end; first += kTile) {
     const int64_t count = std::min(kTile, end - first);

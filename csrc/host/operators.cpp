@@ -32,7 +32,7 @@ c10::DispatchKey first_key(const Inputs& in, const Options& options, c10::Dispat
 
 }  // namespace
 
-bool one_pass_pays(const at::Tensor& logits, int64_t reduction) {
+bool fusing_pays(const at::Tensor& logits, int64_t reduction) {
   if (reduction == kNone) return false;
   if (logits.is_cuda()) return true;  // time is what memory moves
   constexpr int64_t kBytes = int64_t{64} << 20;
@@ -109,7 +109,8 @@ void adapt_gradient_(const Gradients& gradients, at::Tensor& grad_logits, const 
 }
 
 void correct_target_log_prob(Outputs& outputs, const Inputs& in, const Options& options) {
-  if (in.form(options) != Form::kProbabilities || (!has_value(in.weight) && options.label_smoothing == 0)) return;
+  if (in.target_kind(options) != TargetKind::kProbabilities || (!has_value(in.weight) && options.label_smoothing == 0))
+    return;
   const Options unweighted = options.without_weights(arithmetic_type(in, options));
   outputs[2] = -general_cross_entropy({in.logits, in.target, std::nullopt}, unweighted);
 }
@@ -150,7 +151,7 @@ ForwardResult forward_meta(XENT_INPUTS, XENT_OPTIONS) {
   for (const c10::SymInt& size : shape) positions = positions * size;
   if (options.reduction != kNone) shape.clear();
   return {at::empty_symint(shape, logits.options().dtype(loss_type(inputs, options))),
-          at::empty_symint({saved_rows(inputs.form(options), options), positions},
+          at::empty_symint({saved_rows(inputs.target_kind(options), options), positions},
                            logits.options().dtype(arithmetic_type(inputs, options))),
           at::empty({}, logits.options().dtype(at::kDouble))};
 }
@@ -172,14 +173,14 @@ BackwardResult backward_meta(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIO
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
   return {gradient_meta(logits, wanted[0]),
-          gradient_meta(inputs.probabilities(Options::of(integers, numbers)), wanted[1])};
+          gradient_meta(inputs.differentiable_target(Options::of(integers, numbers)), wanted[1])};
 }
 
 at::Tensor backward_meta_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
                           bool target_wanted) {
   const Others unpacked(others);
   const Inputs inputs = unpacked.with(logits, target);
-  return gradient_meta(inputs.probabilities(Options::of(integers, numbers)), target_wanted);
+  return gradient_meta(inputs.differentiable_target(Options::of(integers, numbers)), target_wanted);
 }
 
 void adapt_gradient_meta_(XENT_GRADIENTS, at::Tensor&, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS) {}
@@ -194,7 +195,7 @@ std::pair<OptionalTensor, Options> with_wide_loss(const Inputs& inputs, Options 
   if (has_value(weight)) weight = weight->to(widened(weight->scalar_type()));
   if (!options.loss_dtype) {
     auto type = widened(inputs.logits.scalar_type());
-    if (is_dense(inputs.form(options)) && is_logits_type(type) && is_logits_type(inputs.target.scalar_type())) {
+    if (is_dense(inputs.target_kind(options)) && is_logits_type(type) && is_logits_type(inputs.target.scalar_type())) {
       type = c10::promoteTypes(type, widened(inputs.target.scalar_type()));
       if (has_value(weight)) type = c10::promoteTypes(type, weight->scalar_type());
     }

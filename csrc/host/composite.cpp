@@ -105,7 +105,7 @@ constexpr auto kDividedBy = [](const at::Tensor& x, const Number& number) { retu
 
 // The error of the kernels, where values can be asked for; elsewhere whatever uses them raises its own.
 void check_classes(const at::Tensor& index, const at::Tensor& counts, const at::Tensor& logits) {
-  if (!index.is_cpu() || !is_concrete(index)) return;
+  if (!index.is_cpu() || !is_eager(index)) return;
   const int64_t classes = logits.size(class_dim(logits));
   const at::Tensor bad = index.masked_select(counts.logical_and(index.lt(0).logical_or(index.ge(classes))));
   if (bad.numel() > 0) TORCH_CHECK_INDEX(false, "Target ", bad[0].item<int64_t>(), " is out of bounds.");
@@ -154,7 +154,7 @@ at::Tensor divergence_of(const at::Tensor& x, const at::Tensor& z, const Number&
 // Returns true if a mean divides the cross entropy by class weights, and has a z-loss, which it does not.
 bool has_two_denominators(const Inputs& in, const Options& options) {
   return options.z_loss != 0 && options.reduction == kMean && has_value(in.weight) && !has_value(in.divisor) &&
-         in.form(options) == Form::kIndices;
+         in.target_kind(options) == TargetKind::kIndices;
 }
 
 // Makes the loss of every position. Class dimensions of size one are kept until the end.
@@ -164,7 +164,7 @@ class Composite {
   Composite(const Inputs& in, const Options& options, bool are_log_probs = false)
       : in_(in),
         options_(options),
-        form_(in.form(options)),
+        target_kind_(in.target_kind(options)),
         dim_(class_dim(in.logits)),
         type_(arithmetic_type(in, options)),
         label_smoothing_(Number::of(options, Options::kLabelSmoothing)),
@@ -173,20 +173,21 @@ class Composite {
         logit_scale_(Number::of(options, Options::kLogitScale)),
         temperature_(Number::of(options, Options::kTemperature)),
         alpha_(Number::of(options, Options::kAlpha)) {
-    const at::Tensor& labels = form_ == Form::kTeacher && has_value(in.companion) ? *in.companion : in.target;
-    if (form_ == Form::kIndices || form_ == Form::kPairs || has_labels()) {
+    const at::Tensor& labels =
+        target_kind_ == TargetKind::kTeacher && has_value(in.companion) ? *in.companion : in.target;
+    if (target_kind_ == TargetKind::kIndices || target_kind_ == TargetKind::kPairs || has_labels()) {
       index_ = labels.to(at::kLong);
-      if (form_ != Form::kPairs) index_ = index_.unsqueeze(dim_);
+      if (target_kind_ != TargetKind::kPairs) index_ = index_.unsqueeze(dim_);
       const at::Tensor counts = index_.ne(options.ignore_index);
       check_classes(index_, counts, in.logits);
       index_ = zero_unless(counts, index_);
       probs_ = counts.to(type_);
-      if (form_ == Form::kPairs) probs_ = zero_unless(counts, in.companion->to(type_));
-      valid_ = form_ == Form::kPairs ? counts.any(dim_, true) : counts;
+      if (target_kind_ == TargetKind::kPairs) probs_ = zero_unless(counts, in.companion->to(type_));
+      valid_ = target_kind_ == TargetKind::kPairs ? counts.any(dim_, true) : counts;
     }
     raw_ = zero_unless(valid_, in.logits.to(type_));
-    if (is_dense(form_)) target_ = zero_unless(valid_, in.target.to(type_));
-    logits_ = with_number(raw_, form_ == Form::kTeacher ? Number(1) / temperature_ : logit_scale_, kTimes);
+    if (is_dense(target_kind_)) target_ = zero_unless(valid_, in.target.to(type_));
+    logits_ = with_number(raw_, target_kind_ == TargetKind::kTeacher ? Number(1) / temperature_ : logit_scale_, kTimes);
     if (options.softcap != 0) logits_ = at::tanh(with_number(logits_, softcap_, kDividedBy)) * softcap_;
     if (are_log_probs) {
       log_p_ = logits_;
@@ -228,7 +229,7 @@ class Composite {
   // The number of classes is the only size that a graph with symbolic sizes has to know.
   double classes() const { return double(in_.logits.sym_size(dim_).guard_int(__FILE__, __LINE__)); }
 
-  bool has_labels() const { return form_ == Form::kTeacher && has_value(in_.companion); }
+  bool has_labels() const { return target_kind_ == TargetKind::kTeacher && has_value(in_.companion); }
 
   at::Tensor smoothing() const {  // e / C sum_c w_c (lse - x_c)
     const at::Tensor terms = weight_.defined() ? product(weight_.expand_as(log_p_), log_p_) : log_p_;
@@ -236,14 +237,14 @@ class Composite {
   }
 
   at::Tensor target_log_prob() const {
-    if (form_ == Form::kProbabilities) return product(target_, log_p_).sum(dim_, true);
+    if (target_kind_ == TargetKind::kProbabilities) return product(target_, log_p_).sum(dim_, true);
     return product(probs_, at::gather(log_p_, dim_, index_)).sum(dim_, true);
   }
 
   at::Tensor target_loss() const {
     const Number keep = Number(1) - label_smoothing_;
-    if (form_ == Form::kTeacher) return teacher_loss();
-    if (form_ == Form::kProbabilities) {
+    if (target_kind_ == TargetKind::kTeacher) return teacher_loss();
+    if (target_kind_ == TargetKind::kProbabilities) {
       at::Tensor a = target_ * keep + label_smoothing_ / classes();
       if (weight_.defined()) a = a * weight_;
       return -product(a, log_p_).sum(dim_, true);
@@ -280,7 +281,7 @@ class Composite {
     if (options_.reduction == kSum) return sum;
     if (has_value(in_.divisor)) return sum / safe_denominator(*in_.divisor, sum, options_.empty_is_zero);
     at::Tensor counts = sample_weight_.defined() ? sample_weight_ : at::ones_like(loss);
-    if (form_ == Form::kIndices && weight_.defined() && by_class_weights) {
+    if (target_kind_ == TargetKind::kIndices && weight_.defined() && by_class_weights) {
       counts = counts * at::gather(weight_.expand_as(log_p_), dim_, index_);
     }
     const at::Tensor denominator = zero_unless(valid_, counts).sum();
@@ -289,7 +290,7 @@ class Composite {
 
   const Inputs& in_;
   const Options& options_;
-  Form form_;
+  TargetKind target_kind_;
   int64_t dim_;
   at::ScalarType type_;
   Number label_smoothing_, z_loss_, softcap_, logit_scale_, temperature_, alpha_;
@@ -302,8 +303,8 @@ class Composite {
 }  // namespace
 
 at::Tensor denominator_of_mean(const Inputs& in, const Options& options) {
-  const Form form = in.form(options);
-  if (form == Form::kProbabilities) {
+  const TargetKind target_kind = in.target_kind(options);
+  if (target_kind == TargetKind::kProbabilities) {
     if (!has_value(in.sample_weight)) {
       const auto count = in.logits.sym_numel() / in.logits.sym_size(class_dim(in.logits));
       return at::zeros({}, in.logits.options().dtype(at::kDouble)).fill_(count);
@@ -312,9 +313,9 @@ at::Tensor denominator_of_mean(const Inputs& in, const Options& options) {
   }
   const at::Tensor index = in.target.to(at::kLong);  // which any ignore_index can be compared with
   const at::Tensor counted = index.ne(options.ignore_index);
-  const at::Tensor valid = form == Form::kPairs ? counted.any(class_dim(in.logits)) : counted;
+  const at::Tensor valid = target_kind == TargetKind::kPairs ? counted.any(class_dim(in.logits)) : counted;
   at::Tensor counts = valid.to(at::kDouble);
-  if (has_value(in.weight) && form == Form::kIndices) {
+  if (has_value(in.weight) && target_kind == TargetKind::kIndices) {
     const int64_t last = in.weight->size(0) - 1;
     counts = in.weight->to(at::kDouble).take(index.clamp(0, last)) * counts;
   }
@@ -354,7 +355,7 @@ Outputs fallback(const Inputs& given, const Options& asked) {
   const Inputs inputs{given.logits, given.target, weight, given.companion, given.sample_weight, given.divisor};
   const Inputs natives{inputs.logits, inputs.target, inputs.weight};
   const Options known = options.tensors.empty() ? options : Options::of(options.integers(), options.numbers());
-  if (options.form == Form::kNone && !is_valid(natives, known)) {
+  if (options.target_kind == TargetKind::kNone && !is_valid(natives, known)) {
     const at::Tensor loss = native_cross_entropy(natives, known);
     if (options.is_plain() && !has_value(inputs.sample_weight) && !has_value(inputs.divisor)) return {loss};
   }
@@ -362,7 +363,7 @@ Outputs fallback(const Inputs& given, const Options& asked) {
 }
 
 at::Tensor native_cross_entropy(const Inputs& in, const Options& options) {
-  const bool widen = is_index_type(in.target.scalar_type()) && in.form(options) != Form::kProbabilities;
+  const bool widen = is_index_type(in.target.scalar_type()) && in.target_kind(options) != TargetKind::kProbabilities;
   const at::Tensor target = widen ? in.target.to(at::kLong) : in.target;
   const auto native = [&](int64_t reduction) {
     return at::cross_entropy_loss(in.logits, target, in.weight, reduction, options.ignore_index,
@@ -381,7 +382,7 @@ at::Tensor sum_of_products(const at::Tensor& gradient, const at::Tensor& tensor)
   const auto products = [&](const at::Tensor& a, const at::Tensor& b) {  // zero times infinity is zero
     return at::where(a.eq(0), at::zeros_like(a, at::TensorOptions(type)), a.to(type) * b.to(type)).sum(at::kDouble);
   };
-  if (c10::GradMode::is_enabled() || !is_concrete(gradient) || gradient.dim() == 0) return products(gradient, tensor);
+  if (c10::GradMode::is_enabled() || !is_eager(gradient) || gradient.dim() == 0) return products(gradient, tensor);
   constexpr int64_t kElements = int64_t{1} << 20;  // at a time
   const int64_t N = gradient.size(0);
   const int64_t elements_of_row = std::max<int64_t>(1, gradient.numel() / std::max<int64_t>(1, N));

@@ -189,8 +189,9 @@ struct Chunk {
   Inputs inputs() const { return {logits, target, weight, companion, sample_weight, divisor}; }
 
   OptionalTensor labels(const Options& options) const {
-    return inputs().form(options) == Form::kIndices && logits.dim() == 2 && !options.is_shard() ? OptionalTensor(target)
-                                                                                                : std::nullopt;
+    return inputs().target_kind(options) == TargetKind::kIndices && logits.dim() == 2 && !options.is_shard()
+               ? OptionalTensor(target)
+               : std::nullopt;
   }
 };
 
@@ -267,13 +268,13 @@ ForwardResult chunked_forward(XENT_LAYER, XENT_OTHER_INPUTS, XENT_OPTIONS, int64
   const at::AutoDispatchBelowADInplaceOrView below;
   const OptionalTensor bias = element_of(linear_bias, 0);
   const Layer layer{input, linear_weight, bias};
-  const at::Tensor shape_of_logits = stand_in(layer), matrix = as_matrix(linear_weight);
+  const at::Tensor shape_of_logits = logits_placeholder(layer), matrix = as_matrix(linear_weight);
   const Others unpacked(others);
   const Inputs all = unpacked.with(shape_of_logits, target);
   const Options options = unpacked.options(integers, numbers).with_values();
   check_forward(all, options);
   Parts parts(all, options);
-  const at::Tensor lse = new_matrix({saved_rows(all.form(options), options), count_positions(all.logits)}, input,
+  const at::Tensor lse = new_matrix({saved_rows(all.target_kind(options), options), count_positions(all.logits)}, input,
                                     arithmetic_type(all, options));
   at::Tensor loss;
   if (options.reduction == kNone) {
@@ -295,7 +296,7 @@ ForwardBackwardResult chunked_forward_backward(XENT_LAYER, XENT_OTHER_INPUTS, XE
   const at::AutoDispatchBelowADInplaceOrView below;
   const OptionalTensor bias = element_of(linear_bias, 0);
   const Layer layer{input, linear_weight, bias};
-  const at::Tensor shape_of_logits = stand_in(layer), matrix = as_matrix(linear_weight);
+  const at::Tensor shape_of_logits = logits_placeholder(layer), matrix = as_matrix(linear_weight);
   const Others unpacked(others);
   const Inputs all = unpacked.with(shape_of_logits, target);
   const Options options = unpacked.options(integers, numbers).with_values();
@@ -309,7 +310,7 @@ ForwardBackwardResult chunked_forward_backward(XENT_LAYER, XENT_OTHER_INPUTS, XE
   for_each_chunk(layer, matrix, divided, size, [&](const Chunk& part) {
     const Inputs inputs = part.inputs();
     at::Tensor of_chunk, gradient = part.matrix;
-    if (all.form(options) == Form::kPairs) {
+    if (all.target_kind(options) == TargetKind::kPairs) {
       const auto [loss, lse, denominator] = xent::forward(inputs, parts.options);
       of_chunk = loss;
       gradient =
@@ -330,15 +331,15 @@ BackwardResult chunked_backward(XENT_GRADIENTS, XENT_LAYER, XENT_OTHER_INPUTS, X
   const at::AutoDispatchBelowADInplaceOrView below;
   const OptionalTensor bias = element_of(linear_bias, 0);
   const Layer layer{input, linear_weight, bias};
-  const at::Tensor shape_of_logits = stand_in(layer), matrix = as_matrix(linear_weight);
+  const at::Tensor shape_of_logits = logits_placeholder(layer), matrix = as_matrix(linear_weight);
   const Others unpacked(others);
   const Inputs all = unpacked.with(shape_of_logits, target);
   const Options options = unpacked.options(integers, numbers).with_values();
   const OptionalTensor statistics = unless_scalar(grad_statistics);
-  const bool pairs = all.form(options) == Form::kPairs;
+  const bool pairs = all.target_kind(options) == TargetKind::kPairs;
   const int64_t size = chunk_size(layer, chunk, wanted[1]);
   LayerGradients gradients(layer, matrix, {wanted[0], wanted[1], wanted[2]}, count_chunks(layer, size));
-  const at::Tensor& probabilities = all.probabilities(options);
+  const at::Tensor& probabilities = all.differentiable_target(options);
   const at::Tensor of_target =
       at::empty(wanted[3] ? probabilities.sizes() : at::IntArrayRef{0}, probabilities.options());
   for_each_chunk(layer, matrix, all, size, [&](const Chunk& part) {

@@ -13,7 +13,7 @@
 #include <torch/library.h>
 
 #include "cpu/operators.h"
-#include "dispatch.h"
+#include "host/dispatch.h"
 
 namespace xent::nll {
 
@@ -129,7 +129,7 @@ struct Saved {
 
   static void save(AutogradContext* ctx, XENT_NLL_INPUTS, const at::Tensor& denominator, XENT_NLL_OPTIONS) {
     // Hooks on saved tensors may lose precision, of which the denominator can spare none.
-    const bool hooked = denominator.defined() && at::SavedTensorDefaultHooks::get_hooks() && is_concrete(denominator);
+    const bool hooked = denominator.defined() && at::SavedTensorDefaultHooks::get_hooks() && is_eager(denominator);
     if (hooked) ctx->saved_data["denominator"] = denominator;
     ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), hooked ? at::Tensor() : denominator});
     ctx->saved_data["options"] = std::make_tuple(reduction, ignore_index);

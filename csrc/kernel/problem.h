@@ -23,25 +23,28 @@ struct View {
   XENT_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
 };
 
-// The kernels that there are for the plain loss, and the one for everything else.
-enum class TargetKind : uint8_t {
+// The coefficients a_c of a loss, by which kernels are chosen: three objectives of the plain loss, and one for
+// everything else.
+enum class Objective : uint8_t {
   kIndex,          // a = w_y [c = y]
   kSmoothedIndex,  // a = (1 - e) w_y [c = y] + (e / C) w_c
-  kSoft,           // a = w_c ((1 - e) q_c + e / C)
+  kProbabilities,  // a = w_c ((1 - e) q_c + e / C)
   kGeneral,        // any form of target, transformed logits, statistics, a shard of the classes
 };
 
-// What a kGeneral target is.
-enum class Form : uint8_t {
+// The kind of target.
+enum class TargetKind : uint8_t {
   kNone,           // nothing but lse is asked for
-  kIndices,        // a as of kSmoothedIndex
-  kProbabilities,  // a as of kSoft
+  kIndices,        // class indices: a as of Objective::kSmoothedIndex
+  kProbabilities,  // a as of Objective::kProbabilities
   kPairs,          // k classes i and their probabilities p: a = sum_j (1 - e) w_c p_j [c = i_j] + (e / C) w_c
   kTeacher,        // a = softmax of the teacher's logits, both at a temperature; and perhaps a label at temperature 1
 };
 
-// Whether a target says something of every class, so that it may have a gradient of the logits' size.
-XENT_HOST_DEVICE constexpr bool is_dense(Form form) { return form == Form::kProbabilities || form == Form::kTeacher; }
+// Returns true for a target with an element for every class, which may have a gradient of the logits' size.
+XENT_HOST_DEVICE constexpr bool is_dense(TargetKind target_kind) {
+  return target_kind == TargetKind::kProbabilities || target_kind == TargetKind::kTeacher;
+}
 
 // What the forward leaves for the backward: rows of `positions` numbers of type T, in `Problem::lse`.
 namespace saved {
@@ -82,7 +85,7 @@ struct Problem {
   int dims = 0;  // adjacent dimensions that every view steps through alike are merged
   int64_t size[kMaxDims] = {};
 
-  TargetKind kind = TargetKind::kIndex;
+  Objective objective = Objective::kIndex;
   Lanes lanes = Lanes::kClasses;
   bool arithmetic_in_double = false;
   double label_smoothing = 0;  // e
@@ -97,7 +100,7 @@ struct Problem {
   void* lse = nullptr;           // what is saved: two rows, and more of other targets; or null, for nothing
 
   // ---- kGeneral
-  Form form = Form::kNone;
+  TargetKind target_kind = TargetKind::kNone;
   bool statistics = false;              // the forward saves them
   double logit_scale = 1, softcap = 0;  // x = softcap tanh(logit_scale x / softcap); zero: no cap
   int64_t pairs = 0;                    // k; the class_stride of `target` and `probs` is from one pair to the next

@@ -1,4 +1,4 @@
-#include "describe.h"
+#include "make_problem.h"
 
 #include <ATen/ops/roll.h>
 
@@ -73,12 +73,12 @@ int64_t count_positions(const at::Tensor& logits) {
 }
 
 bool has_own_kernels(const Options& options) {
-  return options.form == Form::kNone && !options.statistics && options.softcap == 0 && options.logit_scale == 1 &&
-         !options.is_shard();
+  return options.target_kind == TargetKind::kNone && !options.statistics && options.softcap == 0 &&
+         options.logit_scale == 1 && !options.is_shard();
 }
 
-void describe(Problem& problem, const Inputs& inputs, const Options& options, const OptionalTensor& kernel_weight,
-              at::ScalarType arithmetic, const at::Tensor& lse) {
+void make_problem(Problem& problem, const Inputs& inputs, const Options& options, const OptionalTensor& kernel_weight,
+                  at::ScalarType arithmetic, const at::Tensor& lse) {
   const at::Tensor &logits = inputs.logits, &target = inputs.target;
   const int64_t dim = class_dim(logits);
   problem.classes = logits.size(dim);
@@ -88,33 +88,33 @@ void describe(Problem& problem, const Inputs& inputs, const Options& options, co
     problem.size[problem.dims++] = logits.size(d);
     problem.positions *= logits.size(d);
   }
-  problem.form = inputs.form(options);
+  problem.target_kind = inputs.target_kind(options);
   problem.statistics = options.statistics;
   problem.class_begin = options.class_begin;
   problem.total_classes = options.total_classes;
-  problem.kind = !has_own_kernels(options)              ? TargetKind::kGeneral
-                 : problem.form == Form::kProbabilities ? TargetKind::kSoft
-                 : options.label_smoothing > 0          ? TargetKind::kSmoothedIndex
-                                                        : TargetKind::kIndex;
+  problem.objective = !has_own_kernels(options)                           ? Objective::kGeneral
+                      : problem.target_kind == TargetKind::kProbabilities ? Objective::kProbabilities
+                      : options.label_smoothing > 0                       ? Objective::kSmoothedIndex
+                                                                          : Objective::kIndex;
   problem.arithmetic_in_double = arithmetic == at::kDouble;
-  problem.label_smoothing = problem.form == Form::kTeacher ? 0 : options.label_smoothing;
+  problem.label_smoothing = problem.target_kind == TargetKind::kTeacher ? 0 : options.label_smoothing;
   problem.z_loss = options.z_loss;
   problem.ignore_index = options.ignore_index;
   problem.logits = view_with_classes(logits);
-  problem.target = problem.form == Form::kIndices ? view_of_positions(target) : view_with_classes(target);
+  problem.target = problem.target_kind == TargetKind::kIndices ? view_of_positions(target) : view_with_classes(target);
   problem.weight = kernel_weight ? data_of(*kernel_weight) : nullptr;
   if (has_value(inputs.sample_weight)) problem.sample_weight = view_of_positions(*inputs.sample_weight);
   problem.lse = data_of(lse);
-  problem.smoothed_total = is_dense(problem.form) ? 0 : options.label_smoothing;
-  if (problem.kind != TargetKind::kGeneral) return;
+  problem.smoothed_total = is_dense(problem.target_kind) ? 0 : options.label_smoothing;
+  if (problem.objective != Objective::kGeneral) return;
 
   problem.softcap = options.softcap;
   problem.logit_scale = options.logit_scale;
-  if (problem.form == Form::kPairs) {
+  if (problem.target_kind == TargetKind::kPairs) {
     problem.pairs = target.size(dim);
     problem.probs = view_with_classes(*inputs.companion);
   }
-  if (problem.form == Form::kTeacher) {
+  if (problem.target_kind == TargetKind::kTeacher) {
     const bool labels = has_value(inputs.companion);
     if (labels) problem.labels = view_of_positions(*inputs.companion);
     problem.temperature = options.temperature;
@@ -125,9 +125,9 @@ void describe(Problem& problem, const Inputs& inputs, const Options& options, co
   }
 }
 
-void describe_teacher(Problem& teacher, const Problem& problem) {
+void make_teacher_problem(Problem& teacher, const Problem& problem) {
   teacher.logits = problem.target;
-  teacher.form = Form::kNone;
+  teacher.target_kind = TargetKind::kNone;
   teacher.kl = false;
   teacher.target = teacher.labels = teacher.sample_weight = View();
   teacher.z_loss = teacher.softcap = 0;
@@ -152,7 +152,8 @@ InMemoryOrder::InMemoryOrder(at::Tensor of_gradient, at::Tensor of_target, at::T
 
 bool count_is_known(const Problem& problem) {
   if (problem.sample_weight) return false;
-  return problem.form == Form::kProbabilities || (problem.form == Form::kTeacher && !problem.labels);
+  return problem.target_kind == TargetKind::kProbabilities ||
+         (problem.target_kind == TargetKind::kTeacher && !problem.labels);
 }
 
 namespace {
@@ -164,7 +165,8 @@ void check_shard(const Inputs& inputs, const Options& options) {
   TORCH_CHECK_VALUE(
       begin >= 0 && classes <= total && begin <= total - classes && total <= std::numeric_limits<int32_t>::max(),
       "cross_entropy_ext: the classes [", begin, ", ", begin + classes, ") are no shard of ", total);
-  TORCH_CHECK_VALUE(options.form != Form::kTeacher, "cross_entropy_ext: a teacher's classes cannot be sharded");
+  TORCH_CHECK_VALUE(options.target_kind != TargetKind::kTeacher,
+                    "cross_entropy_ext: a teacher's classes cannot be sharded");
 }
 
 // With class weights in the type of arithmetic, which go with a wider loss.
@@ -188,13 +190,14 @@ void check_backward(const Gradients& gradients, const Inputs& inputs, const Opti
   TORCH_CHECK(is_supported(inputs, options) || is_supported_in_float(inputs, options),
               "cross_entropy_ext::_backward: arguments that _forward does not accept");
   const auto arithmetic = arithmetic_type(inputs, options);
-  const Form form = inputs.form(options);
+  const TargetKind target_kind = inputs.target_kind(options);
   const at::Tensor &lse = gradients.lse, &grad_output = gradients.grad_output;
-  TORCH_CHECK(form != Form::kIndices || !target_wanted, "cross_entropy_ext::_backward: class indices have no gradient");
+  TORCH_CHECK(target_kind != TargetKind::kIndices || !target_wanted,
+              "cross_entropy_ext::_backward: class indices have no gradient");
   const int64_t positions = count_positions(inputs.logits);
   const bool found_later = finds_lse && lse.numel() == 0;
   TORCH_CHECK(found_later || (lse.is_contiguous() && lse.scalar_type() == arithmetic &&
-                              lse.numel() == saved_rows(form, options) * positions),
+                              lse.numel() == saved_rows(target_kind, options) * positions),
               "cross_entropy_ext::_backward: lse is not what _forward returned");
   TORCH_CHECK(options.reduction == kNone
                   ? grad_output.numel() == positions && grad_output.dim() == inputs.logits.dim() - 1

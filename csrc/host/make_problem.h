@@ -4,7 +4,7 @@
 #include <initializer_list>
 
 #include "cross_entropy.h"
-#include "problem.h"
+#include "kernel/problem.h"
 
 namespace xent {
 
@@ -30,12 +30,12 @@ int64_t count_positions(const at::Tensor& logits);
 bool has_own_kernels(const Options& options);
 
 // Everything but `lanes`, results and, where there are weights, `smoothed_total`.
-void describe(Problem& problem, const Inputs& inputs, const Options& options, const OptionalTensor& kernel_weight,
-              at::ScalarType arithmetic, const at::Tensor& lse);
+void make_problem(Problem& problem, const Inputs& inputs, const Options& options, const OptionalTensor& kernel_weight,
+                  at::ScalarType arithmetic, const at::Tensor& lse);
 
 // The softmax of a teacher needs its lse first: the same positions with the teacher in the place of the logits, which
 // leave it where the problem's own kernels read it.
-void describe_teacher(Problem& teacher, const Problem& problem);
+void make_teacher_problem(Problem& teacher, const Problem& problem);
 
 // Views of a gradient, and of what is read for it, with positions in the order of its memory. A dense tensor is then
 // [outer positions][classes][inner positions].

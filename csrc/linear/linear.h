@@ -3,7 +3,7 @@
 // package's.
 #pragma once
 
-#include "cross_entropy.h"
+#include "host/cross_entropy.h"
 
 namespace xent::linear {
 
@@ -16,7 +16,7 @@ struct Layer {
 };
 
 // A tensor of the shape of the layer's logits, which all share one element.
-at::Tensor stand_in(const Layer& layer);
+at::Tensor logits_placeholder(const Layer& layer);
 
 // How many positions of N have their logits in memory at the same time; `asked` if it is not zero. `adds_up`: for a
 // gradient of the weight.

@@ -165,7 +165,7 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
       results.push_back(outputs[size_t(1 + row)]);
       of_results.push_back(grad_statistics[row].view_symint(results.back().sym_sizes()));
     }
-    const at::Tensor& probabilities = in.inputs().probabilities(options);
+    const at::Tensor& probabilities = in.inputs().differentiable_target(options);
     const auto [logits_wanted, target_wanted] = ctx->saved_data["wanted"].to<std::tuple<bool, bool>>();
     variable_list firsts, of_firsts;
     const auto differentiate = [&](const at::Tensor& input, const at::Tensor& grad) {
@@ -219,12 +219,12 @@ bool has_distinct_addresses(const at::Tensor& tensor) {
 // Nor for pairs, whose logits are looked up when the gradient is there already.
 bool can_overwrite(const Inputs& in, const at::Tensor& grad_output, const Options& options) {
   const at::Tensor& logits = in.logits;
-  if (!is_concrete(logits) || !is_concrete(grad_output)) return false;  // batched gradients, say: these have no storage
+  if (!is_eager(logits) || !is_eager(grad_output)) return false;  // batched gradients, say: these have no storage
   for (const OptionalTensor& read : {OptionalTensor(grad_output), OptionalTensor(in.target), in.weight, in.companion,
                                      in.sample_weight, in.divisor}) {
     if (has_value(read) && read->is_alias_of(logits)) return false;
   }
-  if (options.form == Form::kPairs) return false;
+  if (options.target_kind == TargetKind::kPairs) return false;
   return !c10::GradMode::is_enabled() && !logits.is_neg() && !logits.is_inference() && has_distinct_addresses(logits);
 }
 
@@ -249,11 +249,11 @@ bool are_of_a_leaf(const at::Tensor& logits) {
 // as they are, by plain evaluation. float16 comes with a loss scale, for which it could not be used (see can_scale).
 // Hooks on saved tensors mean to save memory, which it would take.
 // Nor where statistics may have gradients, too.
-bool wants_one_pass(const Inputs& in, const Options& options) {
+bool fuse_backward(const Inputs& in, const Options& options) {
   const at::Tensor& logits = in.logits;
   return !options.inplace && !options.statistics && logits.requires_grad() && !in.target.requires_grad() &&
          !(in.weight && in.weight->requires_grad()) && !(in.companion && in.companion->requires_grad()) &&
-         logits.scalar_type() != at::kHalf && is_concrete(logits) && one_pass_pays(logits, options.reduction) &&
+         logits.scalar_type() != at::kHalf && is_eager(logits) && fusing_pays(logits, options.reduction) &&
          options.tensors.empty() && !at::SavedTensorDefaultHooks::get_hooks();
 }
 
@@ -300,7 +300,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       std::tie(loss, lse, denominator) = xent::forward(inputs, options);
     }
     // Hooks may lose precision, of which lse can spare none: the backward makes it anew, from the logits they return.
-    const bool hooked = at::SavedTensorDefaultHooks::get_hooks() && is_concrete(logits);
+    const bool hooked = at::SavedTensorDefaultHooks::get_hooks() && is_eager(logits);
     ctx->save_for_backward(hooked ? to_save(inputs, options, {}, {}) : to_save(inputs, options, lse, denominator));
     save_options(ctx, options);
     if (!options.statistics) return {loss};
@@ -333,7 +333,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     at::Tensor lse = saved[6], denominator = saved[7];
     const Options options = saved_options(ctx, {saved.begin() + kSaved, saved.end()});
     if (!lse.defined()) std::tie(lse, denominator) = lse_of(inputs, options);
-    const bool pairs = options.form == Form::kPairs;
+    const bool pairs = options.target_kind == TargetKind::kPairs;
     // One edge for each tensor that forward was given.
     const bool has_weight = has_value(in.weight), wanted_weight = has_weight && ctx->needs_input_grad(2);
     const bool wanted_target = ctx->needs_input_grad(pairs ? 2 + has_weight : 1);
@@ -357,12 +357,12 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     if (was_made && adapts_gradient(in.logits)) {
       const at::AutoDispatchBelowADInplaceOrView below;
       const at::IValue made = std::exchange(ctx->saved_data["grad_logits"], at::IValue());
-      if (!made.isNone() && is_concrete(grad)) {
+      if (!made.isNone() && is_eager(grad)) {
         result[0] = made.toTensor();
         adapt_gradient_(gradients, result[0], inputs, options);
         return result;
       }
-    } else if (was_made && is_concrete(grad)) {
+    } else if (was_made && is_eager(grad)) {
       const bool is_float = grad.is_cpu() && grad.scalar_type() == at::kFloat;  // read without the dispatcher's help
       const double scale = is_float ? double(*grad.const_data_ptr<float>()) : grad.item<double>();
       if (can_scale(in.logits.scalar_type(), scale)) {
@@ -426,11 +426,11 @@ Outputs outputs_autograd(const Inputs& inputs, const Options& given) {
     correct_target_log_prob(outputs, inputs, options);
     return outputs;
   }
-  if (options.inplace) options.inplace = is_concrete(inputs.logits) && !are_of_a_leaf(inputs.logits);
+  if (options.inplace) options.inplace = is_eager(inputs.logits) && !are_of_a_leaf(inputs.logits);
   const Inputs in = for_kernels();
   const auto results =
       CrossEntropyFunction::apply(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options,
-                                  wants_one_pass(inputs, options), options.tensor(Options::kLogitScale));
+                                  fuse_backward(inputs, options), options.tensor(Options::kLogitScale));
   Outputs outputs;
   std::copy(results.begin(), results.end(), outputs.begin());
   if (options.statistics) correct_target_log_prob(outputs, inputs, options);
