@@ -4,7 +4,8 @@
 #include <torch/library.h>
 
 #include "host.h"
-#include "operators.h"
+#include "host/denominator.h"
+#include "host/operators.h"
 
 namespace xent {
 namespace {
@@ -27,28 +28,29 @@ Lanes choose_lanes(const Problem& problem) {
   return neighbours ? Lanes::kPositions : Lanes::kClasses;
 }
 
-// Where there are weights, what smoothing makes of their sum.
+// Returns e / C times the sum of the class weights.
 double smoothed_total_of(const Problem& problem, const at::Tensor& weight) {
   double sum = 0;
   for (int64_t c = 0; c < problem.all_classes(); ++c) {
     sum +=
         problem.arithmetic_in_double ? weight.const_data_ptr<double>()[c] : double(weight.const_data_ptr<float>()[c]);
   }
-  return problem.label_smoothing / double(problem.all_classes()) * sum;
+  return problem.share * sum;
 }
 
 void make_problem_with_weights(Problem& problem, const Inputs& inputs, const Options& options,
-                               const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse) {
+                               const at::Tensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse) {
   make_problem(problem, inputs, options, kernel_weight, arithmetic, lse);
-  if (kernel_weight && problem.smoothed_total != 0) problem.smoothed_total = smoothed_total_of(problem, *kernel_weight);
+  if (kernel_weight.defined() && problem.smoothed_total != 0)
+    problem.smoothed_total = smoothed_total_of(problem, kernel_weight);
 }
 
 // ---- what forward and backward share --------------------------------------------------------------------------------
 
 // Everything of the backward but what is done position by position. Either gradient may be undefined.
 Backward backward_problem(const at::Tensor& grad_logits, const at::Tensor& grad_target, const View& grad_output,
-                          double scale, const Inputs& inputs, const Options& options,
-                          const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse) {
+                          double scale, const Inputs& inputs, const Options& options, const at::Tensor& kernel_weight,
+                          at::ScalarType arithmetic, const at::Tensor& lse) {
   Backward problem;
   make_problem_with_weights(problem, inputs, options, kernel_weight, arithmetic, lse);
   problem.grad_output = grad_output;
@@ -94,7 +96,6 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
 enum class GradientOfForward { kNone, kNew, kInPlace };
 
 ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, GradientOfForward wanted) {
-  check_forward(inputs, options);
   TORCH_CHECK_VALUE(wanted == GradientOfForward::kNone || !options.is_shard(),
                     "cross_entropy_ext::_forward_backward: a shard's gradient needs the lse of all classes");
   const at::Tensor& logits = inputs.logits;
@@ -131,11 +132,11 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
     teacher->loss = {};
   }
 
-  const bool known = has_value(inputs.divisor) || count_is_known(problem);
-  double count = has_value(inputs.divisor) ? inputs.divisor->item<double>() : double(problem.positions);
-  if (grad_logits.defined() && mean) {  // the gradient needs what a mean divides by
+  const bool given = inputs.denominator.defined(), known = given || denominator_is_known(problem);
+  double count = given ? inputs.denominator.item<double>() : double(problem.positions);
+  if (grad_logits.defined() && mean) {  // the gradient needs the denominator before the loss is known
     if (!known) count = sum_target_weights(problem, inputs, options);
-    problem.scale = count == 0 && options.empty_is_zero ? 1 : 1 / count;
+    problem.scale = 1 / safe_denominator(count, 0, options.empty_is_zero);
   }
   int64_t bad_position = kNoPosition;
   problem.first_bad_position = &bad_position;
@@ -155,20 +156,18 @@ ForwardBackwardResult run_forward(const Inputs& inputs, const Options& options, 
   });
   raise_bad_target(inputs, options, bad_position);
 
-  double divide_by = 1;
+  double divided_by = 1;
   if (options.reduction != kNone) {
     const Sums sums = sum_pieces(pieces);
     if (!grad_logits.defined() && !known) count = sums.weight;
-    if (mean) divide_by = count;
-    if (options.empty_is_zero && divide_by == 0 && sums.loss == 0) divide_by = 1;
+    if (mean) divided_by = safe_denominator(count, sums.loss, options.empty_is_zero);
     loss = new_tensor({}, loss_dtype);
-    store_scalar(loss, sums.loss / divide_by);
+    store_scalar(loss, sums.loss / divided_by);
   }
-  *denominator.mutable_data_ptr<double>() = divide_by;
+  *denominator.mutable_data_ptr<double>() = divided_by;
   // Targets that weigh nothing have a loss by label smoothing: then this was no mean over nothing.
-  if (grad_logits.defined() && options.empty_is_zero && divide_by == 0) {
-    backward_into(grad_logits, {}, {at::ones({}, denominator.options()), std::nullopt, lse, denominator}, inputs,
-                  options);
+  if (grad_logits.defined() && options.empty_is_zero && divided_by == 0) {
+    backward_into(grad_logits, {}, {at::ones({}, denominator.options()), {}, lse, denominator}, inputs, options);
   }
   return {loss, lse, denominator, grad_logits};
 }
@@ -187,19 +186,10 @@ ForwardBackwardResult cpu::forward_backward(const Inputs& inputs, const Options&
 
 namespace {
 
-template <class Result, Result (*function)(const Inputs&, const Options&)>
-Result with_values(XENT_INPUTS, XENT_OPTIONS) {
-  const Others unpacked(others);
-  return function(unpacked.with(logits, target), unpacked.options(integers, numbers).with_values());
-}
-
-ForwardResult forward_backward_cpu_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
-  const Others unpacked(others);
-  const Inputs inputs = unpacked.with(logits, target);
-  const Options options = unpacked.options(integers, numbers).with_values();
-  TORCH_CHECK(options.reduction != kNone && inputs.target_kind(options) != TargetKind::kPairs,
+ForwardResult forward_backward_in_place(const Inputs& inputs, const Options& options) {
+  TORCH_CHECK(options.reduction != kNone && options.target_kind != TargetKind::kPairs,
               "cross_entropy_ext::_forward_backward_: needs a reduction, and no pairs");
-  logits.mutable_data_ptr();  // no lazy copy shares it from here on
+  inputs.logits.mutable_data_ptr();  // no lazy copy shares it from here on
   auto [loss, lse, denominator, gradient] = run_forward(inputs, options, GradientOfForward::kInPlace);
   return {loss, lse, denominator};
 }
@@ -220,7 +210,7 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
                              : View{data_of(grad_output), element_type(grad_output.scalar_type())};
   Backward problem = backward_problem(grad_logits, grad_target, grad_view, 1 / gradients.denominator.item<double>(),
                                       inputs, options, weights, arithmetic, gradients.lse);
-  if (has_value(gradients.grad_statistics)) problem.grad_statistics = data_of(*gradients.grad_statistics);
+  if (gradients.grad_statistics.defined()) problem.grad_statistics = data_of(gradients.grad_statistics);
   if (problem.target_kind != TargetKind::kProbabilities && grad_logits.defined() &&
       grad_logits.is_alias_of(inputs.logits)) {
     sum_target_weights(problem, inputs, options);  // for its error, before anything is overwritten
@@ -250,31 +240,22 @@ BackwardResult cpu::backward(const Gradients& gradients, const Inputs& inputs, c
 
 namespace {
 
-BackwardResult backward_cpu(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
-  const Others unpacked(others);
-  return cpu::backward({grad_output, unless_scalar(grad_statistics), lse, denominator}, unpacked.with(logits, target),
-                       unpacked.options(integers, numbers).with_values(), wanted);
-}
-
-at::Tensor backward_cpu_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
-                         bool target_wanted) {
-  const Others unpacked(others);
-  const Inputs inputs = unpacked.with(logits, target);
-  const Options options = unpacked.options(integers, numbers).with_values();
+at::Tensor backward_in_place(const Gradients& gradients, const Inputs& inputs, const Options& options,
+                             bool target_wanted) {
   const at::Tensor& probabilities = inputs.differentiable_target(options);
   const at::Tensor grad_target = target_wanted ? empty_gradient(probabilities) : at::Tensor();
-  backward_into(logits, grad_target, {grad_output, unless_scalar(grad_statistics), lse, denominator}, inputs, options);
+  backward_into(inputs.logits, grad_target, gradients, inputs, options);
   return or_empty(grad_target, probabilities);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, CPU, m) {
-  m.impl("_forward", &with_values<ForwardResult, cpu::forward>);
-  m.impl("_forward_backward", &with_values<ForwardBackwardResult, cpu::forward_backward>);
-  m.impl("_forward_backward_", &forward_backward_cpu_);
-  m.impl("_backward", &backward_cpu);
-  m.impl("_backward_", &backward_cpu_);
+  m.impl("_forward", &Adapter<&cpu::forward>::call);
+  m.impl("_forward_backward", &Adapter<&cpu::forward_backward>::call);
+  m.impl("_forward_backward_", &Adapter<&forward_backward_in_place>::call);
+  m.impl("_backward", &Adapter<&cpu::backward>::call);
+  m.impl("_backward_", &Adapter<&backward_in_place>::call);
 }
 
 }  // namespace xent

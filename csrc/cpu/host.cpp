@@ -25,7 +25,7 @@ Sums sum_pieces(const SumsOfPieces& pieces) {
 void raise_bad_target(const Inputs& in, const Options& options, int64_t position) {
   if (position == kNoPosition) return;
   const TargetKind target_kind = in.target_kind(options);
-  at::Tensor target = target_kind == TargetKind::kTeacher ? *in.companion : in.target;
+  at::Tensor target = target_kind == TargetKind::kTeacher ? in.labels() : in.target;
   target = target_kind == TargetKind::kPairs
                ? target.movedim(class_dim(in.logits), -1).reshape({-1, target.size(class_dim(in.logits))})[position]
                : target.reshape(-1)[position].reshape(-1);

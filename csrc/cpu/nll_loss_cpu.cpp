@@ -2,7 +2,7 @@
 #include <torch/library.h>
 
 #include "host.h"
-#include "operators.h"
+#include "nll/nll_loss.h"
 
 namespace xent::nll {
 
@@ -34,12 +34,12 @@ ForwardResult cpu::forward(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType los
   raise_bad_target(inputs, options, bad_position);
 
   const Sums sums = sum_pieces(pieces);
-  const double divide_by = reduction == kMean ? sums.weight : 1;
+  const double divided_by = reduction == kMean ? sums.weight : 1;
   if (reduction != kNone) {
     loss = new_tensor({}, loss_dtype);
-    store_scalar(loss, sums.loss / divide_by);
+    store_scalar(loss, sums.loss / divided_by);
   }
-  *denominator.mutable_data_ptr<double>() = divide_by;
+  *denominator.mutable_data_ptr<double>() = divided_by;
   return {loss, denominator};
 }
 
@@ -57,7 +57,7 @@ int64_t size_of_pieces(int64_t classes, int64_t inner) {
 
 at::Tensor backward_cpu(const at::Tensor& grad_output, XENT_NLL_TENSORS, const at::Tensor& denominator,
                         XENT_NLL_OPTIONS) {
-  const OptionalTensor weight = element_of(weights, 0);
+  const at::Tensor weight = element_of(weights, 0);
   const Inputs inputs{input, target, weight};
   const Options options = options_of(reduction, ignore_index);
   check_nll_backward(grad_output, inputs, denominator, options);

@@ -9,6 +9,8 @@
 
 #include <algorithm>
 
+#include "host/adapter.h"
+#include "host/denominator.h"
 #include "host/make_problem.h"
 #include "cross_entropy_cuda.h"
 #include "device.h"
@@ -36,8 +38,8 @@ void check_errors() {
 
 namespace {
 
-Task make_task(const DeviceScope& device, const Inputs& inputs, const Options& options,
-               const OptionalTensor& kernel_weight, at::ScalarType arithmetic, const at::Tensor& lse) {
+Task make_task(const DeviceScope& device, const Inputs& inputs, const Options& options, const at::Tensor& kernel_weight,
+               at::ScalarType arithmetic, const at::Tensor& lse) {
   Task task;
   make_problem(task, inputs, options, kernel_weight, arithmetic, lse);
   task.bad_target = device.bad_target();
@@ -85,8 +87,8 @@ at::Tensor sum_class_weights(Task& task, const at::Tensor& logits, const DeviceS
   if (task.label_smoothing == 0 || is_dense(task.target_kind) || task.weight == nullptr) return {};
   const at::Tensor result = at::empty({}, logits.options().dtype(at::kDouble));
   task.smoothed_total_on_device = result.const_data_ptr<double>();
-  const WeightSum request{task.weight, task.all_classes(), task.arithmetic_in_double,
-                          task.label_smoothing / double(task.all_classes()), result.mutable_data_ptr<double>()};
+  const WeightSum request{task.weight, task.all_classes(), task.arithmetic_in_double, task.share,
+                          result.mutable_data_ptr<double>()};
   check(launch_weight_sum(request, device.stream()), "sum of the class weights");
   return result;
 }
@@ -107,9 +109,8 @@ void sum_teacher(const Task& task, const DeviceScope& device) {
 // With `grad_logits`, which may be the logits themselves, the gradient is made from the same read, and lse is left out
 // if the loss has kernels of its own: two numbers for each position, written for nobody, are a tenth of what 19 classes
 // take.
-ForwardResult run_forward(const Inputs& inputs, const Options& options, const at::Tensor& grad_logits = {}) {
+ForwardResult run_forward(const Inputs& inputs, const Options& options, const at::Tensor& grad_logits) {
   const bool gradient_wanted = grad_logits.defined();
-  check_forward(inputs, options);
   TORCH_CHECK_VALUE(!gradient_wanted || !options.is_shard(),
                     "cross_entropy_ext::_forward_backward: a shard's gradient needs the lse of all classes");
   const at::Tensor& logits = inputs.logits;
@@ -118,7 +119,7 @@ ForwardResult run_forward(const Inputs& inputs, const Options& options, const at
   const auto arithmetic = arithmetic_type(inputs, options);
   const auto weights = weight_for_kernel(inputs.weight, arithmetic, options.class_begin);
   at::DimVector saved{saved_rows(inputs.target_kind(options), options), count_positions(logits)};
-  if (gradient_wanted && has_own_kernels(options)) saved = {0};
+  if (gradient_wanted && options.has_own_kernels()) saved = {0};
   const at::Tensor lse = at::empty(saved, logits.options().dtype(arithmetic));
   const at::Tensor denominator = at::empty({}, logits.options().dtype(at::kDouble));
   at::DimVector shape;
@@ -138,7 +139,7 @@ ForwardResult run_forward(const Inputs& inputs, const Options& options, const at
   merge_dimensions(task);
   Plan how = plan_on(device, task);
 
-  const bool given = has_value(inputs.divisor), known = !given && count_is_known(task);
+  const bool given = inputs.denominator.defined(), known = !given && denominator_is_known(task);
   const bool count_first = gradient_wanted && mean && !known && !given;
   const bool overlaps = device.limits().overlaps_kernels;
   how.shape.overlaps = overlaps && count_first;
@@ -153,10 +154,10 @@ ForwardResult run_forward(const Inputs& inputs, const Options& options, const at
     task.counted = workspace.counted;
     task.counted_blocks = counting_blocks;
   }
-  at::Tensor divisor;
+  at::Tensor as_counted;
   if (given) {  // as if one block had counted it
-    divisor = at::stack({at::zeros_like(*inputs.divisor), *inputs.divisor});
-    task.counted = static_cast<const Sums*>(divisor.const_data_ptr());
+    as_counted = at::stack({at::zeros_like(inputs.denominator), inputs.denominator});
+    task.counted = static_cast<const Sums*>(as_counted.const_data_ptr());
     task.counted_blocks = 1;
   }
   task.partial_sums = options.reduction == kNone ? nullptr : workspace.partial;
@@ -177,17 +178,12 @@ ForwardResult run_forward(const Inputs& inputs, const Options& options, const at
   return {loss, lse, denominator};
 }
 
-ForwardResult forward_cuda(XENT_INPUTS, XENT_OPTIONS) {
-  const Others unpacked(others);
-  return run_forward(unpacked.with(logits, target), unpacked.options(integers, numbers).with_values());
-}
+ForwardResult forward(const Inputs& inputs, const Options& options) { return run_forward(inputs, options, {}); }
 
-ForwardBackwardResult forward_backward_cuda(XENT_INPUTS, XENT_OPTIONS) {
-  const Others unpacked(others);
-  const Options options = unpacked.options(integers, numbers).with_values();
+ForwardBackwardResult forward_backward(const Inputs& inputs, const Options& options) {
   TORCH_CHECK(options.reduction != kNone, "cross_entropy_ext::_forward_backward: needs a reduction");
-  const at::Tensor grad_logits = at::empty_like(logits);
-  const auto [loss, lse, denominator] = run_forward(unpacked.with(logits, target), options, grad_logits);
+  const at::Tensor grad_logits = at::empty_like(inputs.logits);
+  const auto [loss, lse, denominator] = run_forward(inputs, options, grad_logits);
   return {loss, lse, denominator, grad_logits};
 }
 
@@ -206,8 +202,8 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   const auto weights = weight_for_kernel(inputs.weight, arithmetic, options.class_begin);
   Task task = make_task(device, inputs, options, weights, arithmetic, gradients.lse);
   task.pass = gradients.lse.numel() == 0 ? Pass::kForwardBackward : Pass::kBackward;
-  if (has_value(gradients.grad_statistics)) {
-    task.grad_statistics = data_of(*gradients.grad_statistics);
+  if (gradients.grad_statistics.defined()) {
+    task.grad_statistics = data_of(gradients.grad_statistics);
     made_for_one = false;
   }
   task.made_for_one = made_for_one;
@@ -229,72 +225,55 @@ at::Tensor or_empty(const at::Tensor& gradient, const at::Tensor& like) {
   return gradient.defined() ? gradient : at::empty({0}, like.options());
 }
 
-BackwardResult backward_cuda(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
-  const Others unpacked(others);
-  const Inputs inputs = unpacked.with(logits, target);
-  const Options options = unpacked.options(integers, numbers).with_values();
+BackwardResult backward(const Gradients& gradients, const Inputs& inputs, const Options& options,
+                        std::array<bool, 2> wanted) {
   const at::Tensor& of_target = inputs.differentiable_target(options);
-  const at::Tensor grad_logits = gradient_of(logits, wanted[0]), grad_target = gradient_of(of_target, wanted[1]);
-  backward_into(grad_logits, grad_target, {grad_output, unless_scalar(grad_statistics), lse, denominator}, inputs,
-                options, false);
-  return {or_empty(grad_logits, logits), or_empty(grad_target, of_target)};
+  const at::Tensor grad_logits = gradient_of(inputs.logits, wanted[0]), grad_target = gradient_of(of_target, wanted[1]);
+  backward_into(grad_logits, grad_target, gradients, inputs, options, false);
+  return {or_empty(grad_logits, inputs.logits), or_empty(grad_target, of_target)};
 }
 
-at::Tensor backward_cuda_(XENT_GRADIENTS, at::Tensor& logits, XENT_OTHER_INPUTS, XENT_SAVED, XENT_OPTIONS,
-                          bool target_wanted) {
-  const Others unpacked(others);
-  const Inputs inputs = unpacked.with(logits, target);
-  const Options options = unpacked.options(integers, numbers).with_values();
+at::Tensor backward_in_place(const Gradients& gradients, const Inputs& inputs, const Options& options,
+                             bool target_wanted) {
   const at::Tensor& of_target = inputs.differentiable_target(options);
   const at::Tensor grad_target = gradient_of(of_target, target_wanted);
-  TORCH_CHECK(inputs.target_kind(options) != TargetKind::kPairs, "cross_entropy_ext::_backward_: not for pairs");
-  backward_into(logits, grad_target, {grad_output, unless_scalar(grad_statistics), lse, denominator}, inputs, options,
-                false);
+  TORCH_CHECK(options.target_kind != TargetKind::kPairs, "cross_entropy_ext::_backward_: not for pairs");
+  backward_into(inputs.logits, grad_target, gradients, inputs, options, false);
   return or_empty(grad_target, of_target);
 }
 
 // Where classes are neighbours, kernels read all of a row before they write to it. Else the gradient comes from a
-// second read; and where a denominator of zero may become one or not, as only the loss tells, which comes later.
-ForwardResult forward_backward_cuda_(at::Tensor& logits, XENT_OTHER_INPUTS, XENT_OPTIONS) {
-  const Others unpacked(others);
-  const Inputs inputs = unpacked.with(logits, target);
-  const Options options = unpacked.options(integers, numbers).with_values();
-  TORCH_CHECK(options.reduction != kNone && inputs.target_kind(options) != TargetKind::kPairs,
+// second read; and also where a denominator of zero may become one, which only the loss tells, and that comes later.
+ForwardResult forward_backward_in_place(const Inputs& inputs, const Options& options) {
+  const at::Tensor& logits = inputs.logits;
+  TORCH_CHECK(options.reduction != kNone && options.target_kind != TargetKind::kPairs,
               "cross_entropy_ext::_forward_backward_: needs a reduction, and no pairs");
   const bool may_guess = options.reduction == kMean && options.empty_is_zero;
-  if (has_own_kernels(options) && logits.stride(class_dim(logits)) == 1 && !may_guess) {
+  if (options.has_own_kernels() && logits.stride(class_dim(logits)) == 1 && !may_guess) {
     logits.mutable_data_ptr();  // no lazy copy shares it from here on
     return run_forward(inputs, options, logits);
   }
-  const auto [loss, lse, denominator] = run_forward(inputs, options);
+  const auto [loss, lse, denominator] = forward(inputs, options);
   const at::Tensor one = at::ones({}, logits.options().dtype(at::kFloat));
-  backward_into(logits, {}, {one, std::nullopt, lse, denominator}, inputs, options, false);
+  backward_into(logits, {}, {one, {}, lse, denominator}, inputs, options, false);
   return {loss, lse, denominator};
 }
 
-void adapt_gradient_cuda_(XENT_GRADIENTS, at::Tensor& grad_logits, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS) {
-  const Others unpacked(others);
-  backward_into(grad_logits, {}, {grad_output, unless_scalar(grad_statistics), lse, denominator},
-                unpacked.with(logits, target), unpacked.options(integers, numbers).with_values(), true);
+void adapt_gradient(const Gradients& gradients, const Inputs& inputs, const Options& options,
+                    const at::Tensor& grad_logits) {
+  backward_into(grad_logits, {}, gradients, inputs, options, true);
 }
-
-static_assert(std::is_same_v<decltype(forward_cuda), schema::Forward>);
-static_assert(std::is_same_v<decltype(forward_backward_cuda), schema::ForwardBackward>);
-static_assert(std::is_same_v<decltype(forward_backward_cuda_), schema::ForwardBackwardInplace>);
-static_assert(std::is_same_v<decltype(backward_cuda), schema::Backward>);
-static_assert(std::is_same_v<decltype(backward_cuda_), schema::BackwardInplace>);
-static_assert(std::is_same_v<decltype(adapt_gradient_cuda_), schema::AdaptGradient>);
 
 }  // namespace
 
 void register_kernels(torch::Library& m) {
   register_nll_loss(m);
-  m.impl("_forward", &forward_cuda);
-  m.impl("_forward_backward", &forward_backward_cuda);
-  m.impl("_forward_backward_", &forward_backward_cuda_);
-  m.impl("_backward", &backward_cuda);
-  m.impl("_backward_", &backward_cuda_);
-  m.impl("_adapt_gradient_", &adapt_gradient_cuda_);
+  m.impl("_forward", &Adapter<&forward>::call);
+  m.impl("_forward_backward", &Adapter<&forward_backward>::call);
+  m.impl("_forward_backward_", &Adapter<&forward_backward_in_place>::call);
+  m.impl("_backward", &Adapter<&backward>::call);
+  m.impl("_backward_", &Adapter<&backward_in_place>::call);
+  m.impl("_adapt_gradient_", &Adapter<&adapt_gradient>::call);
 }
 
 }  // namespace xent::gpu

@@ -30,14 +30,14 @@ namespace {
 using namespace nll;
 
 void make_nll_problem(Task& task, const DeviceScope& device, const Inputs& inputs, const Options& options,
-                      const OptionalTensor& kernel_weight, const at::Tensor& denominator) {
+                      const at::Tensor& kernel_weight, const at::Tensor& denominator) {
   make_problem(task, inputs, options, kernel_weight, arithmetic_type(inputs, options), denominator);
   task.bad_target = device.bad_target();
   task.bad_targets = device.bad_targets();
 }
 
 nll::ForwardResult forward_cuda(XENT_NLL_TENSORS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
-  const OptionalTensor weight = element_of(weights, 0);
+  const at::Tensor weight = element_of(weights, 0);
   const Inputs inputs{input, target, weight};
   const Options options = options_of(reduction, ignore_index, loss_dtype);
   check_nll_forward(inputs, options);
@@ -74,7 +74,7 @@ nll::ForwardResult forward_cuda(XENT_NLL_TENSORS, XENT_NLL_OPTIONS, at::ScalarTy
 
 at::Tensor backward_cuda(const at::Tensor& grad_output, XENT_NLL_TENSORS, const at::Tensor& denominator,
                          XENT_NLL_OPTIONS) {
-  const OptionalTensor weight = element_of(weights, 0);
+  const at::Tensor weight = element_of(weights, 0);
   const Inputs inputs{input, target, weight};
   const Options options = options_of(reduction, ignore_index);
   check_nll_backward(grad_output, inputs, denominator, options);

@@ -1,11 +1,10 @@
-// Derivatives of cross entropy.
+// Derivatives of cross entropy, of logits that are given or made by a layer.
 //
 // The loss saves its inputs and lse, never probabilities; the backward recomputes them from the logits. The backward is
 // an operator with derivatives of its own: those of the composite, taken twice.
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/FunctionalTensorWrapper.h>
-#include <ATen/SavedTensorHooks.h>
 #include <ATen/ops/_make_dual.h>
 #include <ATen/ops/_unpack_dual.h>
 #include <ATen/ops/log_softmax.h>
@@ -17,88 +16,69 @@
 #include <torch/csrc/autograd/autograd.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/functions/accumulate_grad.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
 #include <utility>
 #include <vector>
 
-#include "cross_entropy.h"
+#include "denominator.h"
+#include "operators.h"
 
 namespace xent {
 namespace {
 
 using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 // ---- what a backward needs, through the context ---------------------------------------------------------------------
 
-// In one entry of three, for which a tuple has room: more would cost allocations and lookups. What native has no
-// argument for comes in a second one, if there is anything.
+// Saved tensors: these two, and then the call's in the order of Slot.
+enum Saved : size_t { kSavedLse, kSavedDenominator, kSavedSlots };
+
+void save(AutogradContext* ctx, at::TensorList slots, at::Tensor lse, at::Tensor denominator) {
+  variable_list saved{std::move(lse), std::move(denominator)};
+  saved.insert(saved.end(), slots.begin(), slots.end());
+  ctx->save_for_backward(std::move(saved));
+}
+
+// Writes one entry of three numbers, for which a tuple has room: more would cost allocations and lookups. Options that
+// native has no argument for come in more entries, if there are any.
 void save_options(AutogradContext* ctx, const Options& options) {
-  const auto [reduction, ignore_index, loss_dtype, flags, class_begin, total_classes] = options.integers();
+  const auto integers = options.integers();
+  const auto [reduction, ignore_index, loss_dtype, flags, class_begin, total_classes] = integers;
   ctx->saved_data["options"] =
       std::make_tuple(reduction | (loss_dtype + 1) << 8 | flags << 16, ignore_index, options.label_smoothing);
-  if (options.is_plain()) return;
+  if (options.is_plain() && options.chunk == 0) return;
   const auto numbers = options.numbers();
+  ctx->saved_data["integers"] = std::vector<int64_t>(integers.begin(), integers.end());
   ctx->saved_data["numbers"] = std::vector<double>(numbers.begin(), numbers.end());
-  if (options.is_shard()) ctx->saved_data["shard"] = std::make_tuple(class_begin, total_classes);
+  ctx->saved_data["chunk"] = options.chunk;
 }
 
-// `tensors`: of the options, as they were saved.
 Options saved_options(AutogradContext* ctx, std::vector<at::Tensor> tensors) {
+  if (const auto numbers = ctx->saved_data.find("numbers"); numbers != ctx->saved_data.end()) {
+    Options options =
+        Options::of(ctx->saved_data["integers"].toIntVector(), numbers->second.toDoubleVector(), std::move(tensors));
+    options.chunk = ctx->saved_data["chunk"].toInt();
+    return options;
+  }
   const auto [packed, ignore_index, label_smoothing] =
       ctx->saved_data["options"].to<std::tuple<int64_t, int64_t, double>>();
-  std::array<int64_t, Options::kIntegers> integers{
-      packed & 0xff, ignore_index, (packed >> 8 & 0xff) - 1, packed >> 16, 0, 0};
-  if (const auto shard = ctx->saved_data.find("shard"); shard != ctx->saved_data.end()) {
-    std::tie(integers[4], integers[5]) = shard->second.to<std::tuple<int64_t, int64_t>>();
-  }
-  const auto numbers = ctx->saved_data.find("numbers");
-  if (numbers != ctx->saved_data.end()) {
-    return Options::of(integers, numbers->second.toDoubleVector(), std::move(tensors));
-  }
   Options plain;
   plain.label_smoothing = label_smoothing;
-  return Options::of(integers, plain.numbers());
+  return Options::of({packed & 0xff, ignore_index, (packed >> 8 & 0xff) - 1, packed >> 16, 0, 0}, plain.numbers());
 }
 
-// The tensors that a Function was given, after it has unpacked what it saved.
-struct SavedInputs {
-  at::Tensor logits, target;
-  OptionalTensor weight, companion, sample_weight, divisor;
+bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
+bool needs_graph(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
-  explicit SavedInputs(const variable_list& saved)
-      : logits(saved[0]),
-        target(saved[1]),
-        weight(optional(saved[2])),
-        companion(optional(saved[3])),
-        sample_weight(optional(saved[4])),
-        divisor(optional(saved[5])) {}
+// Returns a node of its own for each tensor that is to be differentiated: other paths that lead from one to another do
+// not belong to this function.
+at::Tensor own_node(const at::Tensor& tensor) { return tensor.view_as(tensor); }
 
-  Inputs inputs() const { return {logits, target, weight, companion, sample_weight, divisor}; }
-};
-
-// Those of the options come last, from `kSaved` on.
-constexpr size_t kSaved = 8;
-
-variable_list to_save(const Inputs& in, const Options& options, at::Tensor first, at::Tensor second) {
-  const auto or_undefined = [](const OptionalTensor& tensor) { return tensor ? *tensor : at::Tensor(); };
-  variable_list saved{in.logits,
-                      in.target,
-                      or_undefined(in.weight),
-                      or_undefined(in.companion),
-                      or_undefined(in.sample_weight),
-                      or_undefined(in.divisor),
-                      std::move(first),
-                      std::move(second)};
-  saved.insert(saved.end(), options.tensors.begin(), options.tensors.end());
-  return saved;
-}
-
-// d loss / d w_c = sum over positions of q'_c (lse - x_c), for probabilities; one of zero adds nothing, even at -inf.
+// d loss / d w_c = sum over positions of q'_c (lse - x_c), for probabilities q'. A probability of zero adds nothing,
+// even at a logit of -inf.
 at::Tensor weight_gradient(const at::Tensor& grad_output, const Inputs& in, const at::Tensor& denominator,
                            const Options& options) {
   const auto type = arithmetic_type(in, options);
@@ -113,7 +93,7 @@ at::Tensor weight_gradient(const at::Tensor& grad_output, const Inputs& in, cons
   for (int64_t d = 0; d < terms.dim(); ++d) {
     if (d != dim) positions.push_back(d);
   }
-  return (positions.empty() ? terms : terms.sum(positions)).to(in.weight->scalar_type());
+  return (positions.empty() ? terms : terms.sum(positions)).to(in.weight.scalar_type());
 }
 
 // ---- the backward and its derivatives -------------------------------------------------------------------------------
@@ -121,17 +101,19 @@ at::Tensor weight_gradient(const at::Tensor& grad_output, const Inputs& in, cons
 struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Variable& grad_output, const OptionalTensor& grad_statistics,
-                               const Variable& logits, const Variable& target, const OptionalTensor& weight,
-                               const OptionalTensor& companion, const OptionalTensor& sample_weight,
-                               const OptionalTensor& divisor, const Variable& lse, const Variable& denominator,
-                               const Options& options, std::array<bool, 2> wanted,
-                               const OptionalTensor& /*logit_scale, of the options*/) {
+  // Tensors of the backward: these, and then the call's in the order of Slot.
+  enum Argument : size_t { kGradOutput, kGradStatistics, kLse, kDenominatorOfMean, kFirstSlot };
+
+  static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const Options& options,
+                               std::array<bool, 2> wanted) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
-    auto [grad_logits, grad_target] =
-        xent::backward({grad_output, grad_statistics, lse, denominator}, inputs, options, wanted);
-    ctx->save_for_backward(to_save(inputs, options, grad_output, grad_statistics.value_or(at::Tensor())));
+    const auto [grad_logits, grad_target] =
+        xent::backward({tensors[kGradOutput], tensors[kGradStatistics], tensors[kLse], tensors[kDenominatorOfMean]},
+                       inputs_of(tensors.slice(kFirstSlot)), options, wanted);
+    variable_list saved = tensors.vec();
+    saved[kLse].reset();
+    saved[kDenominatorOfMean].reset();
+    ctx->save_for_backward(std::move(saved));
     save_options(ctx, options);
     ctx->saved_data["wanted"] = std::make_tuple(wanted[0], wanted[1]);
     return {grad_logits, grad_target};
@@ -139,33 +121,39 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
 
   // Differentiates the composite as this function did, and the result once more.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
+    const variable_list saved = ctx->get_saved_variables();
     const bool again = c10::GradMode::is_enabled();
     const at::AutoGradMode with_graph(true);
-    // Of each, a node of its own: whatever else leads from one to another is not this function's.
-    variable_list given;
-    for (const at::Tensor& tensor : saved) {
-      const bool differentiable = tensor.defined() && tensor.is_floating_point();
-      given.push_back(!differentiable          ? tensor
-                      : tensor.requires_grad() ? tensor.view_as(tensor)
-                                               : tensor.detach().requires_grad_());
+    variable_list given, inputs;
+    std::vector<size_t> places;
+    for (size_t i = 0; i < saved.size(); ++i) {
+      const bool is_number = i >= kFirstSlot + kFirstNumber, requires_grad = needs_graph(saved[i]);
+      const bool differentiable = saved[i].defined() && saved[i].is_floating_point() && (!is_number || requires_grad);
+      given.push_back(!differentiable ? saved[i]
+                      : requires_grad ? own_node(saved[i])
+                                      : saved[i].detach().requires_grad_());
+      if (!differentiable) continue;
+      inputs.push_back(given.back());
+      places.push_back(i);
     }
-    const Options options = saved_options(ctx, {given.begin() + kSaved, given.end()});
+    const at::TensorList slots = at::TensorList(given).slice(kFirstSlot);
+    Options options = saved_options(ctx, numbers_of(slots));
     TORCH_CHECK_NOT_IMPLEMENTED(!options.is_shard(),
                                 "cross_entropy_ext::_backward: of a shard of the classes it has no derivative");
-    const SavedInputs in(given);
-    const at::Tensor &grad_output = given[6], &grad_statistics = given[7];
-    Options asked = options;
-    asked.statistics = grad_statistics.defined();
-    if (!asked.loss_dtype) asked.loss_dtype = grad_output.scalar_type();
-    const Outputs outputs = composite(in.inputs(), asked);
-    variable_list results{outputs[0]}, of_results{grad_output};
-    for (const int64_t row : {kGradLse, kGradTargetLogProb, kGradEntropy}) {
-      if (!asked.statistics) break;
-      results.push_back(outputs[size_t(1 + row)]);
-      of_results.push_back(grad_statistics[row].view_symint(results.back().sym_sizes()));
+    const Inputs in = inputs_of(slots);
+    const at::Tensor &grad_output = given[kGradOutput], &grad_statistics = given[kGradStatistics];
+    options.statistics = grad_statistics.defined();
+    if (!options.loss_dtype) options.loss_dtype = grad_output.scalar_type();
+    const Outputs outputs = composite(in, options);
+    variable_list results{outputs.loss}, of_results{grad_output};
+    if (options.statistics) {
+      for (const auto& [row, result] : {std::pair(kGradLse, outputs.lse),
+                                        {kGradTargetLogProb, outputs.target_log_prob},
+                                        {kGradEntropy, outputs.entropy}}) {
+        results.push_back(result);
+        of_results.push_back(grad_statistics[row].view_symint(result.sym_sizes()));
+      }
     }
-    const at::Tensor& probabilities = in.inputs().differentiable_target(options);
     const auto [logits_wanted, target_wanted] = ctx->saved_data["wanted"].to<std::tuple<bool, bool>>();
     variable_list firsts, of_firsts;
     const auto differentiate = [&](const at::Tensor& input, const at::Tensor& grad) {
@@ -175,20 +163,10 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
       of_firsts.push_back(grad);
     };
     if (logits_wanted) differentiate(in.logits, grads[0]);
-    if (target_wanted) differentiate(probabilities, grads[1]);
+    if (target_wanted) differentiate(in.differentiable_target(options), grads[1]);
 
-    // One result for each argument of forward; what is no tensor, and what was made of others, has none.
-    variable_list result(13), inputs;
-    std::vector<size_t> places;
-    const auto add = [&](const at::Tensor& input, size_t place) {
-      if (firsts.empty() || !input.defined() || !input.requires_grad()) return;
-      inputs.push_back(input);
-      places.push_back(place);
-    };
-    const size_t order[] = {2, 3, 4, 5, 6, 7, 0, 1};  // of what was saved, among the arguments
-    for (size_t i = 0; i < std::size(order); ++i) add(given[i], order[i]);
-    if (!options.tensors.empty()) add(options.tensors[Options::kLogitScale], 12);
-    if (inputs.empty()) return result;
+    variable_list result(kFirstSlot + kSlots + 2);  // for every argument of forward
+    if (firsts.empty() || inputs.empty()) return result;
     const auto seconds = torch::autograd::grad(firsts, inputs, of_firsts, /*retain_graph=*/again,
                                                /*create_graph=*/again, /*allow_unused=*/true);
     for (size_t i = 0; i < seconds.size(); ++i) result[places[i]] = seconds[i];
@@ -198,7 +176,8 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
 
 // ---- the gradient in the logits' place ------------------------------------------------------------------------------
 
-// Every element has an address of its own: strides in increasing order each step past all that is below.
+// Returns true if every element has an address of its own: strides in increasing order each step past all that is
+// below.
 bool has_distinct_addresses(const at::Tensor& tensor) {
   std::vector<std::pair<int64_t, int64_t>> dims;
   for (int64_t d = 0; d < tensor.dim(); ++d) {
@@ -213,19 +192,21 @@ bool has_distinct_addresses(const at::Tensor& tensor) {
   return true;
 }
 
-// Not while a graph of the backward is being built, which needs the logits again, nor under tracing, where the compiler
-// plans memory; not for logits that are a view with arithmetic of its own, or that share addresses, among themselves or
-// with what else is read.
-// Nor for pairs, whose logits are looked up when the gradient is there already.
+// Returns true if the gradient may overwrite the logits, which it may not
+//   - while a graph of the backward is being built, which needs the logits again;
+//   - under tracing, where the compiler plans memory, and for batched gradients, which have no storage;
+//   - if the logits are a view with arithmetic of its own (neg), or an inference tensor;
+//   - if they overlap themselves, or another tensor that is read;
+//   - for pairs, whose kernel looks logits up after it has written.
 bool can_overwrite(const Inputs& in, const at::Tensor& grad_output, const Options& options) {
   const at::Tensor& logits = in.logits;
-  if (!is_eager(logits) || !is_eager(grad_output)) return false;  // batched gradients, say: these have no storage
-  for (const OptionalTensor& read : {OptionalTensor(grad_output), OptionalTensor(in.target), in.weight, in.companion,
-                                     in.sample_weight, in.divisor}) {
-    if (has_value(read) && read->is_alias_of(logits)) return false;
+  if (c10::GradMode::is_enabled() || !is_eager(logits) || !is_eager(grad_output)) return false;
+  if (logits.is_neg() || logits.is_inference() || !has_distinct_addresses(logits)) return false;
+  for (const at::Tensor* read :
+       {&grad_output, &in.target, &in.weight, &in.companion, &in.sample_weight, &in.denominator}) {
+    if (read->defined() && read->is_alias_of(logits)) return false;
   }
-  if (options.target_kind == TargetKind::kPairs) return false;
-  return !c10::GradMode::is_enabled() && !logits.is_neg() && !logits.is_inference() && has_distinct_addresses(logits);
+  return options.target_kind != TargetKind::kPairs;
 }
 
 // Returns true if the logits are in the memory of a leaf. No node asks for a leaf's values again, but the user keeps
@@ -245,21 +226,25 @@ bool are_of_a_leaf(const at::Tensor& logits) {
   return false;
 }
 
-// Whether to make the gradient in the forward: for logits that need one and nothing else does, and that are to be kept
-// as they are, by plain evaluation. float16 comes with a loss scale, for which it could not be used (see can_scale).
-// Hooks on saved tensors mean to save memory, which it would take.
-// Nor where statistics may have gradients, too.
+// ---- the gradient in the forward ------------------------------------------------------------------------------------
+
+bool scale_needs_graph(const Options& options) { return needs_graph(options.tensor(&Numbers::logit_scale)); }
+
+// Returns true if the gradient is computed in the forward, while the logits are in registers or caches: only if no
+// input but the logits, or the layer that makes them, requires one. float16 comes with a loss scale, which the gradient
+// for a grad_output of one lacks. Logits that are given have more conditions: `inplace` is off, execution is eager, and
+// there are no hooks on saved tensors, which are there to save memory.
 bool fuse_backward(const Inputs& in, const Options& options) {
-  const at::Tensor& logits = in.logits;
-  return !options.inplace && !options.statistics && logits.requires_grad() && !in.target.requires_grad() &&
-         !(in.weight && in.weight->requires_grad()) && !(in.companion && in.companion->requires_grad()) &&
-         logits.scalar_type() != at::kHalf && is_eager(logits) && fusing_pays(logits, options.reduction) &&
-         options.tensors.empty() && !at::SavedTensorDefaultHooks::get_hooks();
+  if (options.statistics || needs_graph(in.target) || needs_graph(in.companion)) return false;
+  if (in.has_layer()) return options.reduction != kNone && in.layer.input.scalar_type() != at::kHalf;
+  return !options.inplace && options.tensors.empty() && needs_graph(in.logits) && !needs_graph(in.weight) &&
+         in.logits.scalar_type() != at::kHalf && is_eager(in.logits) && fusing_pays(in.logits, options.reduction) &&
+         !at::SavedTensorDefaultHooks::get_hooks();
 }
 
-// Whether a gradient for a grad_output of one can be scaled to another: not where it has been rounded to few bits,
-// unless only its exponent changes; nor enlarged, for its smallest elements have lost bits or become zero; nor by NaN,
-// which ignored positions do not take.
+// Returns true if a gradient for a grad_output of one can be scaled to another: not where it has been rounded to few
+// bits, unless only its exponent changes; nor enlarged, for its smallest elements have lost bits or become zero; nor by
+// NaN, which ignored positions do not take.
 bool can_scale(at::ScalarType type, double scale) {
   if (scale == 1) return true;
   int exponent;
@@ -267,9 +252,35 @@ bool can_scale(at::ScalarType type, double scale) {
   return std::abs(scale) <= 1 && type != at::kHalf && (type != at::kBFloat16 || power_of_two);
 }
 
+// Gradients of the layer that are computed: logit_scale's is made of those of the input and the bias.
+std::array<bool, 3> wanted_of(const Layer& layer, const Options& options) {
+  const bool of_scale = scale_needs_graph(options);
+  return {of_scale || needs_graph(layer.input), needs_graph(layer.weight),
+          layer.bias.defined() && (of_scale || needs_graph(layer.bias))};
+}
+
+// Entries of the context for gradients that the forward has made: one of logits, or three of a layer. Each by itself,
+// since compilers of backwards look for tensors here, and not for lists of them.
+constexpr const char* kMade[] = {"grad_logits", "grad_linear_weight", "grad_linear_bias"};
+
+// Takes the gradients that the forward has made, or makes them again. They are given away once, since the receiver may
+// write to them; a second backward has them made again in the same way, and gets the same bits.
+variable_list fused_gradients(AutogradContext* ctx, const Inputs& inputs, const Options& options) {
+  if (ctx->saved_data.count(kMade[0]) && !ctx->saved_data[kMade[0]].isNone()) {
+    variable_list made;
+    for (const char* const name : kMade) {
+      if (ctx->saved_data.count(name)) made.push_back(std::exchange(ctx->saved_data[name], at::IValue()).toTensor());
+    }
+    return made;
+  }
+  if (!inputs.has_layer()) return {std::get<3>(forward_backward(inputs, options))};
+  auto [loss, of_input, of_weight, of_bias] = layer_forward_backward(inputs, options, wanted_of(inputs.layer, options));
+  return {of_input, of_weight, of_bias};
+}
+
 }  // namespace
 
-OptionalTensor gradients_of_statistics(const variable_list& grads, const at::Tensor& lse) {
+at::Tensor gradients_of_statistics(at::TensorList grads, const at::Tensor& lse) {
   variable_list rows;
   bool any = false;
   for (size_t i = 1; i <= 3 && i < grads.size(); ++i) {
@@ -277,212 +288,266 @@ OptionalTensor gradients_of_statistics(const variable_list& grads, const at::Ten
     rows.push_back(grads[i].defined() ? grads[i].reshape({-1}).to(lse.scalar_type())
                                       : at::zeros_like(lse.select(0, 0)));
   }
-  return any ? OptionalTensor(at::stack(rows)) : std::nullopt;
+  return any ? at::stack(rows) : at::Tensor();
 }
 
 namespace {
 
-struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
+// ---- the loss -------------------------------------------------------------------------------------------------------
+
+struct LossFunction : torch::autograd::Function<LossFunction> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, const Variable& logits, const Variable& target,
-                               const OptionalTensor& weight, const OptionalTensor& companion,
-                               const OptionalTensor& sample_weight, const OptionalTensor& divisor,
-                               const Options& options, bool one_pass,
-                               const OptionalTensor& /*logit_scale, of the options*/) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList slots, const Options& options, bool fuse) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Inputs inputs{logits, target, weight, companion, sample_weight, divisor};
-    at::Tensor loss, lse, denominator, grad_logits;
-    if (one_pass) {
-      std::tie(loss, lse, denominator, grad_logits) = forward_backward(inputs, options);
-      ctx->saved_data["grad_logits"] = grad_logits;
+    const Inputs inputs = inputs_of(slots);
+    save_options(ctx, options);
+    // Hooks may lose precision, which lse cannot spare: the backward makes it anew, from the tensors that they return.
+    const bool hooked = at::SavedTensorDefaultHooks::get_hooks() && is_eager(slots[kLogits]);
+    at::Tensor loss, lse, denominator;
+    if (!inputs.has_layer() && fuse) {
+      std::tie(loss, lse, denominator, ctx->saved_data[kMade[0]]) = forward_backward(inputs, options);
+    } else if (fuse && !hooked) {
+      variable_list made(3);
+      std::tie(loss, made[0], made[1], made[2]) =
+          layer_forward_backward(inputs, options, wanted_of(inputs.layer, options));
+      for (size_t i = 0; i < made.size(); ++i) ctx->saved_data[kMade[i]] = made[i];
     } else {
       std::tie(loss, lse, denominator) = xent::forward(inputs, options);
     }
-    // Hooks may lose precision, of which lse can spare none: the backward makes it anew, from the logits they return.
-    const bool hooked = at::SavedTensorDefaultHooks::get_hooks() && is_eager(logits);
-    ctx->save_for_backward(hooked ? to_save(inputs, options, {}, {}) : to_save(inputs, options, lse, denominator));
-    save_options(ctx, options);
+    if (inputs.has_layer()) ctx->saved_data["fused"] = fuse;
+    const bool without_lse = hooked || (inputs.has_layer() && fuse);
+    save(ctx, slots, without_lse ? at::Tensor() : lse, without_lse ? at::Tensor() : denominator);
     if (!options.statistics) return {loss};
     ctx->set_materialize_grads(false);
     const Outputs outputs = outputs_of(loss, lse, denominator, inputs, options);
-    ctx->mark_non_differentiable({outputs[4], outputs[5]});
-    return {outputs.begin(), outputs.end()};
-  }
-
-  // The gradient for a grad_output of one, as the forward made it. Given away once, since whoever gets it may write to
-  // it; a second backward has it made again, in the same way, so that it gets the same bits.
-  static at::Tensor gradient_from_forward(AutogradContext* ctx, const Inputs& inputs, const Options& options) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    at::IValue& made = ctx->saved_data["grad_logits"];
-    if (!made.isNone()) return std::exchange(made, at::IValue()).toTensor();
-    return std::get<3>(forward_backward(inputs, options));
-  }
-
-  // lse and the denominator once more, where the forward left them out.
-  static std::pair<at::Tensor, at::Tensor> lse_of(const Inputs& inputs, const Options& options) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    auto [loss, lse, denominator] = xent::forward(inputs, options);
-    return {lse, denominator};
+    ctx->mark_non_differentiable({outputs.z_loss, outputs.argmax});
+    return outputs.list(true);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    SavedInputs in(saved);
-    const Inputs inputs = in.inputs();
-    at::Tensor lse = saved[6], denominator = saved[7];
-    const Options options = saved_options(ctx, {saved.begin() + kSaved, saved.end()});
-    if (!lse.defined()) std::tie(lse, denominator) = lse_of(inputs, options);
-    const bool pairs = options.target_kind == TargetKind::kPairs;
-    // One edge for each tensor that forward was given.
-    const bool has_weight = has_value(in.weight), wanted_weight = has_weight && ctx->needs_input_grad(2);
-    const bool wanted_target = ctx->needs_input_grad(pairs ? 2 + has_weight : 1);
-    const bool wanted_logits = ctx->needs_input_grad(0);
-    const OptionalTensor scale = options.tensor(Options::kLogitScale);
-    const bool wanted_scale = scale && scale->requires_grad();
+    const variable_list saved = ctx->get_saved_variables();
+    const at::TensorList slots = at::TensorList(saved).slice(kSavedSlots);
+    const Options options = saved_options(ctx, numbers_of(slots));
+    const bool graph = c10::GradMode::is_enabled();
+    if (graph && slots.size() > kLayerWeight && slots[kLayerWeight].defined()) {
+      return through_all_logits(slots, options, grads);
+    }
+    // Nothing is differentiated again: past one turn of the dispatcher.
+    std::optional<at::AutoDispatchBelowADInplaceOrView> below;
+    if (!graph && std::none_of(grads.begin(), grads.end(), has_tangent)) below.emplace();
+    const Inputs inputs = inputs_of(slots);
+    const at::Tensor &lse = saved[kSavedLse], &denominator = saved[kSavedDenominator];
+    variable_list result(kSlots + 2);  // for every argument of forward
+    inputs.has_layer() ? of_layer(ctx, result, grads, inputs, options, lse, denominator)
+                       : of_logits(ctx, result, grads, inputs, options, lse, denominator);
+    return result;
+  }
 
-    variable_list result(9);
-    at::Tensor& grad_target = result[pairs ? 3 : 1];
-    at::Tensor grad = grads[0], divide_by = denominator;
-    const OptionalTensor of_statistics = gradients_of_statistics(grads, lse);
-    if (!grad.defined()) {  // of the statistics alone
-      if (!of_statistics) return result;
-      const auto shape = options.reduction == kNone ? shape_of_positions(in.logits) : c10::SymDimVector();
-      grad = at::zeros_symint(shape, in.logits.options().dtype(*options.loss_dtype));
-      divide_by = at::ones_like(denominator);  // by which the loss's mean may be undefined
-    }
-    const Gradients gradients{grad, of_statistics, lse, divide_by};
+ private:
+  // lse and the denominator once more, where the forward left them out.
+  static void find_lse(at::Tensor& lse, at::Tensor& denominator, const Inputs& inputs, const Options& options) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    std::tie(std::ignore, lse, denominator) = xent::forward(inputs, options);
+  }
 
-    const bool was_made = ctx->saved_data.count("grad_logits") && wanted_logits && !c10::GradMode::is_enabled();
-    if (was_made && adapts_gradient(in.logits)) {
-      const at::AutoDispatchBelowADInplaceOrView below;
-      const at::IValue made = std::exchange(ctx->saved_data["grad_logits"], at::IValue());
-      if (!made.isNone() && is_eager(grad)) {
-        result[0] = made.toTensor();
-        adapt_gradient_(gradients, result[0], inputs, options);
-        return result;
-      }
-    } else if (was_made && is_eager(grad)) {
-      const bool is_float = grad.is_cpu() && grad.scalar_type() == at::kFloat;  // read without the dispatcher's help
-      const double scale = is_float ? double(*grad.const_data_ptr<float>()) : grad.item<double>();
-      if (can_scale(in.logits.scalar_type(), scale)) {
-        result[0] = gradient_from_forward(ctx, inputs, options);
-        if (scale != 1) result[0].mul_(scale);
-        return result;
+  // What a backward is given for these gradients of the results; nothing if none of them is there.
+  static std::optional<Gradients> gradients_for(const variable_list& grads, const Inputs& inputs,
+                                                const Options& options, const at::Tensor& lse,
+                                                const at::Tensor& denominator) {
+    Gradients gradients{grads[0], gradients_of_statistics(grads, lse), lse, denominator};
+    if (gradients.grad_output.defined()) return gradients;
+    if (!gradients.grad_statistics.defined()) return std::nullopt;
+    const auto shape = options.reduction == kNone ? shape_of_positions(inputs.logits) : c10::SymDimVector();
+    gradients.grad_output = at::zeros_symint(shape, inputs.logits.options().dtype(*options.loss_dtype));
+    gradients.denominator = at::ones_like(denominator);  // the loss's mean may be undefined
+    return gradients;
+  }
+
+  static void of_logits(AutogradContext* ctx, variable_list& result, const variable_list& grads, const Inputs& inputs,
+                        const Options& options, at::Tensor lse, at::Tensor denominator) {
+    if (!lse.defined()) find_lse(lse, denominator, inputs, options);
+    const at::Tensor& logits = inputs.logits;
+    const Slot target = options.target_kind == TargetKind::kPairs ? kCompanion : kTarget;
+    const bool wanted_logits = ctx->needs_input_grad(kLogits), wanted_target = ctx->needs_input_grad(target);
+    const bool wanted_weight = inputs.weight.defined() && ctx->needs_input_grad(kWeight);
+    const bool wanted_scale = scale_needs_graph(options);
+    const std::optional<Gradients> given = gradients_for(grads, inputs, options, lse, denominator);
+    if (!given) return;
+    Gradients gradients = *given;
+    const at::Tensor& grad = gradients.grad_output;
+
+    const bool fused = ctx->saved_data.count(kMade[0]);
+    if (fused && wanted_logits && !c10::GradMode::is_enabled() && is_eager(grad)) {
+      if (adapts_gradient(logits)) {
+        const at::IValue made = std::exchange(ctx->saved_data[kMade[0]], at::IValue());
+        if (!made.isNone()) {
+          result[kLogits] = made.toTensor();
+          return adapt_gradient_(gradients, inputs, options, result[kLogits]);
+        }
+      } else {
+        const bool is_float = grad.is_cpu() && grad.scalar_type() == at::kFloat;  // read without the dispatcher's help
+        const double scale = is_float ? double(*grad.const_data_ptr<float>()) : grad.item<double>();
+        if (can_scale(logits.scalar_type(), scale)) {
+          result[kLogits] = fused_gradients(ctx, inputs, options)[0];
+          if (scale != 1) result[kLogits].mul_(scale);
+          return;
+        }
       }
     }
-    if (ctx->saved_data.count("grad_logits")) {
-      ctx->saved_data["grad_logits"] = at::IValue();  // of no use: free it
-      if (lse.sym_numel() == 0) lse = lse_of(inputs, options).first;
+    if (fused) {
+      ctx->saved_data[kMade[0]] = at::IValue();  // of no use: free it
+      if (lse.sym_numel() == 0) find_lse(gradients.lse, denominator, inputs, options);
     }
-    if (wanted_weight) result[2] = weight_gradient(grad, inputs, denominator, options);
+    if (wanted_weight) result[kWeight] = weight_gradient(grad, inputs, denominator, options);
     if (wanted_logits && options.inplace && !wanted_scale && can_overwrite(inputs, grad, options)) {
       const at::AutoDispatchBelowADInplaceOrView below;
-      in.logits.unsafeGetTensorImpl()->bump_version();  // whoever else saved the logits learns that they are gone
+      logits.unsafeGetTensorImpl()->bump_version();  // other functions that saved the logits learn that they are gone
       const at::Tensor made = backward_(gradients, inputs, options, wanted_target);
-      result[0] = in.logits.detach();
-      if (wanted_target) grad_target = made;
+      result[kLogits] = logits.detach();
+      if (wanted_target) result[target] = made;
     } else if (wanted_logits || wanted_target || wanted_scale) {
-      auto [for_logits, for_target] =
+      const auto [for_logits, for_target] =
           xent::backward(gradients, inputs, options, {wanted_logits || wanted_scale, wanted_target});
-      if (wanted_logits) result[0] = for_logits;
-      if (wanted_scale) result[8] = scale_gradient(sum_of_products(for_logits, in.logits), *scale);
-      if (wanted_target) grad_target = for_target;
+      if (wanted_logits) result[kLogits] = for_logits;
+      if (wanted_scale) set_gradient_of_scale(result, sum_of_products(for_logits, logits), options);
+      if (wanted_target) result[target] = for_target;
     }
+  }
+
+  static void of_layer(AutogradContext* ctx, variable_list& result, const variable_list& grads, const Inputs& inputs,
+                       const Options& options, at::Tensor lse, at::Tensor denominator) {
+    if (ctx->saved_data["fused"].toBool()) {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      const at::Tensor& grad = grads[0];
+      const double scale = grad.is_cpu() && is_eager(grad) ? grad.item<double>() : 1;
+      if (std::isfinite(scale)) {
+        variable_list made = fused_gradients(ctx, inputs, options);
+        const bool traced = !is_eager(grad) || !is_eager(made[0]);
+        for (at::Tensor& gradient : made) {
+          if (traced) {
+            gradient = gradient * grad;
+          } else if (!grad.is_cpu() || scale != 1) {
+            gradient.mul_(grad);
+          }
+        }
+        return set_gradients(result, made[0], made[1], made[2], inputs, options);
+      }
+    }
+    if (!lse.defined())
+      find_lse(lse, denominator, inputs, options);  // or a scale of which ignored positions take nothing
+    const std::optional<Gradients> gradients = gradients_for(grads, inputs, options, lse, denominator);
+    if (!gradients) return;
+    const auto wanted = wanted_of(inputs.layer, options);
+    const bool wanted_target = needs_graph(inputs.differentiable_target(options));
+    const auto [of_input, of_weight, of_bias, of_target] =
+        layer_backward(*gradients, inputs, options, {wanted[0], wanted[1], wanted[2], wanted_target});
+    set_gradients(result, of_input, of_weight, of_bias, inputs, options);
+    if (wanted_target) result[options.target_kind == TargetKind::kPairs ? kCompanion : kTarget] = of_target;
+  }
+
+  static void set_gradients(variable_list& result, const at::Tensor& of_input, const at::Tensor& of_weight,
+                            const at::Tensor& of_bias, const Inputs& inputs, const Options& options) {
+    const Layer& layer = inputs.layer;
+    if (needs_graph(layer.input)) result[kLogits] = of_input;
+    if (needs_graph(layer.weight)) result[kLayerWeight] = of_weight;
+    if (needs_graph(layer.bias)) result[kLayerBias] = of_bias;
+    if (!scale_needs_graph(options)) return;
+    at::Tensor sum = sum_of_products(of_input, layer.input);
+    if (layer.bias.defined()) sum = sum + sum_of_products(of_bias, layer.bias);
+    set_gradient_of_scale(result, sum, options);
+  }
+
+  static void set_gradient_of_scale(variable_list& result, const at::Tensor& sum, const Options& options) {
+    const at::Tensor& scale = options.tensor(&Numbers::logit_scale);
+    for (size_t i = 0; i < kNumbers; ++i) {
+      if (kNumberOptions[i].value == &Numbers::logit_scale) result[kFirstNumber + i] = scale_gradient(sum, scale);
+    }
+  }
+
+  // A layer's backward with a graph of its own.
+  static variable_list through_all_logits(at::TensorList slots, Options options, const variable_list& grads) {
+    variable_list given, inputs;
+    std::vector<size_t> places;
+    for (size_t i = 0; i < slots.size(); ++i) {
+      given.push_back(needs_graph(slots[i]) ? own_node(slots[i]) : slots[i]);
+      if (!needs_graph(slots[i])) continue;
+      inputs.push_back(given.back());
+      places.push_back(i);
+    }
+    if (!options.tensors.empty()) options.tensors = numbers_of(given);
+    const variable_list outputs = composite(inputs_of(given).with_logits(), options).list(options.statistics);
+    variable_list of, for_outputs;
+    for (size_t i = 0; i < grads.size() && i < 4; ++i) {
+      if (!grads[i].defined()) continue;
+      of.push_back(outputs[i]);
+      for_outputs.push_back(grads[i]);
+    }
+    variable_list result(kSlots + 2);
+    if (of.empty() || inputs.empty()) return result;
+    const auto made = torch::autograd::grad(of, inputs, for_outputs, /*retain_graph=*/true, /*create_graph=*/true,
+                                            /*allow_unused=*/true);
+    for (size_t i = 0; i < made.size(); ++i) result[places[i]] = made[i];
     return result;
   }
 };
 
-// ---- registration ---------------------------------------------------------------------------------------------------
+}  // namespace
 
-bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
-bool has_tangent(const OptionalTensor& tensor) { return tensor && has_tangent(*tensor); }
-bool needs_graph(const at::Tensor& tensor) { return tensor.requires_grad(); }
-bool needs_graph(const OptionalTensor& tensor) { return tensor && tensor->requires_grad(); }
-
-template <class Is>
-bool any_of(const Inputs& in, const Is& is) {
-  return is(in.logits) || is(in.target) || is(in.weight) || is(in.companion) || is(in.sample_weight) || is(in.divisor);
-}
-
-template <class Is>
-bool any_of(const Inputs& in, const Options& options, const Is& is) {
-  return any_of(in, is) || std::any_of(options.tensors.begin(), options.tensors.end(),
-                                       [&](const at::Tensor& number) { return number.defined() && is(number); });
-}
-
-Outputs outputs_autograd(const Inputs& inputs, const Options& given) {
-  check(inputs, given);
-  const bool forward_mode = any_of(inputs, given, [](const auto& tensor) { return has_tangent(tensor); });
-  if (forward_mode || !is_supported(inputs, given)) return fallback(inputs, given);
-  Options options = with_loss_type(inputs, given);
-  const KernelInputs for_kernels(inputs, options);
-  const bool graph = any_of(inputs, given, [](const auto& tensor) { return needs_graph(tensor); });
-  if (!graph || !c10::GradMode::is_enabled()) {
+Outputs loss_autograd(const Inputs& given, const Options& asked) {
+  check(given, asked);
+  const variable_list all = to_slots(given, asked);
+  const bool forward_mode = std::any_of(all.begin(), all.end(), has_tangent);
+  if (forward_mode || !is_supported(given, asked)) return fallback(given, asked);
+  Options options = with_loss_type(given, asked);
+  const Inputs inputs = for_kernels(given, options);
+  const bool graph = c10::GradMode::is_enabled() && std::any_of(all.begin(), all.end(), needs_graph);
+  if (!graph) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [loss, lse, denominator] = forward(for_kernels(), options);
-    if (!options.statistics) return {loss};
-    Outputs outputs = outputs_of(loss, lse, denominator, inputs, options);
-    correct_target_log_prob(outputs, inputs, options);
+    const auto [loss, lse, denominator] = forward(inputs, options);
+    if (!options.statistics) return Outputs::of({loss});
+    Outputs outputs = outputs_of(loss, lse, denominator, given, options);
+    correct_target_log_prob(outputs, given, options);
     return outputs;
   }
-  if (options.inplace) options.inplace = is_eager(inputs.logits) && !are_of_a_leaf(inputs.logits);
-  const Inputs in = for_kernels();
-  const auto results =
-      CrossEntropyFunction::apply(in.logits, in.target, in.weight, in.companion, in.sample_weight, in.divisor, options,
-                                  fuse_backward(inputs, options), options.tensor(Options::kLogitScale));
-  Outputs outputs;
-  std::copy(results.begin(), results.end(), outputs.begin());
-  if (options.statistics) correct_target_log_prob(outputs, inputs, options);
+  if (options.inplace) options.inplace = is_eager(given.logits) && !are_of_a_leaf(given.logits);
+  const variable_list slots = to_slots(inputs, options);
+  Outputs outputs = Outputs::of(LossFunction::apply(at::TensorList(slots), options, fuse_backward(given, options)));
+  if (options.statistics) correct_target_log_prob(outputs, given, options);
   return outputs;
 }
 
-}  // namespace
-
-at::Tensor loss_autograd(const Inputs& inputs, const Options& options) { return outputs_autograd(inputs, options)[0]; }
-
 namespace {
 
-Results results_autograd(const Inputs& inputs, const Options& options) {
-  return as_tuple(outputs_autograd(inputs, options));
-}
-
-BackwardResult backward_autograd(XENT_GRADIENTS, XENT_INPUTS, XENT_SAVED, XENT_OPTIONS, std::array<bool, 2> wanted) {
-  const Others unpacked(others);
-  const Options options = unpacked.options(integers, numbers);
-  const Inputs inputs = unpacked.with(logits, target);
-  const OptionalTensor statistics = unless_scalar(grad_statistics);
-  if (has_tangent(grad_output) || has_tangent(statistics)) {
+BackwardResult backward_autograd(const Gradients& gradients, const Inputs& inputs, const Options& options,
+                                 std::array<bool, 2> wanted) {
+  if (has_tangent(gradients.grad_output) || has_tangent(gradients.grad_statistics)) {
     // Function has no forward mode; but the gradients are linear in those of the results.
     const auto unpack = [](const at::Tensor& grad) {
+      if (!grad.defined()) return std::pair(at::Tensor(), at::Tensor());
       const auto [primal, tangent] = at::_unpack_dual(grad, 0);
-      return std::make_pair(primal, tangent.defined() ? tangent : at::zeros_like(primal));
+      return std::pair(primal, tangent.defined() ? tangent : at::zeros_like(primal));
     };
-    const auto [primal, tangent] = unpack(grad_output);
-    std::pair<OptionalTensor, OptionalTensor> of_statistics;
-    if (statistics) of_statistics = unpack(*statistics);
-    auto [for_logits, for_target] =
-        xent::backward({primal, of_statistics.first, lse, denominator}, inputs, options, wanted);
+    const auto [primal, tangent] = unpack(gradients.grad_output);
+    const auto [primal_of_statistics, tangent_of_statistics] = unpack(gradients.grad_statistics);
+    const auto [for_logits, for_target] =
+        xent::backward({primal, primal_of_statistics, gradients.lse, gradients.denominator}, inputs, options, wanted);
     const auto [logits_tangent, target_tangent] =
-        xent::backward({tangent, of_statistics.second, lse, denominator}, inputs, options, wanted);
-    if (wanted[0]) for_logits = at::_make_dual(for_logits, logits_tangent, 0);
-    if (wanted[1]) for_target = at::_make_dual(for_target, target_tangent, 0);
-    return {for_logits, for_target};
+        xent::backward({tangent, tangent_of_statistics, gradients.lse, gradients.denominator}, inputs, options, wanted);
+    return {wanted[0] ? at::_make_dual(for_logits, logits_tangent, 0) : for_logits,
+            wanted[1] ? at::_make_dual(for_target, target_tangent, 0) : for_target};
   }
-  auto results = BackwardFunction::apply(grad_output, statistics, logits, target, inputs.weight, inputs.companion,
-                                         inputs.sample_weight, inputs.divisor, lse, denominator, options, wanted,
-                                         options.tensor(Options::kLogitScale));
+  variable_list tensors{gradients.grad_output, gradients.grad_statistics, gradients.lse, gradients.denominator};
+  const variable_list slots = to_slots(inputs, options);
+  tensors.insert(tensors.end(), slots.begin(), slots.end());
+  const auto results = BackwardFunction::apply(at::TensorList(tensors), options, wanted);
   return {results[0], results[1]};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(cross_entropy_ext, Autograd, m) {
-  m.impl("cross_entropy", TORCH_FN((from_plain<at::Tensor, loss_autograd>)));
-  m.impl("cross_entropy.weight", TORCH_FN((from_weighted<at::Tensor, loss_autograd>)));
-  m.impl("general_cross_entropy", TORCH_FN((from_lists<at::Tensor, loss_autograd>)));
-  m.impl("cross_entropy_with_stats", TORCH_FN((from_lists<Results, results_autograd>)));
-  m.impl("_backward", &backward_autograd);
+  m.impl("_backward", &Adapter<&backward_autograd, /*meta=*/true>::call);
 }
 
 }  // namespace xent

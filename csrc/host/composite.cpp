@@ -1,5 +1,5 @@
-// The same losses in PyTorch's own operations. What has no kernel is computed with them (other devices, tensor
-// subclasses, forward mode, transforms of functions), and derivatives of derivatives are theirs.
+#include "composite.h"
+
 #include <ATen/TensorOperators.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/grad_mode.h>
@@ -22,14 +22,11 @@
 #include <utility>
 #include <variant>
 
-#include "cross_entropy.h"
+#include "arguments.h"
+#include "denominator.h"
 
 namespace xent {
 namespace {
-
-at::Tensor zero_unless(const at::Tensor& condition, const at::Tensor& tensor) {
-  return condition.defined() ? at::where(condition, tensor, at::zeros_like(tensor)) : tensor;
-}
 
 // a * b, where zero times infinity is zero; at any other b, zero has the derivative b.
 at::Tensor product(const at::Tensor& a, const at::Tensor& b) {
@@ -59,9 +56,9 @@ class Number {
   Number(double value) : is_(value) {}
   Number(at::Tensor tensor) : is_(std::move(tensor)) {}
 
-  static Number of(const Options& options, Options::Number number) {
-    const OptionalTensor tensor = options.tensor(number);
-    return tensor ? Number(*tensor) : Number(options.numbers()[number]);
+  static Number of(const Options& options, double Numbers::* number) {
+    const at::Tensor& tensor = options.tensor(number);
+    return tensor.defined() ? Number(tensor) : Number(options.*number);
   }
 
   bool is_tensor() const { return std::holds_alternative<at::Tensor>(is_); }
@@ -111,12 +108,6 @@ void check_classes(const at::Tensor& index, const at::Tensor& counts, const at::
   if (bad.numel() > 0) TORCH_CHECK_INDEX(false, "Target ", bad[0].item<int64_t>(), " is out of bounds.");
 }
 
-// A mean's denominator, or one where the mean is over nothing and that is to be zero: for the gradient, too.
-at::Tensor safe_denominator(const at::Tensor& denominator, const at::Tensor& sum, bool empty_is_zero) {
-  if (!empty_is_zero) return denominator;
-  return at::where(denominator.eq(0).logical_and(sum.eq(0)), at::ones_like(denominator), denominator);
-}
-
 // The divergence of softmax(z / T) from softmax(x / T) as the kernels have it: see online_softmax.h.
 at::Tensor divergence_of(const at::Tensor& x, const at::Tensor& z, const Number& temperature, int64_t dim) {
   const Number inverse = Number(1) / temperature;
@@ -151,12 +142,6 @@ at::Tensor divergence_of(const at::Tensor& x, const at::Tensor& z, const Number&
   return (excess.sum(dim, true) / mass - s * s * (s * (s * 0.25 - 1.0 / 3) + 0.5)).clamp_min(0);
 }
 
-// Returns true if a mean divides the cross entropy by class weights, and has a z-loss, which it does not.
-bool has_two_denominators(const Inputs& in, const Options& options) {
-  return options.z_loss != 0 && options.reduction == kMean && has_value(in.weight) && !has_value(in.divisor) &&
-         in.target_kind(options) == TargetKind::kIndices;
-}
-
 // Makes the loss of every position. Class dimensions of size one are kept until the end.
 class Composite {
  public:
@@ -167,14 +152,13 @@ class Composite {
         target_kind_(in.target_kind(options)),
         dim_(class_dim(in.logits)),
         type_(arithmetic_type(in, options)),
-        label_smoothing_(Number::of(options, Options::kLabelSmoothing)),
-        z_loss_(Number::of(options, Options::kZLoss)),
-        softcap_(Number::of(options, Options::kSoftcap)),
-        logit_scale_(Number::of(options, Options::kLogitScale)),
-        temperature_(Number::of(options, Options::kTemperature)),
-        alpha_(Number::of(options, Options::kAlpha)) {
-    const at::Tensor& labels =
-        target_kind_ == TargetKind::kTeacher && has_value(in.companion) ? *in.companion : in.target;
+        label_smoothing_(Number::of(options, &Numbers::label_smoothing)),
+        z_loss_(Number::of(options, &Numbers::z_loss)),
+        softcap_(Number::of(options, &Numbers::softcap)),
+        logit_scale_(Number::of(options, &Numbers::logit_scale)),
+        temperature_(Number::of(options, &Numbers::temperature)),
+        alpha_(Number::of(options, &Numbers::alpha)) {
+    const at::Tensor& labels = has_labels() ? in.labels() : in.target;
     if (target_kind_ == TargetKind::kIndices || target_kind_ == TargetKind::kPairs || has_labels()) {
       index_ = labels.to(at::kLong);
       if (target_kind_ != TargetKind::kPairs) index_ = index_.unsqueeze(dim_);
@@ -182,7 +166,7 @@ class Composite {
       check_classes(index_, counts, in.logits);
       index_ = zero_unless(counts, index_);
       probs_ = counts.to(type_);
-      if (target_kind_ == TargetKind::kPairs) probs_ = zero_unless(counts, in.companion->to(type_));
+      if (target_kind_ == TargetKind::kPairs) probs_ = zero_unless(counts, in.pair_probs().to(type_));
       valid_ = target_kind_ == TargetKind::kPairs ? counts.any(dim_, true) : counts;
     }
     raw_ = zero_unless(valid_, in.logits.to(type_));
@@ -194,12 +178,12 @@ class Composite {
     } else {
       std::tie(log_p_, lse_) = log_softmax_and_lse(logits_, dim_);
     }
-    if (has_value(in.weight)) {
+    if (in.weight.defined()) {
       std::vector<int64_t> shape(size_t(in.logits.dim()), 1);
       shape[size_t(dim_)] = -1;
-      weight_ = in.weight->to(type_).view(shape);
+      weight_ = in.weight.to(type_).view(shape);
     }
-    if (has_value(in.sample_weight)) sample_weight_ = in.sample_weight->to(type_).unsqueeze(dim_);
+    if (in.sample_weight.defined()) sample_weight_ = in.sample_weight.to(type_).unsqueeze(dim_);
   }
 
   at::Tensor loss() const { return typed(reduce(target_loss())); }
@@ -212,16 +196,16 @@ class Composite {
     loss = reduce(loss);
     if (apart) loss = loss + reduce(z_loss, /*by_class_weights=*/false);
     Outputs outputs;
-    outputs[0] = typed(loss);
+    outputs.loss = typed(loss);
     if (!options_.statistics) return outputs;
     const auto of_positions = [&](const at::Tensor& tensor) { return zero_unless(valid_, tensor).squeeze(dim_); };
-    outputs[1] = of_positions(lse_);
-    outputs[2] = of_positions(target_log_prob());
-    outputs[3] = of_positions(-product(log_p_.exp(), log_p_).sum(dim_, true));
-    outputs[4] = typed(reduce(z_loss, !apart).detach());
+    outputs.lse = of_positions(lse_);
+    outputs.target_log_prob = of_positions(target_log_prob());
+    outputs.entropy = of_positions(-product(log_p_.exp(), log_p_).sum(dim_, true));
+    outputs.z_loss = typed(reduce(z_loss, !apart).detach());
     const at::Tensor argmax = at::argmax(logits_.detach(), dim_, true);
-    outputs[5] = (valid_.defined() ? at::where(valid_, argmax, at::full_like(argmax, options_.no_class())) : argmax)
-                     .squeeze(dim_);
+    outputs.argmax = (valid_.defined() ? at::where(valid_, argmax, at::full_like(argmax, options_.no_class())) : argmax)
+                         .squeeze(dim_);
     return outputs;
   }
 
@@ -229,7 +213,7 @@ class Composite {
   // The number of classes is the only size that a graph with symbolic sizes has to know.
   double classes() const { return double(in_.logits.sym_size(dim_).guard_int(__FILE__, __LINE__)); }
 
-  bool has_labels() const { return target_kind_ == TargetKind::kTeacher && has_value(in_.companion); }
+  bool has_labels() const { return target_kind_ == TargetKind::kTeacher && in_.labels().defined(); }
 
   at::Tensor smoothing() const {  // e / C sum_c w_c (lse - x_c)
     const at::Tensor terms = weight_.defined() ? product(weight_.expand_as(log_p_), log_p_) : log_p_;
@@ -279,7 +263,7 @@ class Composite {
     if (options_.reduction == kNone) return loss.squeeze(dim_);
     const at::Tensor sum = loss.sum();
     if (options_.reduction == kSum) return sum;
-    if (has_value(in_.divisor)) return sum / safe_denominator(*in_.divisor, sum, options_.empty_is_zero);
+    if (in_.denominator.defined()) return sum / safe_denominator(in_.denominator, sum, options_.empty_is_zero);
     at::Tensor counts = sample_weight_.defined() ? sample_weight_ : at::ones_like(loss);
     if (target_kind_ == TargetKind::kIndices && weight_.defined() && by_class_weights) {
       counts = counts * at::gather(weight_.expand_as(log_p_), dim_, index_);
@@ -302,45 +286,6 @@ class Composite {
 
 }  // namespace
 
-at::Tensor denominator_of_mean(const Inputs& in, const Options& options) {
-  const TargetKind target_kind = in.target_kind(options);
-  if (target_kind == TargetKind::kProbabilities) {
-    if (!has_value(in.sample_weight)) {
-      const auto count = in.logits.sym_numel() / in.logits.sym_size(class_dim(in.logits));
-      return at::zeros({}, in.logits.options().dtype(at::kDouble)).fill_(count);
-    }
-    return in.sample_weight->sum(at::kDouble);
-  }
-  const at::Tensor index = in.target.to(at::kLong);  // which any ignore_index can be compared with
-  const at::Tensor counted = index.ne(options.ignore_index);
-  const at::Tensor valid = target_kind == TargetKind::kPairs ? counted.any(class_dim(in.logits)) : counted;
-  at::Tensor counts = valid.to(at::kDouble);
-  if (has_value(in.weight) && target_kind == TargetKind::kIndices) {
-    const int64_t last = in.weight->size(0) - 1;
-    counts = in.weight->to(at::kDouble).take(index.clamp(0, last)) * counts;
-  }
-  if (has_value(in.sample_weight)) counts = counts * zero_unless(valid, *in.sample_weight);
-  return counts.sum();
-}
-
-KernelInputs::KernelInputs(const Inputs& inputs, const Options& options) : in_(inputs) {
-  if (!has_two_denominators(inputs, options)) return;
-  const at::Tensor of_classes = denominator_of_mean(inputs, options);
-  divisor_ = denominator_of_mean({in_.logits, in_.target, std::nullopt, std::nullopt, in_.sample_weight}, options);
-  at::Tensor ratio = *divisor_ / of_classes;
-  if (options.empty_is_zero) {  // then nothing is weighted, unless smoothing has weights of other classes
-    at::Tensor nothing = of_classes.eq(0);
-    if (options.label_smoothing != 0) nothing = nothing.logical_and(divisor_->eq(0));
-    ratio = at::where(nothing, at::ones_like(ratio), ratio);
-  }
-  weight_ = (in_.weight->to(at::kDouble) * ratio).to(arithmetic_type(inputs, options));
-}
-
-Inputs KernelInputs::operator()() const {
-  if (!weight_) return in_;
-  return {in_.logits, in_.target, weight_, in_.companion, in_.sample_weight, divisor_};
-}
-
 Outputs composite(const Inputs& inputs, const Options& options) { return Composite(inputs, options).outputs(); }
 
 at::Tensor composite_nll_loss(const Inputs& inputs, const Options& options) {
@@ -351,13 +296,13 @@ Outputs fallback(const Inputs& given, const Options& asked) {
   // Transforms and subclasses come before autocast.
   const auto device = given.logits.device().type();
   const bool autocast = at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device);
-  const auto [weight, options] = autocast ? with_wide_loss(given, asked) : std::pair(given.weight, asked);
-  const Inputs inputs{given.logits, given.target, weight, given.companion, given.sample_weight, given.divisor};
+  const Inputs made = given.with_logits();
+  const auto [inputs, options] = autocast ? with_autocast(made, asked) : std::pair(made, asked);
   const Inputs natives{inputs.logits, inputs.target, inputs.weight};
-  const Options known = options.tensors.empty() ? options : Options::of(options.integers(), options.numbers());
+  const Options known = options.without_tensors();
   if (options.target_kind == TargetKind::kNone && !is_valid(natives, known)) {
     const at::Tensor loss = native_cross_entropy(natives, known);
-    if (options.is_plain() && !has_value(inputs.sample_weight) && !has_value(inputs.divisor)) return {loss};
+    if (options.is_plain() && !inputs.sample_weight.defined() && !inputs.denominator.defined()) return {loss};
   }
   return composite(inputs, options);
 }
@@ -366,7 +311,7 @@ at::Tensor native_cross_entropy(const Inputs& in, const Options& options) {
   const bool widen = is_index_type(in.target.scalar_type()) && in.target_kind(options) != TargetKind::kProbabilities;
   const at::Tensor target = widen ? in.target.to(at::kLong) : in.target;
   const auto native = [&](int64_t reduction) {
-    return at::cross_entropy_loss(in.logits, target, in.weight, reduction, options.ignore_index,
+    return at::cross_entropy_loss(in.logits, target, optional(in.weight), reduction, options.ignore_index,
                                   options.label_smoothing);
   };
   at::Tensor loss = native(options.reduction);
@@ -405,9 +350,9 @@ Outputs outputs_of(const at::Tensor& loss, const at::Tensor& lse, const at::Tens
   const auto row = [&](int64_t r) { return lse.select(0, r).view_symint(shape); };
   const at::Tensor sum = row(saved::kLse) + row(saved::kLseLost);
   at::Tensor z_loss =
-      sum.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).square() * Number::of(options, Options::kZLoss);
-  if (has_value(inputs.sample_weight)) {  // which may be NaN at an ignored position, where the sum is zero
-    z_loss = zero_unless(sum.ne(0), z_loss * *inputs.sample_weight);
+      sum.to(at::kDouble, /*non_blocking=*/false, /*copy=*/true).square() * Number::of(options, &Numbers::z_loss);
+  if (inputs.sample_weight.defined()) {  // which may be NaN at an ignored position, where the sum is zero
+    z_loss = zero_unless(sum.ne(0), z_loss * inputs.sample_weight);
   }
   if (options.reduction != kNone) z_loss = z_loss.sum() / denominator;
   if (loss.scalar_type() != at::kDouble) z_loss = z_loss.to(loss.scalar_type());

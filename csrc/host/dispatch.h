@@ -1,4 +1,4 @@
-// How C++ calls an operator of this package: through the dispatcher, as Python does, or the kernel that it would call.
+// C++ calls an operator of this package through the dispatcher, as Python does, or calls the kernel that it would call.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -6,14 +6,18 @@
 
 namespace xent {
 
-template <class Signature>
-auto find_operator(const char* name, const char* overload = "") {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
+inline c10::OperatorHandle find_operator(const char* name, const char* overload = "") {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload);
 }
 
-// The key of the first kernel that the dispatcher would call for tensors with these keys, or Undefined while a profiler
-// watches. Where it is a kernel of this package, C++ calls that itself: packing the arguments for the dispatcher and
-// finding the kernel take a tenth of a small loss.
+template <class Signature>
+auto find_operator(const char* name, const char* overload = "") {
+  return find_operator(name, overload).typed<Signature>();
+}
+
+// Returns the key of the first kernel that the dispatcher would call for tensors with these keys, or Undefined while a
+// profiler watches. Where that is a kernel of this package, C++ calls it itself: to pack the arguments for the
+// dispatcher and to find the kernel take a tenth of a small loss.
 inline c10::DispatchKey first_key(c10::DispatchKeySet of_tensors) {
   if (at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION)) return c10::DispatchKey::Undefined;
   constexpr c10::DispatchKeySet kWithoutKernels({c10::DispatchKey::BackendSelect, c10::DispatchKey::ADInplaceOrView});

@@ -62,22 +62,13 @@ void merge_dimensions(Problem& problem, std::initializer_list<View*> views) {
   problem.dims = last + 1;
 }
 
-OptionalTensor weight_for_kernel(const OptionalTensor& weight, at::ScalarType arithmetic, int64_t class_begin) {
-  if (!weight || !weight->defined()) return std::nullopt;
-  const at::Tensor typed = weight->to(arithmetic);
+at::Tensor weight_for_kernel(const at::Tensor& weight, at::ScalarType arithmetic, int64_t class_begin) {
+  if (!weight.defined()) return weight;
+  const at::Tensor typed = weight.to(arithmetic);
   return class_begin != 0 ? at::roll(typed, -class_begin) : typed.contiguous();
 }
 
-int64_t count_positions(const at::Tensor& logits) {
-  return logits.numel() / std::max<int64_t>(1, logits.size(class_dim(logits)));
-}
-
-bool has_own_kernels(const Options& options) {
-  return options.target_kind == TargetKind::kNone && !options.statistics && options.softcap == 0 &&
-         options.logit_scale == 1 && !options.is_shard();
-}
-
-void make_problem(Problem& problem, const Inputs& inputs, const Options& options, const OptionalTensor& kernel_weight,
+void make_problem(Problem& problem, const Inputs& inputs, const Options& options, const at::Tensor& kernel_weight,
                   at::ScalarType arithmetic, const at::Tensor& lse) {
   const at::Tensor &logits = inputs.logits, &target = inputs.target;
   const int64_t dim = class_dim(logits);
@@ -92,32 +83,31 @@ void make_problem(Problem& problem, const Inputs& inputs, const Options& options
   problem.statistics = options.statistics;
   problem.class_begin = options.class_begin;
   problem.total_classes = options.total_classes;
-  problem.objective = !has_own_kernels(options)                           ? Objective::kGeneral
+  problem.objective = !options.has_own_kernels()                          ? Objective::kGeneral
                       : problem.target_kind == TargetKind::kProbabilities ? Objective::kProbabilities
                       : options.label_smoothing > 0                       ? Objective::kSmoothedIndex
                                                                           : Objective::kIndex;
   problem.arithmetic_in_double = arithmetic == at::kDouble;
-  problem.label_smoothing = problem.target_kind == TargetKind::kTeacher ? 0 : options.label_smoothing;
-  problem.z_loss = options.z_loss;
+  static_cast<Numbers&>(problem) = options;
+  if (problem.target_kind == TargetKind::kTeacher) problem.label_smoothing = 0;
+  problem.keep = 1 - problem.label_smoothing;
+  problem.share = problem.label_smoothing / double(problem.all_classes());
   problem.ignore_index = options.ignore_index;
   problem.logits = view_with_classes(logits);
   problem.target = problem.target_kind == TargetKind::kIndices ? view_of_positions(target) : view_with_classes(target);
-  problem.weight = kernel_weight ? data_of(*kernel_weight) : nullptr;
-  if (has_value(inputs.sample_weight)) problem.sample_weight = view_of_positions(*inputs.sample_weight);
+  problem.weight = kernel_weight.defined() ? data_of(kernel_weight) : nullptr;
+  if (inputs.sample_weight.defined()) problem.sample_weight = view_of_positions(inputs.sample_weight);
   problem.lse = data_of(lse);
   problem.smoothed_total = is_dense(problem.target_kind) ? 0 : options.label_smoothing;
   if (problem.objective != Objective::kGeneral) return;
 
-  problem.softcap = options.softcap;
-  problem.logit_scale = options.logit_scale;
   if (problem.target_kind == TargetKind::kPairs) {
     problem.pairs = target.size(dim);
-    problem.probs = view_with_classes(*inputs.companion);
+    problem.probs = view_with_classes(inputs.pair_probs());
   }
   if (problem.target_kind == TargetKind::kTeacher) {
-    const bool labels = has_value(inputs.companion);
-    if (labels) problem.labels = view_of_positions(*inputs.companion);
-    problem.temperature = options.temperature;
+    const bool labels = inputs.labels().defined();
+    if (labels) problem.labels = view_of_positions(inputs.labels());
     problem.logit_scale = 1 / options.temperature;
     problem.teacher_scale = (labels ? options.alpha : 1) * options.temperature * options.temperature;
     problem.label_scale = labels ? 1 - options.alpha : 0;
@@ -148,68 +138,6 @@ InMemoryOrder::InMemoryOrder(at::Tensor of_gradient, at::Tensor of_target, at::T
   for (int64_t& d : order) d += d > 0;
   order.insert(order.begin() + 1, int64_t{1});
   gradient = gradient.permute(order);
-}
-
-bool count_is_known(const Problem& problem) {
-  if (problem.sample_weight) return false;
-  return problem.target_kind == TargetKind::kProbabilities ||
-         (problem.target_kind == TargetKind::kTeacher && !problem.labels);
-}
-
-namespace {
-
-void check_shard(const Inputs& inputs, const Options& options) {
-  if (!options.is_shard() && options.class_begin == 0) return;
-  const int64_t begin = options.class_begin, total = options.total_classes;
-  const int64_t classes = inputs.logits.dim() > 0 ? inputs.logits.size(class_dim(inputs.logits)) : 0;
-  TORCH_CHECK_VALUE(
-      begin >= 0 && classes <= total && begin <= total - classes && total <= std::numeric_limits<int32_t>::max(),
-      "cross_entropy_ext: the classes [", begin, ", ", begin + classes, ") are no shard of ", total);
-  TORCH_CHECK_VALUE(options.target_kind != TargetKind::kTeacher,
-                    "cross_entropy_ext: a teacher's classes cannot be sharded");
-}
-
-// With class weights in the type of arithmetic, which go with a wider loss.
-bool is_supported_in_float(const Inputs& inputs, Options options) {
-  options.loss_dtype = at::kFloat;
-  return is_supported(inputs, options);
-}
-
-}  // namespace
-
-void check_forward(const Inputs& inputs, const Options& options) {
-  check_options(options);
-  check_shard(inputs, options);
-  TORCH_CHECK(options.loss_dtype && (is_supported(inputs, options) || is_supported_in_float(inputs, options)),
-              "cross_entropy_ext::_forward: arguments that cross_entropy_ext::cross_entropy does not pass on");
-}
-
-void check_backward(const Gradients& gradients, const Inputs& inputs, const Options& options, bool target_wanted,
-                    bool finds_lse) {
-  check_shard(inputs, options);
-  TORCH_CHECK(is_supported(inputs, options) || is_supported_in_float(inputs, options),
-              "cross_entropy_ext::_backward: arguments that _forward does not accept");
-  const auto arithmetic = arithmetic_type(inputs, options);
-  const TargetKind target_kind = inputs.target_kind(options);
-  const at::Tensor &lse = gradients.lse, &grad_output = gradients.grad_output;
-  TORCH_CHECK(target_kind != TargetKind::kIndices || !target_wanted,
-              "cross_entropy_ext::_backward: class indices have no gradient");
-  const int64_t positions = count_positions(inputs.logits);
-  const bool found_later = finds_lse && lse.numel() == 0;
-  TORCH_CHECK(found_later || (lse.is_contiguous() && lse.scalar_type() == arithmetic &&
-                              lse.numel() == saved_rows(target_kind, options) * positions),
-              "cross_entropy_ext::_backward: lse is not what _forward returned");
-  TORCH_CHECK(options.reduction == kNone
-                  ? grad_output.numel() == positions && grad_output.dim() == inputs.logits.dim() - 1
-                  : grad_output.numel() == 1,
-              "cross_entropy_ext::_backward: grad_output of shape ", grad_output.sizes(), " is not the loss's");
-  TORCH_CHECK(grad_output.is_floating_point(), "cross_entropy_ext::_backward: grad_output of type ",
-              grad_output.scalar_type());
-  if (!has_value(gradients.grad_statistics)) return;
-  const at::Tensor& of_statistics = *gradients.grad_statistics;
-  TORCH_CHECK(options.statistics && of_statistics.is_contiguous() && of_statistics.scalar_type() == arithmetic &&
-                  of_statistics.numel() == 3 * positions,
-              "cross_entropy_ext::_backward: grad_statistics are not those of _forward's statistics");
 }
 
 }  // namespace xent

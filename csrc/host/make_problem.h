@@ -3,7 +3,7 @@
 
 #include <initializer_list>
 
-#include "cross_entropy.h"
+#include "inputs.h"
 #include "kernel/problem.h"
 
 namespace xent {
@@ -22,15 +22,10 @@ void merge_dimensions(Problem& problem, std::initializer_list<View*> views);
 
 // The weights of classes as the kernels want them: contiguous, in the type of arithmetic, and from a shard's first
 // class on.
-OptionalTensor weight_for_kernel(const OptionalTensor& weight, at::ScalarType arithmetic, int64_t class_begin = 0);
+at::Tensor weight_for_kernel(const at::Tensor& weight, at::ScalarType arithmetic, int64_t class_begin = 0);
 
-int64_t count_positions(const at::Tensor& logits);
-
-// Whether there are kernels for just this loss, or the general ones take it.
-bool has_own_kernels(const Options& options);
-
-// Everything but `lanes`, results and, where there are weights, `smoothed_total`.
-void make_problem(Problem& problem, const Inputs& inputs, const Options& options, const OptionalTensor& kernel_weight,
+// Fills in everything but `lanes`, results and, where there are weights, `smoothed_total`.
+void make_problem(Problem& problem, const Inputs& inputs, const Options& options, const at::Tensor& kernel_weight,
                   at::ScalarType arithmetic, const at::Tensor& lse);
 
 // The softmax of a teacher needs its lse first: the same positions with the teacher in the place of the logits, which
@@ -50,14 +45,5 @@ struct InMemoryOrder {
     return gradient.size(dim) == 1 ? 1 : gradient.stride(dim);
   }
 };
-
-// Whether what a mean divides by is known without looking at the targets.
-bool count_is_known(const Problem& problem);
-
-// Raise an error unless the private operators were called with what the public one passes on.
-void check_forward(const Inputs& inputs, const Options& options);
-// `finds_lse`: whoever needs lse forms it from the logits, if it is empty.
-void check_backward(const Gradients& gradients, const Inputs& inputs, const Options& options, bool target_wanted,
-                    bool finds_lse = false);
 
 }  // namespace xent

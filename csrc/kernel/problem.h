@@ -76,10 +76,20 @@ enum GradStatistic : int { kGradLse = 0, kGradTargetLogProb = 1, kGradEntropy = 
 // those are contiguous, or classes are few.
 enum class Lanes : uint8_t { kClasses, kPositions };
 
+// The options of a loss that are numbers. Kernels see them as they are, but for the changes that make_problem makes.
+struct Numbers {
+  double label_smoothing = 0;  // e
+  double z_loss = 0;           // each position that counts adds z_loss lse^2
+  double softcap = 0;          // x = softcap tanh(logit_scale x' / softcap) of the logits x' that are given; 0: no cap
+  double logit_scale = 1;
+  double temperature = 1;  // of a teacher's and a student's softmax: logits are divided by it
+  double alpha = 1;        // share of the teacher in a loss that has labels, too
+};
+
 // The loss of a position is sum_c a_c (lse(x) - x_c), with coefficients a_c made from the target and the options.
 // `Problem` is what forward and backward share. `T` in the comments is the type of arithmetic: double where the logits
 // or the soft target are float64, float otherwise.
-struct Problem {
+struct Problem : Numbers {
   int64_t positions = 0;
   int64_t classes = 0;
   int dims = 0;  // adjacent dimensions that every view steps through alike are merged
@@ -88,9 +98,9 @@ struct Problem {
   Objective objective = Objective::kIndex;
   Lanes lanes = Lanes::kClasses;
   bool arithmetic_in_double = false;
-  double label_smoothing = 0;  // e
-  double smoothed_total = 0;   // e / C times the sum of the class weights
-  double z_loss = 0;           // each position that counts adds z_loss lse^2
+  double keep = 1;            // 1 - e
+  double share = 0;           // e / C, with the classes of all shards
+  double smoothed_total = 0;  // e / C times the sum of the class weights
   int64_t ignore_index = 0;
 
   View logits;
@@ -101,12 +111,10 @@ struct Problem {
 
   // ---- kGeneral
   TargetKind target_kind = TargetKind::kNone;
-  bool statistics = false;              // the forward saves them
-  double logit_scale = 1, softcap = 0;  // x = softcap tanh(logit_scale x / softcap); zero: no cap
-  int64_t pairs = 0;                    // k; the class_stride of `target` and `probs` is from one pair to the next
-  View probs;                           // of the pairs
-  View labels;                          // class indices besides the teacher, or absent
-  double temperature = 1;               // where it is not 1, logits are divided by it: logit_scale is its inverse
+  bool statistics = false;  // the forward saves them
+  int64_t pairs = 0;        // k; the class_stride of `target` and `probs` is from one pair to the next
+  View probs;               // of the pairs
+  View labels;              // class indices besides the teacher, or absent
   double teacher_scale = 1, label_scale = 0;  // alpha T^2 and 1 - alpha
   bool kl = false;                            // less the teacher's entropy
 

@@ -12,7 +12,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "cpu/operators.h"
+#include "host/composite.h"
 #include "host/dispatch.h"
 
 namespace xent::nll {
@@ -27,7 +27,7 @@ using torch::autograd::variable_list;
 
 c10::DispatchKeySet keys_of(XENT_NLL_INPUTS) {
   const c10::DispatchKeySet keys = input.key_set() | target.key_set();
-  return has_value(weight) ? keys | weight->key_set() : keys;
+  return weight.defined() ? keys | weight.key_set() : keys;
 }
 
 ForwardResult forward(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
@@ -46,7 +46,7 @@ at::Tensor backward(const at::Tensor& grad_output, XENT_NLL_INPUTS, const at::Te
 // For errors, which are native's, and for what only native accepts.
 at::Tensor native(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
   const at::Tensor classes = is_index_type(target.scalar_type()) ? target.to(at::kLong) : target;
-  const at::Tensor loss = at::nll_loss_nd(input, classes, weight, reduction, ignore_index);
+  const at::Tensor loss = at::nll_loss_nd(input, classes, optional(weight), reduction, ignore_index);
   return loss_dtype ? loss.to(*loss_dtype) : loss;
 }
 
@@ -57,9 +57,9 @@ bool has_kernel(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType>
 }
 
 // Half log-probabilities are read as they are; the loss is float32, as native's is of a copy.
-std::pair<OptionalTensor, at::ScalarType> with_wide_loss(const at::Tensor& input, const OptionalTensor& weight,
-                                                         std::optional<at::ScalarType> loss_dtype) {
-  return {has_value(weight) ? OptionalTensor(weight->to(widened(weight->scalar_type()))) : std::nullopt,
+std::pair<at::Tensor, at::ScalarType> with_wide_loss(const at::Tensor& input, const at::Tensor& weight,
+                                                     std::optional<at::ScalarType> loss_dtype) {
+  return {weight.defined() ? weight.to(widened(weight.scalar_type())) : weight,
           loss_dtype.value_or(widened(input.scalar_type()))};
 }
 
@@ -67,7 +67,7 @@ std::pair<OptionalTensor, at::ScalarType> with_wide_loss(const at::Tensor& input
 at::Tensor fallback(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
   const auto device = input.device().type();
   Options options = options_of(reduction, ignore_index, loss_dtype);
-  OptionalTensor class_weight = weight;
+  at::Tensor class_weight = weight;
   if (at::autocast::is_autocast_available(device) && at::autocast::is_autocast_enabled(device)) {
     std::tie(class_weight, options.loss_dtype) = with_wide_loss(input, weight, loss_dtype);
   }
@@ -106,7 +106,7 @@ at::Tensor backward_meta(const at::Tensor&, const at::Tensor& input, const at::T
 
 template <c10::DeviceType device, c10::DispatchKey key>
 at::Tensor loss_autocast(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
-  OptionalTensor kernel_weight = weight;
+  at::Tensor kernel_weight = weight;
   if (input.device().type() == device) {
     std::tie(kernel_weight, loss_dtype) = with_wide_loss(input, weight, loss_dtype);
     if (!has_kernel(input, target, kernel_weight, reduction, ignore_index, loss_dtype)) {
@@ -123,7 +123,7 @@ bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._
 
 struct Saved {
   at::Tensor input, target;
-  OptionalTensor weight;
+  at::Tensor weight;
   at::Tensor denominator;
   int64_t reduction, ignore_index;
 
@@ -131,7 +131,7 @@ struct Saved {
     // Hooks on saved tensors may lose precision, of which the denominator can spare none.
     const bool hooked = denominator.defined() && at::SavedTensorDefaultHooks::get_hooks() && is_eager(denominator);
     if (hooked) ctx->saved_data["denominator"] = denominator;
-    ctx->save_for_backward({input, target, weight.value_or(at::Tensor()), hooked ? at::Tensor() : denominator});
+    ctx->save_for_backward({input, target, weight, hooked ? at::Tensor() : denominator});
     ctx->saved_data["options"] = std::make_tuple(reduction, ignore_index);
   }
 
@@ -139,7 +139,7 @@ struct Saved {
     const auto saved = ctx->get_saved_variables();
     input = saved[0];
     target = saved[1];
-    if (saved[2].defined()) weight = saved[2];
+    weight = saved[2];
     denominator = saved[3];
     const auto kept = denominator.defined() ? ctx->saved_data.end() : ctx->saved_data.find("denominator");
     if (kept != ctx->saved_data.end()) denominator = kept->second.toTensor();
@@ -197,7 +197,7 @@ at::Tensor with_tangent(const at::Tensor& x, const Function& function) {
 }
 
 at::Tensor loss_autograd(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType> loss_dtype) {
-  if (has_value(weight) && has_tangent(*weight)) {
+  if (has_tangent(weight)) {
     return native(input, target, weight, reduction, ignore_index, loss_dtype);
   }
   if (!has_kernel(input, target, weight, reduction, ignore_index, loss_dtype)) {
@@ -217,7 +217,7 @@ at::Tensor loss_autograd(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::Sc
 
 at::Tensor backward_autograd(const at::Tensor& grad_output, XENT_NLL_TENSORS, const at::Tensor& denominator,
                              XENT_NLL_OPTIONS) {
-  const OptionalTensor weight = element_of(weights, 0);
+  const at::Tensor weight = element_of(weights, 0);
   if (has_tangent(grad_output)) {
     return with_tangent(grad_output, [&](const at::Tensor& g) {
       return backward(g, input, target, weight, denominator, reduction, ignore_index);
@@ -237,7 +237,7 @@ using Function = decltype(loss_autograd);
 template <Function function>
 at::Tensor plain(const at::Tensor& input, const at::Tensor& target, XENT_NLL_OPTIONS,
                  std::optional<at::ScalarType> loss_dtype) {
-  return function(input, target, std::nullopt, reduction, ignore_index, loss_dtype);
+  return function(input, target, {}, reduction, ignore_index, loss_dtype);
 }
 
 template <Function function>
@@ -261,9 +261,9 @@ at::Tensor loss(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType>
   if (is_autograd(first_key(keys_of(input, target, weight)))) {
     return loss_autograd(input, target, weight, reduction, ignore_index, loss_dtype);
   }
-  if (has_value(weight)) {
+  if (weight.defined()) {
     static const auto op = find_operator<schema::WeightedLoss>("cross_entropy_ext::nll_loss", "weight");
-    return op.call(input, target, *weight, reduction, ignore_index, loss_dtype);
+    return op.call(input, target, weight, reduction, ignore_index, loss_dtype);
   }
   static const auto op = find_operator<schema::Loss>("cross_entropy_ext::nll_loss");
   return op.call(input, target, reduction, ignore_index, loss_dtype);

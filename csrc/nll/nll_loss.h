@@ -5,9 +5,11 @@
 // the gradient is multiplied by, and there are derivatives of any order without a line more.
 #pragma once
 
-#include "host/cross_entropy.h"
+#include <tuple>
 
-#define XENT_NLL_INPUTS const at::Tensor &input, const at::Tensor &target, const OptionalTensor &weight
+#include "host/arguments.h"
+
+#define XENT_NLL_INPUTS const at::Tensor &input, const at::Tensor &target, const at::Tensor &weight
 #define XENT_NLL_TENSORS const at::Tensor &input, const at::Tensor &target, const OptionalTensors &weights
 #define XENT_NLL_OPTIONS int64_t reduction, int64_t ignore_index
 
@@ -18,6 +20,11 @@ at::Tensor loss(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::ScalarType>
 
 // cross_entropy_ext::_nll_loss_forward -> loss, denominator (a float64 scalar; 1 unless the loss is a mean).
 using ForwardResult = std::tuple<at::Tensor, at::Tensor>;
+
+// The CPU's kernel, which C++ calls without the dispatcher.
+namespace cpu {
+ForwardResult forward(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype);
+}
 
 namespace schema {
 using Loss = at::Tensor(const at::Tensor& input, const at::Tensor& target, XENT_NLL_OPTIONS,

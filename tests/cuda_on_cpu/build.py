@@ -13,6 +13,7 @@ from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent.parent / "csrc"
+HOST = ("options", "inputs", "arguments", "denominator", "make_problem", "adapter")
 FLAGS = ["-std=c++20", "-O1", "-g0", "-fno-strict-aliasing", "-ffp-contract=off", "-fvisibility=hidden"]
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
 INCLUDES = [f"-I{folder}" for folder in (SOURCE, SOURCE / "cuda", HERE)]
@@ -42,7 +43,8 @@ def load() -> ModuleType:
     folder = SOURCE.parent / "build" / "-".join(["cuda_on_cpu", torch.__version__, *sanitize.split(",")]).rstrip("-")
     folder.mkdir(parents=True, exist_ok=True)
     sources = [
-        *(SOURCE / name for name in ("host/arguments.cpp", "host/make_problem.cpp", "cuda/plan.cpp")),
+        *(SOURCE / "host" / f"{name}.cpp" for name in HOST),
+        SOURCE / "cuda/plan.cpp",
         *(SOURCE / "cuda" / name for name in ("cross_entropy_cuda.cpp", "nll_loss_cuda.cpp")),
         *(HERE / name for name in ("emulated_kernels.cpp", "device_on_cpu.cpp")),
     ]

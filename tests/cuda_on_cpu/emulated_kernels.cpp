@@ -18,7 +18,7 @@ namespace {
 
 std::unique_ptr<torch::Library> installed;
 
-// While a profiler watches, C++ calls operators through the dispatcher (csrc/dispatch.h), and so these kernels.
+// While a profiler watches, C++ calls operators through the dispatcher (csrc/host/dispatch.h), and so these kernels.
 at::CallbackHandle watcher = at::INVALID_CALLBACK_HANDLE;
 
 void uninstall() {
@@ -49,11 +49,10 @@ void set_schedule(const std::string& order, unsigned seed) {
 // of logits that are scaled first.
 pybind11::dict plan(const at::Tensor& logits, const at::Tensor& target, bool general) {
   xent::gpu::Task task;
-  const xent::OptionalTensor none;
-  const xent::Inputs inputs{logits, target, none, none, none};
+  const xent::Inputs inputs{logits, target};
   xent::Options options;
   if (general) options.logit_scale = 2;
-  xent::make_problem(task, inputs, options, none, xent::arithmetic_type(inputs, options), logits);
+  xent::make_problem(task, inputs, options, {}, xent::arithmetic_type(inputs, options), logits);
   task.grad_logits = task.logits;
   xent::merge_dimensions(task, {&task.logits, &task.target, &task.grad_logits});
   const xent::gpu::Plan plan = xent::gpu::plan(task, xent::gpu::emulated_device());
