@@ -31,7 +31,7 @@ from .functional import (
     nll_loss,
     sparse_cross_entropy,
 )
-from .linear import LinearCrossEntropyOptions
+from .functional.linear import LinearCrossEntropyOptions
 from .modules import CrossEntropyLoss, DistillationLoss, LinearCrossEntropyLoss, NLLLoss
 from .patch import is_patched, patch_torch, unpatch_torch
 from .runtime import build_info, check_errors, empty_cache

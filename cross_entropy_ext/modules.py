@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .linear import LinearCrossEntropyOptions
+from .functional.linear import LinearCrossEntropyOptions
 
 __all__ = ["CrossEntropyLoss", "DistillationLoss", "LinearCrossEntropyLoss", "NLLLoss"]
 
@@ -404,7 +404,7 @@ class _Forward:
         layer = self.layer
         if loss is None:
             return type(layer).forward(layer, input)
-        if functional._is_dtensor(layer.weight):
+        if functional.losses._is_dtensor(layer.weight):
             raise RuntimeError(
                 "the layer of LinearCrossEntropyLoss is sharded by fully_shard and by parallelize_module: call "
                 "fully_shard on the loss, or on a module around it, instead of on its layer"
@@ -422,7 +422,7 @@ def _own_forward(layer: nn.Module) -> Callable | None:
 
 def _is_sharded_in_place(layer: nn.Linear) -> bool:
     """Return whether the weight is a DTensor, and will be one in the layer's forward."""
-    if not functional._is_dtensor(layer.weight):
+    if not functional.losses._is_dtensor(layer.weight):
         return False
     from torch.distributed.fsdp import FSDPModule
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import (
+from .losses import (
     _PLAIN,
     CrossEntropyStats,
     _arguments,
@@ -319,7 +319,7 @@ class _Layer:
             return self.unflat(call_operator(name, *arguments, proxies=[one for one in others if is_tensor(one)]))
         matrix, bias = self.weight, self.bias
         if _is_dtensor(matrix):
-            from . import dtensor
+            from .._parallel import dtensor
 
             if not _is_dtensor(input):
                 raise RuntimeError(

@@ -16,7 +16,15 @@ from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from .distributed import (
+from ..functional.losses import (
+    _EMPTY,
+    CrossEntropyStats,
+    check_loss_dtype,
+    cross_entropy,
+    cross_entropy_with_stats,
+    loss_type,
+)
+from .vocabulary import (
     _Report,
     check_devices,
     checksums,
@@ -32,7 +40,6 @@ from .distributed import (
     vocab_parallel_linear_cross_entropy,
     zero_is_one,
 )
-from .functional import _EMPTY, CrossEntropyStats, check_loss_dtype, cross_entropy, cross_entropy_with_stats, loss_type
 
 __all__ = ["linear_loss", "on_mesh", "results"]
 

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from ._extension import load
+from .._extension import load
 
 _C = load()
 _call = _C.cross_entropy
@@ -458,7 +458,7 @@ def mixup_cross_entropy(
 
 def _mixture_of_dtensors(input, targets, lam, loss_dtype, **options) -> Tensor:
     """The two losses one after the other, since the operator of pairs takes no DTensors."""
-    from . import dtensor
+    from .._parallel import dtensor
 
     if isinstance(lam, Tensor):
         if lam.dim() > 0 or lam.is_complex():
@@ -882,7 +882,9 @@ def _general(name, tensors, **options):
         arguments = (*tensors[:2], _as_list(*all_tensors[2:]), integers, values)
         return call_operator(name, *arguments, proxies=others)
     if options.get("form") is None and _is_dtensor(tensors[0]):
-        from . import dtensor  # the one look at a layer above, whose import takes as long as its tensors are rare
+        from .._parallel import (
+            dtensor,  # the one look at a layer above, whose import takes as long as its tensors are rare
+        )
 
         input, target, weight, _, sample_weight, denominator = tensors
         options = {"statistics": False, **options}

@@ -1,0 +1,27 @@
+"""The losses as functions."""
+
+from .losses import (
+    CrossEntropyStats,
+    cross_entropy,
+    cross_entropy_with_stats,
+    distillation_loss,
+    linear_cross_entropy,
+    linear_cross_entropy_with_stats,
+    linear_sparse_cross_entropy,
+    mixup_cross_entropy,
+    nll_loss,
+    sparse_cross_entropy,
+)
+
+__all__ = [
+    "CrossEntropyStats",
+    "cross_entropy",
+    "cross_entropy_with_stats",
+    "distillation_loss",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_stats",
+    "linear_sparse_cross_entropy",
+    "mixup_cross_entropy",
+    "nll_loss",
+    "sparse_cross_entropy",
+]
