@@ -1,50 +1,37 @@
 """Cross entropy of DTensors, wherever their shards are.
 
-Positions are independent of each other: each rank has the losses of its own, of which a reduction is one small exchange
-between the ranks whose positions differ. Classes that are sharded are `distributed.vocab_parallel_cross_entropy`'s.
+Positions are independent of each other: each rank computes the losses of its own, and a reduction is one small exchange
+between the ranks whose positions differ. Sharded classes are those of vocabulary.py.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..functional.losses import (
-    _EMPTY,
+from .. import _call
+from .._options import (
+    NUMBERS,
     CrossEntropyStats,
-    check_loss_dtype,
-    cross_entropy,
-    cross_entropy_with_stats,
-    loss_type,
-)
-from .vocabulary import (
-    _Report,
-    check_devices,
-    checksums,
+    LinearCrossEntropyOptions,
+    Options,
+    Tensors,
+    check_bounds,
+    check_denominator,
+    checked,
+    checked_numbers,
     class_dim,
-    denominator_of_mean,
-    exchange,
+    loss_type,
     positions_of,
-    positions_that_count,
-    report_error,
-    sum_in_order,
-    vocab_parallel_cross_entropy,
-    vocab_parallel_cross_entropy_with_stats,
-    vocab_parallel_linear_cross_entropy,
-    zero_is_one,
+    reduction_name,
 )
-
-__all__ = ["linear_loss", "on_mesh", "results"]
-
-_REDUCTIONS = ("none", "mean", "sum")  # in ATen's order
-_NUMBERS = ("label_smoothing", "z_loss", "softcap", "logit_scale")
+from . import exchange, vocabulary
+from .vocabulary import check_devices, denominator_of_mean, safe_denominator, sum_in_order, valid_mask
 
 
 @dataclass(frozen=True)
@@ -57,7 +44,7 @@ class _Layout:
 
     @classmethod
     def of(cls, input: DTensor) -> _Layout:
-        """As near to the placements that there are as is understood here."""
+        """Returns the nearest layout to the placements of a DTensor that is understood here."""
         dims: list[int | None] = []
         classes = class_dim(input)
         for placement in input.placements:
@@ -69,7 +56,7 @@ class _Layout:
         return [Replicate() if dim is None else Shard(dim) for dim in self.dims]
 
     def placements_of_positions(self) -> list[Replicate | Shard]:
-        """Of a tensor without the dimension of classes."""
+        """Returns the placements of a tensor without the dimension of classes."""
         return [
             Replicate() if dim in (None, self.class_dim) else Shard(dim - (dim > self.class_dim)) for dim in self.dims
         ]
@@ -86,7 +73,7 @@ class _Layout:
         ]
 
     def local(self, tensor: Tensor, placements: list[Replicate | Shard]) -> Tensor:
-        """This rank's part of it. A plain tensor is the whole, and the same on every rank."""
+        """Returns this rank's part of a tensor. A plain tensor is the whole, and the same on every rank."""
         if not isinstance(tensor, DTensor):
             tensor = DTensor.from_local(tensor, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
         if tuple(tensor.placements) != tuple(placements):
@@ -94,8 +81,11 @@ class _Layout:
         local = tensor.to_local(grad_placements=placements)
         return _Waited.apply(local) if isinstance(local, AsyncCollectiveTensor) else local
 
-    def number(self, value: float | Tensor | None) -> float | Tensor | None:
-        """An option, with tensors as plain ones. Every rank has the same; the losses of all positions depend on it."""
+    def numbers(self, options: Options) -> Options:
+        return options._replace(**{name: self._number(getattr(options, name)) for name in NUMBERS})
+
+    def _number(self, value: float | Tensor | None) -> float | Tensor | None:
+        """Returns an option as a plain tensor. It is the same on every rank, and all losses depend on it."""
         if not isinstance(value, Tensor):
             return value
         if isinstance(value, DTensor):
@@ -105,103 +95,80 @@ class _Layout:
         return _OnEveryRank.apply(value.double(), self.groups_of_positions(), self.mesh.device_type)
 
     def shard_sizes(self, classes: int) -> list[int]:
-        """As DTensor splits them: like torch.chunk, with nothing for ranks that are left over."""
+        """Returns the sizes of DTensor's shards: those of torch.chunk, and 0 for ranks that are left over."""
         ranks = self.mesh.size(self.axis_of_classes)
         most = -(-classes // ranks)
         return [max(0, min(most, classes - rank * most)) for rank in range(ranks)]
 
+    def local_tensors(self, tensors: Tensors) -> Tensors:
+        """Returns this rank's parts of all tensors but the logits. A plain denominator stays as it is."""
+        everywhere, of_positions = [Replicate()] * self.mesh.ndim, self.placements_of_positions()
+        _, target, weight, _, sample_weight, denominator = tensors
+        return tensors._replace(
+            target=self.local(target, self.placements() if target.is_floating_point() else of_positions),
+            weight=None if weight is None else self.local(weight, everywhere),
+            sample_weight=None if sample_weight is None else self.local(sample_weight, of_positions),
+            denominator=self.local(denominator, everywhere) if isinstance(denominator, DTensor) else denominator,
+        )
 
-def results(input: DTensor, target: Tensor, **arguments) -> Tensor | CrossEntropyStats:
-    """`functional.cross_entropy`, or with `statistics` `functional.cross_entropy_with_stats`, of logits in a DTensor.
 
-    Takes their arguments, tensors as DTensors or as the whole of them, the same on every rank: plain labels and weights
-    that differ are an error wherever ranks exchange something. Logits may be sharded along their classes on one
-    dimension of the mesh, and along positions on others, evenly or not; what is placed otherwise is redistributed. The
-    results are DTensors: scalars Replicate, and what has an element for each position sharded as the positions are. The
-    logits' gradient is placed as they are. ``inplace`` is without effect.
+def loss(tensors: Tensors, options: Options) -> Tensor | CrossEntropyStats:
+    """Returns the loss of logits in a DTensor, or with ``options.statistics`` all of CrossEntropyStats.
+
+    Other tensors are DTensors or the whole of them, the same on every rank: plain labels and weights that differ are an
+    error wherever ranks exchange something. Logits may be sharded along their classes on one dimension of the mesh, and
+    along positions on others, evenly or not; other placements are redistributed. The results are DTensors: scalars
+    Replicate, and one element per position sharded as the positions are. The logits' gradient is placed as they are.
+    ``inplace`` is without effect.
 
     A number may be a scalar tensor that requires a gradient, as a learned ``logit_scale`` is, unless classes are
     sharded. The ranks with other positions then sum its gradient, in a collective of the backward, which every rank has
     to run.
 
-    Errors are raised on every rank, as `distributed.vocab_parallel_cross_entropy` says; but where there is nothing to
+    Errors are raised on every rank, as `distributed.vocab_parallel_cross_entropy` says; but if there is nothing to
     exchange (whole classes, and ``reduction='none'``), an error is its own rank's alone.
     """
+    tensors, options = checked(tensors, options), checked_numbers(options)._replace(inplace=False)
     if torch.compiler.is_dynamo_compiling():  # whose collectives are not these: a break in the graph
-        return torch.compiler.disable(_results)(input, target, **arguments)
-    return _results(input, target, **arguments)
+        return torch.compiler.disable(_eager_loss)(tensors, options)
+    return _eager_loss(tensors, options)
 
 
-def _results(
-    input: DTensor,
-    target: Tensor,
-    *,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    denominator: Tensor | None,
-    reduction: str,
-    empty: str,
-    loss_dtype: torch.dtype | None,
-    statistics: bool,
-    **options,
-) -> Tensor | CrossEntropyStats:
-    reduction = _REDUCTIONS[F._Reduction.get_enum(reduction)]
-    layout = _Layout.of(input)
-    positions, soft = positions_of(input), target.is_floating_point()
+def _eager_loss(tensors: Tensors, options: Options) -> Tensor | CrossEntropyStats:
+    input = tensors.input
+    layout, positions, statistics = _Layout.of(input), positions_of(input), options.statistics
+    options = layout.numbers(options)._replace(reduction=reduction_name(options.reduction))
     everywhere, of_positions = [Replicate()] * layout.mesh.ndim, layout.placements_of_positions()
-    groups = layout.groups_of_positions() if reduction != "none" else []
-    logits = layout.local(input, layout.placements())
-    options |= {name: layout.number(options[name]) for name in _NUMBERS if name in options}
-    z_loss = options.get("z_loss", 0.0)
+    groups = layout.groups_of_positions() if options.reduction != "none" else []
+    logits, soft = layout.local(input, layout.placements()), tensors.target.is_floating_point()
     # Class weights are in the denominator of the cross entropy and not in that of the z-loss: then there are two sums.
-    apart = bool(z_loss != 0) and reduction == "mean" and denominator is None and weight is not None and not soft
+    is_mean = options.reduction == "mean" and tensors.denominator is None
+    apart = bool(options.z_loss != 0) and is_mean and tensors.weight is not None and not soft
 
-    # Each rank's own part, of which sums stay in float64 to be rounded once.
+    # Each rank's own part. Sums stay in float64, to be rounded once.
     error = found = sums_of_plain = None
+    local, loss_dtype = tensors._replace(input=logits), options.loss_dtype
     try:
-        if empty not in _EMPTY:
-            raise ValueError(f"empty must be 'nan' or 'zero', but got {empty!r}")
-        check_loss_dtype(loss_dtype)
-        if denominator is not None and reduction != "mean":
-            raise ValueError("denominator is what reduction 'mean' divides by, but got another one")
-        if apart and not 0 <= z_loss < math.inf:  # else the loss itself is asked for
-            raise ValueError(f"z_loss must be a finite number of at least 0, but got {float(z_loss)}")
-        others = {"weight": weight, "sample_weight": sample_weight, "denominator": denominator}
-        check_devices(logits, target=target, **others)
-        _check_shape("target", target, input.shape if soft else positions)
-        _check_shape("sample_weight", sample_weight, positions)
-        _check_shape("denominator", denominator, torch.Size())
-        _check_gradients(layout, others, options)
-        plain = {"weight": weight, "denominator": denominator}
-        if layout.axis_of_classes is None:  # else those who have the same positions compare what is theirs
-            plain |= {"target": None if soft else target, "sample_weight": sample_weight}
-        plain = {name: None if isinstance(tensor, DTensor) else tensor for name, tensor in plain.items()}
-        sums_of_plain = checksums(plain, logits.device) if groups else None
-        target = layout.local(target, layout.placements() if soft else of_positions)
-        if weight is not None:
-            weight = layout.local(weight, everywhere)
-        if sample_weight is not None:
-            sample_weight = layout.local(sample_weight, of_positions)
-        if isinstance(denominator, DTensor):
-            denominator = layout.local(denominator, everywhere)
-        loss_dtype = loss_dtype or loss_type(logits, target, weight)
+        if apart:  # else it is the loss that checks it
+            check_bounds("z_loss", float(options.z_loss))
+        check_denominator(tensors.denominator, options.reduction)
+        check_devices(local)
+        _check_shape("target", tensors.target, input.shape if soft else positions)
+        _check_shape("sample_weight", tensors.sample_weight, positions)
+        _check_shape("denominator", tensors.denominator, torch.Size())
+        _check_gradients(layout, tensors, options)
+        sums_of_plain = exchange.checksums(_plain(layout, tensors), logits.device) if groups else None
+        local = layout.local_tensors(local)
+        loss_dtype = loss_dtype or loss_type(logits, local.target, local.weight)
     except Exception as raised:
         error = raised
-    options |= {"weight": weight, "sample_weight": sample_weight}
-    options |= {"reduction": "none", "loss_dtype": loss_dtype}
-    if reduction != "none":
-        options |= {"reduction": "sum", "loss_dtype": torch.float64}
+    own = options._replace(loss_dtype=loss_dtype, empty="nan", statistics=statistics or apart)
+    if options.reduction != "none":
+        own = own._replace(reduction="sum", loss_dtype=torch.float64)
     if apart:
-        options["z_loss"] = 0.0
+        own = own._replace(z_loss=0.0)
     try:
-        if layout.axis_of_classes is not None:
-            found = _of_shards(layout, input, logits, target, statistics or apart, options, error)
-        elif error is not None:
-            raise error
-        elif statistics or apart:
-            found = cross_entropy_with_stats(logits, target, **options)
-        else:
-            found = (cross_entropy(logits, target, **options),)
+        found = _own_part(layout, input, local, own, error)
     except Exception as raised:
         if not groups:
             raise
@@ -211,47 +178,45 @@ def _results(
         shape, stride = positions, torch.empty(positions, device="meta").stride()
         return DTensor.from_local(value, layout.mesh, of_positions, run_check=False, shape=shape, stride=stride)
 
-    if reduction == "none":
-        return CrossEntropyStats(*map(whole, found)) if statistics else whole(found[0])
+    if options.reduction == "none":
+        return CrossEntropyStats(*map(whole, found)) if statistics else whole(found)
 
-    def of_z_loss() -> Tensor:
-        if not apart:
-            return found[4] if statistics else torch.zeros_like(found[0])
-        terms = z_loss * found[1].double().square()  # lse, which is zero where positions are ignored
-        if sample_weight is not None:
-            counts = positions_that_count(target, options["ignore_index"]).view(target.shape)
-            terms = terms * torch.where(counts, sample_weight, 0.0)
-        return sum_in_order(terms.reshape(-1))
-
-    def parts() -> Tensor:
-        counted = target, positions_of(logits).numel(), positions_that_count(target, options["ignore_index"])
-        counts = [
-            denominator_of_mean(*counted, of_classes, sample_weight)
-            for of_classes in ((weight, None) if apart else (weight,))
-        ]
-        return torch.stack([found[0].detach(), own_z_loss.detach(), *counts])
-
-    own_z_loss = None if error else of_z_loss()
-    sums = None if error else parts()
+    own_loss = own_z_loss = sums = None
+    if error is None:
+        own_loss = found.loss if own.statistics else found
+        own_z_loss = found.z_loss if statistics else torch.zeros_like(own_loss)
+        valid = valid_mask(local.target, options.ignore_index)
+        if apart:
+            terms = options.z_loss * found.lse.double().square()  # lse is zero where positions are ignored
+            if local.sample_weight is not None:
+                terms = terms * torch.where(valid.view(local.target.shape), local.sample_weight, 0.0)
+            own_z_loss = sum_in_order(terms.reshape(-1))
+        counted = local.target, positions_of(logits).numel(), valid
+        counts = [denominator_of_mean(*counted, local.weight, local.sample_weight)]
+        if apart:
+            counts.append(denominator_of_mean(*counted, None, local.sample_weight))
+        sums = torch.stack([own_loss.detach(), own_z_loss.detach(), *counts])
     for group in groups:
-        report = _Report(0, agreement=f"reduction={reduction}", error=error, checksums=sums_of_plain)
+        agreement = f"reduction={options.reduction}"
+        report = exchange.Report(0, agreement=agreement, error=error, checksums=sums_of_plain)
+        length = 4 if apart else 3
         try:
-            sums = exchange(
-                report, 4 if apart else 3, lambda send, sums=sums: send.copy_(sums), group, logits.device
-            ).sum(0)
+            received = exchange.gather(report, length, lambda send, own=sums: send.copy_(own), group, logits.device)
+            sums = received.sum(0)
         except Exception as raised:
             error = raised
     if error is not None:
         raise error
-    total, total_z_loss, divide_by, *divide_z_by = sums.unbind()
-    if reduction == "sum":
-        divide_by = torch.ones_like(total)
+    total, total_z_loss, denominator, *of_z_loss = sums.unbind()
+    if options.reduction == "sum":
+        denominator = torch.ones_like(total)
     else:
-        divide_by = zero_is_one(divide_by if denominator is None else denominator, total, empty)
-    divide_z_by = zero_is_one(divide_z_by[0], total_z_loss, empty) if apart else divide_by
-    share, result, of_z = found[0] / divide_by, total / divide_by, total_z_loss / divide_z_by
+        given = denominator if local.denominator is None else local.denominator
+        denominator = safe_denominator(given, total, options.empty)
+    of_z_loss = safe_denominator(of_z_loss[0], total_z_loss, options.empty) if apart else denominator
+    share, result, z_loss = own_loss / denominator, total / denominator, total_z_loss / of_z_loss
     if apart:
-        share, result = share + own_z_loss / divide_z_by, result + of_z
+        share, result = share + own_z_loss / of_z_loss, result + z_loss
 
     def scalar(value: Tensor) -> DTensor:
         return DTensor.from_local(value, layout.mesh, everywhere, run_check=False)
@@ -259,64 +224,73 @@ def _results(
     loss = scalar(_SumOfRanks.apply(share, result.to(loss_dtype), groups))
     if not statistics:
         return loss
-    _, *of_each, _, argmax = found
-    return CrossEntropyStats(loss, *map(whole, of_each), scalar(of_z.to(loss_dtype)), whole(argmax))
+    found = found._replace(loss=loss, z_loss=scalar(z_loss.to(loss_dtype)))
+    return found._replace(**{name: whole(getattr(found, name)) for name in _AT_POSITIONS})
 
 
-def _of_shards(
-    layout: _Layout,
-    input: DTensor,
-    logits: Tensor,
-    target: Tensor,
-    statistics: bool,
-    options: dict,
-    error: Exception | None,
-) -> tuple[Tensor, ...]:
+_AT_POSITIONS = ("lse", "target_log_prob", "entropy", "argmax")
+
+
+def _own_part(
+    layout: _Layout, input: DTensor, local: Tensors, options: Options, error: Exception | None
+) -> Tensor | CrossEntropyStats:
+    """Returns the loss of this rank's positions. If classes are sharded, an error is told to those who share them."""
+    if layout.axis_of_classes is None:
+        if error is not None:
+            raise error
+        return _call.loss(local._replace(denominator=None), options)
     group = layout.mesh.get_group(layout.axis_of_classes)
     if error is not None:
-        report_error(error, positions_of(logits).numel(), None, statistics, group, logits.device)
-    function = vocab_parallel_cross_entropy_with_stats if statistics else vocab_parallel_cross_entropy
-    found = function(
-        logits,
-        target,
-        group=group,
-        shard_sizes=layout.shard_sizes(input.size(layout.class_dim)),
-        **options,
-    )
-    return found if statistics else (found,)
+        report = exchange.Report(positions_of(local.input).numel(), error=error)
+        vocabulary.raise_everywhere(report, options.statistics, group, local.input.device)
+    sizes = layout.shard_sizes(input.size(layout.class_dim))
+    return vocabulary.loss(local._replace(denominator=None), options, group, sizes)
+
+
+def _plain(layout: _Layout, tensors: Tensors) -> dict[str, Tensor | None]:
+    """Returns the tensors that are to be the same on every rank, as nothing else makes them."""
+    plain = {"weight": tensors.weight, "denominator": tensors.denominator}
+    if layout.axis_of_classes is None:  # else those who have the same positions compare what is theirs
+        target = None if tensors.target.is_floating_point() else tensors.target
+        plain |= {"target": target, "sample_weight": tensors.sample_weight}
+    return {name: None if isinstance(tensor, DTensor) else tensor for name, tensor in plain.items()}
 
 
 def linear_loss(
-    input: DTensor, linear_weight: DTensor, target: Tensor, *, linear_bias: Tensor | None, **arguments
+    layer: tuple[DTensor, DTensor, Tensor | None],
+    tensors: Tensors,
+    options: Options,
+    linear_options: LinearCrossEntropyOptions | None,
 ) -> DTensor | None:
-    """`functional.linear_cross_entropy` of a weight (C, F) whose classes are sharded over a mesh of one dimension, and
-    of an input that every rank has whole: a scalar, or a loss for each position, Replicate. None for what else there
-    is, of which the layer's logits are to be made.
+    """Returns the loss of a layer (input, weight, bias) whose classes are sharded over a mesh of one dimension, with an
+    input that every rank has whole: a scalar, or a loss for each position, Replicate.
+
+    Returns None for other placements, for which the layer's logits are to be made.
     """
-    mesh, whole = linear_weight.device_mesh, [Replicate()]
-    if mesh.ndim != 1 or tuple(linear_weight.placements) != (Shard(0),):
+    input, weight, bias = layer
+    mesh, whole = weight.device_mesh, [Replicate()]
+    if mesh.ndim != 1 or tuple(weight.placements) != (Shard(0),):
         return None
-    if any(isinstance(t, DTensor) and tuple(t.placements) != (Replicate(),) for t in (input, target)):
+    if any(isinstance(t, DTensor) and tuple(t.placements) != (Replicate(),) for t in (input, tensors.target)):
         return None
     layout = _Layout(mesh, (0,), 0)  # of the weight, whose classes come first
-    for name in ("weight", "sample_weight", "denominator"):
-        if isinstance(arguments[name], DTensor):
-            arguments[name] = layout.local(arguments[name], whole)
-    arguments |= {name: layout.number(arguments[name]) for name in _NUMBERS}
-    loss = vocab_parallel_linear_cross_entropy(
+    others = {name: getattr(tensors, name) for name in ("weight", "sample_weight", "denominator")}
+    others = {name: layout.local(t, whole) if isinstance(t, DTensor) else t for name, t in others.items()}
+    of_target = [Shard(tensors.target.dim() - 1)] if tensors.target.is_floating_point() else whole
+    local_layer = vocabulary.Layer(
         layout.local(input, whole),
-        layout.local(linear_weight, layout.placements()),
-        layout.local(target, [Shard(target.dim() - 1)] if target.is_floating_point() else whole),
-        local_bias=None if linear_bias is None else layout.local(linear_bias, layout.placements()),
-        group=mesh.get_group(),
-        shard_sizes=layout.shard_sizes(linear_weight.size(0)),
-        **arguments,
+        layout.local(weight, layout.placements()),
+        None if bias is None else layout.local(bias, layout.placements()),
+        linear_options,
     )
+    local = Tensors(None, layout.local(tensors.target, of_target), **others)
+    sizes = layout.shard_sizes(weight.size(0))
+    loss = vocabulary.loss(local, layout.numbers(options), mesh.get_group(), sizes, local_layer)
     return DTensor.from_local(loss, mesh, whole, run_check=False)
 
 
 def on_mesh(tensor: Tensor | None, like: DTensor) -> Tensor | None:
-    """A plain tensor, which every rank has whole, as the DTensor that it is to others."""
+    """Returns a plain tensor, which every rank has whole, as a DTensor."""
     if tensor is None or isinstance(tensor, DTensor):
         return tensor
     return DTensor.from_local(tensor, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
@@ -327,19 +301,21 @@ def _check_shape(name: str, tensor: Tensor | None, shape: torch.Size) -> None:
         raise ValueError(f"{name} must have the shape {tuple(shape)}, but got {tuple(tensor.shape)}")
 
 
-def _check_gradients(layout: _Layout, others: dict[str, Tensor | None], options: dict) -> None:
+def _check_gradients(layout: _Layout, tensors: Tensors, options: Options) -> None:
     if not torch.is_grad_enabled():
         return
-    for name, tensor in others.items():
+    for name in ("weight", "sample_weight", "denominator"):
+        tensor = getattr(tensors, name)
         if tensor is not None and tensor.requires_grad:
             raise ValueError(f"{name} may not require a gradient where the logits are a DTensor")
-    for name in _NUMBERS if layout.axis_of_classes is not None else ():
-        if isinstance(options.get(name), Tensor) and options[name].requires_grad:
+    for name in NUMBERS if layout.axis_of_classes is not None else ():
+        value = getattr(options, name)
+        if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(f"{name} may not require a gradient where the logits are a DTensor with sharded classes")
 
 
 class _Waited(torch.autograd.Function):
-    """What a collective has left, where it may be under way yet."""
+    """Waits for a collective that may be under way yet."""
 
     @staticmethod
     def forward(ctx, tensor: AsyncCollectiveTensor) -> Tensor:

@@ -1,21 +1,17 @@
-"""Cross entropy of logits whose classes are sharded over the processes of a `torch.distributed` group.
+"""The loss of logits whose classes are sharded over a group, and its gradient.
 
-A rank r that has some of the classes finds, of each position, lse_r (of its own logits), A_r = sum a_c and
-L_r = sum a_c (lse_r - x_c) over them. With the lse of all classes
+A rank r finds, of each position, lse_r of its own logits, A_r = sum a_c and L_r = sum a_c (lse_r - x_c) over its own
+classes. With the lse of all classes
 
     loss = sum_r L_r + A_r (lse - lse_r)
 
-of which every term is one of a sum without cancellation. So ranks exchange a few numbers for each position, once, and
-in float64, in which a confident position's loss is as small as it is; and what the backward needs it has then.
+in which every term belongs to a sum without cancellation. So ranks exchange a few numbers for each position, once, and
+in float64, in which a confident position's loss keeps its size; the backward needs nothing more.
 """
 
 from __future__ import annotations
 
-import copy
-import ctypes
 import math
-import struct
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -25,584 +21,96 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional.linear import LinearCrossEntropyOptions, size_of_chunk
-from ..functional.losses import (
-    _EMPTY,
-    _LOSS_DTYPES,
-    _REDUCTIONS,
+from .. import _call
+from .._options import (
+    LOSS_DTYPES,
     CrossEntropyStats,
-    _as_list,
-    _classes_at_one,
-    _divisor,
-    _number,
-    check_loss_dtype,
+    LinearCrossEntropyOptions,
+    Options,
+    Tensors,
+    as_denominator,
+    check_denominator,
+    check_options,
     check_tensors,
+    class_dim,
+    classes_at_one,
+    known_numbers,
     loss_type,
+    positions_of,
+    size_of_chunk,
 )
-from ..modules import _EXTRAS, CrossEntropyLoss, _shown
+from . import exchange
 
-__all__ = [
-    "VocabParallelCrossEntropyLoss",
-    "vocab_parallel_cross_entropy",
-    "vocab_parallel_cross_entropy_with_stats",
-    "vocab_parallel_linear_cross_entropy",
-]
-
-_ops = torch.ops.cross_entropy_ext
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
-
-def vocab_parallel_cross_entropy(
-    local_logits: Tensor,
-    target: Tensor,
-    *,
-    group: dist.ProcessGroup | None = None,
-    shard_sizes: Sequence[int] | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    sample_weight: Tensor | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    loss_dtype: torch.dtype | None = None,
-    empty: str = "nan",
-    denominator: float | Tensor | None = None,
-    dim: int = 1,
-) -> Tensor:
-    r"""Cross entropy of logits whose classes are sharded over a group, each process with logits of its own classes:
-    :func:`cross_entropy_ext.functional.cross_entropy` of all of them side by side.
-
-    Every rank of the group calls it, with the same options, and gets the same loss, bit for bit. There is one
-    all-gather, of 32 bytes for each position and rank, and none in the backward, whose gradient is that of the local
-    logits. It has no second derivative, and is not for torch.func.
-
-    Args:
-        local_logits: (N, C_r, d1, ..., dK) or (C_r): the logits of this rank's classes, in float16, bfloat16, float32
-            or float64 and with any strides. Ranks have consecutive classes, in their order in the group.
-        target: the same on every rank, class indices of shape (N, d1, ..., dK) or () among all C classes, of any
-            integer dtype; or, sharded as the logits and of their shape, probabilities of the local classes, which may
-            require a gradient.
-        group: whose ranks have the shards; None for all processes.
-        shard_sizes: the number of classes of each rank, of which some may be 0. Default: all have as many as this one.
-        weight: one factor per class, of all of them: (C). May not require a gradient.
-        sample_weight: a factor for each position, the same on every rank. May not require a gradient.
-        denominator: what ``'mean'`` divides by instead of its own denominator, a number or a scalar tensor.
-        ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, loss_dtype, empty: as for
-            :func:`cross_entropy_ext.functional.cross_entropy`; smoothing is over all C classes. A number in a tensor
-            may not require a gradient.
-        dim: the dimension of the classes in local logits and probabilities: -1 for (B, T, C_r).
-
-    Returns:
-        A scalar, or for ``reduction='none'`` a loss for each position; in the logits' dtype, promoted with
-        probabilities and their weights (float32 for half logits under autocast), or ``loss_dtype``.
-
-    Raises:
-        IndexError: a target is neither a class nor ``ignore_index``.
-        ValueError, RuntimeError, TypeError: arguments that are wrong, or not the same on every rank; shards of
-            different sizes without ``shard_sizes``.
-
-    What one rank finds wrong is raised on every rank, with the number of that rank. On a CUDA device, where nothing
-    waits for the host, the others have a loss of NaN instead; and a target out of range is reported as all of them are
-    (:func:`cross_entropy_ext.check_errors`), on every rank.
-
-    Ranks send checksums of what has to be the same on all of them; a difference is an error, or NaN. Labels have to be
-    equal. Class weights and sample weights may differ by about 1/256 of their norm, a denominator by about a millionth,
-    and the states of :func:`vocab_parallel_linear_cross_entropy` by about 1/16 of their norm: each rank makes these on
-    its own, and rounding is no error. Smaller differences pass unseen. A tensor with an infinity or NaN is not
-    compared. Checksums take 0.03 ms of a CPU for 2048 class indices, where forward and backward of 8000 classes take
-    33 ms, and 0.5 ms for states of 2048 x 512.
-
-    It is an error, too, to hand all classes on every rank instead of each rank's own. This is seen by logits that are
-    the same on every rank, bit for bit, though not all equal, while every label is among the first rank's classes, or
-    the probabilities of each rank sum up to one. It is not seen for probabilities with a ``label_smoothing`` above
-    0.999, of which next to nothing is left. ``shard_sizes`` says that they are shards nevertheless.
-
-    Where ranks have different numbers of positions, the collective is none: the group's backend or this function raises
-    an error, and gloo may end the process with one; ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` names the shapes. If a rank
-    ends, the others get the backend's error.
-    """
-    return _results(
-        local_logits,
-        target,
-        (weight, sample_weight, denominator),
-        group,
-        shard_sizes,
-        _Options(
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            loss_dtype=loss_dtype,
-            empty=empty,
-            statistics=False,
-            dim=dim,
-        ),
-    )[0]
+# The rows that ranks exchange, with a number in float64 for each position: lse_r as the sum of two, A_r, L_r.
+_LSE, _LSE_REST, _MASS, _LOSS = range(4)
+# With statistics, of the shard's softmax and the bare target q: the entropy, sum q_c (x_c - lse_r), sum q_c, and the
+# largest logit with its class. The backward is given the entropy in the same row.
+_ENTROPY, _LOG_PROB, _TARGET_MASS, _LARGEST, _ARGMAX = range(4, 9)
 
 
-def vocab_parallel_cross_entropy_with_stats(
-    local_logits: Tensor,
-    target: Tensor,
-    *,
-    group: dist.ProcessGroup | None = None,
-    shard_sizes: Sequence[int] | None = None,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-    sample_weight: Tensor | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    loss_dtype: torch.dtype | None = None,
-    empty: str = "nan",
-    denominator: float | Tensor | None = None,
-    dim: int = 1,
-) -> CrossEntropyStats:
-    """The same, and statistics of all classes' softmax: :class:`cross_entropy_ext.functional.CrossEntropyStats`.
-
-    Takes the arguments of :func:`vocab_parallel_cross_entropy`, and has one exchange as well, of 72 bytes for each
-    position and rank. ``lse``, ``target_log_prob`` and ``entropy`` are differentiable; ``argmax`` is among all classes.
-
-    Raises:
-        As :func:`vocab_parallel_cross_entropy`.
-    """
-    return CrossEntropyStats(
-        *_results(
-            local_logits,
-            target,
-            (weight, sample_weight, denominator),
-            group,
-            shard_sizes,
-            _Options(
-                ignore_index=ignore_index,
-                reduction=reduction,
-                label_smoothing=label_smoothing,
-                z_loss=z_loss,
-                softcap=softcap,
-                logit_scale=logit_scale,
-                loss_dtype=loss_dtype,
-                empty=empty,
-                statistics=True,
-                dim=dim,
-            ),
-        )
-    )
+def _count_of_rows(statistics: bool) -> int:
+    return _ARGMAX + 1 if statistics else _LOSS + 1
 
 
-def vocab_parallel_linear_cross_entropy(
-    input: Tensor,
-    local_weight: Tensor,
-    target: Tensor,
-    *,
-    local_bias: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
-    shard_sizes: Sequence[int] | None = None,
-    weight: Tensor | None = None,
-    reduction: str = "mean",
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    options: LinearCrossEntropyOptions | None = None,
-    sample_weight: Tensor | None = None,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    loss_dtype: torch.dtype | None = None,
-    empty: str = "nan",
-    denominator: float | Tensor | None = None,
-) -> Tensor:
-    r"""Cross entropy of an output layer whose weight is sharded over a group by classes; no rank ever has all of its
-    own logits: :func:`cross_entropy_ext.functional.linear_cross_entropy` of all shards together.
-
-    The logits are made twice, a chunk of positions at a time: in the forward for what the ranks exchange, which is that
-    of :func:`vocab_parallel_cross_entropy`, and in the backward for the gradients. There the gradient of the input,
-    which each rank needs whole, is summed over the group: the one collective of a backward, which every rank has to
-    run.
-
-    Args:
-        input: (N, F), (B, ..., F) or (F), the same on every rank.
-        local_weight: (C_r, F), the rows of this rank's classes.
-        target: class indices of shape (N), (B, ...) or () among all C classes, the same on every rank; or probabilities
-            of the local classes, (N, C_r), (B, ..., C_r) or (C_r).
-        local_bias: (C_r).
-        options: as for :func:`cross_entropy_ext.functional.linear_cross_entropy`.
-        group, shard_sizes, weight, ...: as for :func:`vocab_parallel_cross_entropy`.
-
-    Returns, Raises:
-        As :func:`vocab_parallel_cross_entropy`.
-    """
-    layer = _Layer(input, local_weight, local_bias, options)
-    (loss,) = _results(
-        None,
-        target,
-        (weight, sample_weight, denominator),
-        group,
-        shard_sizes,
-        _Options(
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            loss_dtype=loss_dtype,
-            empty=empty,
-            statistics=False,
-        ),
-        layer,
-    )
-    return loss.reshape(layer.batch) if reduction == "none" else loss
-
-
-class VocabParallelCrossEntropyLoss(CrossEntropyLoss):
-    """:func:`vocab_parallel_cross_entropy` as a module, with the buffers and the state_dict of
-    :class:`cross_entropy_ext.CrossEntropyLoss`.
-
-    Example:
-        >>> criterion = VocabParallelCrossEntropyLoss(group=tensor_parallel_group, ignore_index=0)
-        >>> loss = criterion(hidden @ my_rows_of_the_head.T, target)
-        >>> loss.backward()
-    """
-
-    def __init__(
-        self,
-        weight: Tensor | None = None,
-        size_average: bool | None = None,
-        ignore_index: int = -100,
-        reduce: bool | None = None,
-        reduction: str = "mean",
-        label_smoothing: float = 0.0,
-        *,
-        group: dist.ProcessGroup | None = None,
-        shard_sizes: Sequence[int] | None = None,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-        loss_dtype: torch.dtype | None = None,
-        empty: str = "nan",
-        dim: int = 1,
-    ) -> None:
-        super().__init__(
-            weight,
-            size_average,
-            ignore_index,
-            reduce,
-            reduction,
-            label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            loss_dtype=loss_dtype,
-            empty=empty,
-            dim=dim,
-        )
-        self.group = group
-        self.shard_sizes = shard_sizes
-
-    def __deepcopy__(self, memo: dict) -> VocabParallelCrossEntropyLoss:
-        """With the same group, which is the processes' and cannot be copied."""
-        memo[id(self.group)] = self.group
-        result = type(self).__new__(type(self))
-        memo[id(self)] = result
-        result.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return result
-
-    def extra_repr(self) -> str:
-        sizes = [] if self.shard_sizes is None else [f"shard_sizes={self.shard_sizes}"]
-        return ", ".join([*_shown(self, _EXTRAS), *sizes])
-
-    def forward(
-        self,
-        local_logits: Tensor,
-        target: Tensor,
-        *,
-        sample_weight: Tensor | None = None,
-        denominator: float | Tensor | None = None,
-    ) -> Tensor:
-        """The loss of local logits (C_r), (N, C_r) or (N, C_r, d1, ..., dK) against indices among all classes, or
-        probabilities of the local ones."""
-        return vocab_parallel_cross_entropy(
-            local_logits,
-            target,
-            group=self.group,
-            shard_sizes=self.shard_sizes,
-            weight=self.weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
-            label_smoothing=self.label_smoothing,
-            sample_weight=sample_weight,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            logit_scale=self.logit_scale,
-            loss_dtype=self.loss_dtype,
-            empty=self.empty,
-            denominator=denominator,
-            dim=self.dim,
-        )
-
-
-# ---- what every rank has to know of the others' errors --------------------------------------------------------------
-
-# Before the numbers: what went wrong, positions, classes, a checksum of the options, which have to be the same
-# everywhere, and the error's message, or else the options in words. Then checksums of tensors.
-_TEXT = 224
-_FIELDS = struct.Struct(f"=qqqq{_TEXT}s")
-_HEADER = _FIELDS.size // 8
-_ERRORS = (None, IndexError, ValueError, TypeError, NotImplementedError, RuntimeError)
-_UNKNOWN = -1
-
-
-# Tensors that have to be the same on every rank, and by how much of their norm they may differ: labels not at all,
-# others by rounding. States are the last of many computations, which each rank repeats, and not to the last bit.
-_SAME = {"target": 0.0, "weight": 2**-8, "sample_weight": 2**-8, "denominator": 2**-20, "input": 2**-4}
-_PROJECTIONS = 3
-_CHECKSUMS = len(_SAME) * (_PROJECTIONS + 1)
-
-
-def _noise(count: int, device: torch.device) -> Tensor:
-    """The same pseudo-random integers on every rank."""
-    noise = torch.arange(1, count + 1, device=device) * 0x1E3779B97F4A7C15
-    return noise * (noise >> 29)
-
-
-def _directions(count: int, device: torch.device) -> Tensor:
-    """The same pseudo-random numbers in [-1, 1) on every rank, in float64."""
-    return _noise(count, device).double() * 2.0**-63
-
-
-@torch.no_grad()
-def checksums(tensors: dict[str, Tensor | None], device: torch.device) -> Tensor:
-    """Of each of `_SAME` that is given, a few numbers: of integers one, which is exact; of others projections on fixed
-    directions, and the norm. Of states (N, F) what is projected is their product with one vector of length F."""
-    sums = torch.zeros(len(_SAME), _PROJECTIONS + 1, dtype=torch.float64, device=device)
-    for i, name in enumerate(_SAME):
-        values = tensors.get(name)
-        if values is None:
-            continue
-        if not values.is_floating_point():
-            values = values.contiguous()
-            if _reads_reports(device):
-                sums[i, 0] = zlib.crc32(ctypes.string_at(values.data_ptr(), values.nbytes))
-            else:
-                values = values.view(-1).long() * _noise(values.numel(), device)
-                sums[i, 0] = values.sum() & (1 << 52) - 1  # exact in float64
-            continue
-        if name == "input":
-            values = values @ _directions(values.size(1), device).to(values.dtype)
-        values = values.reshape(-1).double()
-        sums[i, :-1] = _directions(_PROJECTIONS * values.numel(), device).view(_PROJECTIONS, -1) @ values
-        sums[i, -1] = values.norm()
-    return sums.view(-1)
-
-
-def _different(sums: Tensor) -> Tensor:
-    """(ranks, tensors): whether a rank's tensor is another than that of the first. What is not finite is not judged."""
-    sums = sums.view(len(sums), len(_SAME), _PROJECTIONS + 1)
-    distance = (sums[..., :-1] - sums[:1, :, :-1]).abs().amax(-1)
-    norm = torch.maximum(sums[..., -1], sums[:1, :, -1])
-    return distance > norm * norm.new_tensor(list(_SAME.values()))
-
-
-@dataclass
-class _Report:
-    """Of one rank to the others. `classes`: of its shard, where all have to be the same size. `checksums`: if any."""
-
-    positions: int
-    classes: int = _UNKNOWN
-    agreement: str = ""
-    error: Exception | None = None
-    checksums: Tensor | None = None
-
-    def packed(self) -> bytearray:
-        kind = next((i for i, kind in enumerate(_ERRORS) if kind and isinstance(self.error, kind)), len(_ERRORS) - 1)
-        text = self.agreement if self.error is None else str(self.error)
-        checksum = zlib.crc32(self.agreement.encode())
-        fields = (0 if self.error is None else kind, self.positions, self.classes, checksum)
-        return bytearray(_FIELDS.pack(*fields, text.encode(errors="replace")[:_TEXT]))
-
-
-def _reads_reports(device: torch.device) -> bool:
-    """Whether the host may look at what it has received: it would have to wait for any other device."""
-    return device.type == "cpu"
-
-
-def exchange(
-    report: _Report,
-    length: int,
-    fill: Callable[[Tensor], None] | None,
+def loss(
+    tensors: Tensors,
+    options: Options,
     group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> Tensor:
-    """One all-gather of `length` float64 numbers of each rank, which `fill` writes: (ranks, length), in rank order.
+    shard_sizes: Sequence[int] | None,
+    layer: Layer | None = None,
+) -> Tensor | CrossEntropyStats:
+    """Returns the loss of local logits, or with ``options.statistics`` all of CrossEntropyStats.
 
-    Raises on every rank what `fill` or `report` has of an error on any of them. Where the host does not read reports,
-    the numbers of ranks that have an error, or disagree with this one, are NaN instead; and those of all ranks, where
-    checksums differ.
+    A layer makes its own logits: ``tensors.input`` is None.
     """
-    send = torch.empty(_HEADER + _CHECKSUMS + length, dtype=torch.float64, device=device)
-    if report.error is None:
-        try:
-            fill(send[_HEADER + _CHECKSUMS :])
-            if report.checksums is not None:
-                send[_HEADER : _HEADER + _CHECKSUMS].copy_(report.checksums)
-        except Exception as error:
-            report.error = error
-    if report.error is not None:
-        send.fill_(torch.nan)
-    reads = _reads_reports(device)
-    if reads:
-        send[:_HEADER].copy_(torch.frombuffer(report.packed(), dtype=torch.float64))
-    elif report.error is None:
-        send[0].fill_(zlib.crc32(f"{report.positions} {report.classes} {report.agreement}".encode()))
-    received = send.new_empty(dist.get_world_size(group) * send.numel())
+    if not dist.is_available():
+        raise RuntimeError("this PyTorch was built without torch.distributed")
+    # Dynamo's collectives are not these: a break in the graph.
+    run = torch.compiler.disable(_eager_loss) if torch.compiler.is_dynamo_compiling() else _eager_loss
+    results = run(tensors, options, group, shard_sizes, layer)
+    return CrossEntropyStats(*results) if options.statistics else results[0]
+
+
+def _eager_loss(tensors, options, group, shard_sizes, layer) -> tuple[Tensor, ...]:
+    if dist.get_rank(group) < 0:
+        raise ValueError("this process is not in the group")
+    local_logits, target, weight, _, sample_weight, denominator = tensors
+    parts = None
     try:
-        _all_gather(received, send, group)
-    except Exception as failure:
-        if report.error is not None:
-            raise report.error from failure
-        raise
-    if report.error is not None and not reads:
-        raise report.error
-    received = received.view(-1, send.numel())
-    numbers = received[:, _HEADER + _CHECKSUMS :]
-    if reads:
-        _raise_reported(received, report, group)
-        return numbers
-    agrees = received[:, :1] == send[:1]
-    if report.checksums is not None:
-        agrees &= ~_different(received[:, _HEADER : _HEADER + _CHECKSUMS]).any()
-    return torch.where(agrees, numbers, torch.nan)
+        if options.dim != 1:
+            local_logits, target = classes_at_one(options.dim, local_logits=local_logits, target=target)
+        if layer is not None:
+            local_logits, target, sample_weight, parts = layer.flat(target, sample_weight)
+        tensors = Tensors(local_logits, target, weight, None, sample_weight, denominator)
+        problem, tensors = _checked(tensors, options, group, shard_sizes, parts)
+    except Exception as error:
+        if layer is not None:
+            positions, classes, device = layer.batch, exchange.UNKNOWN, layer.input.device
+        elif isinstance(local_logits, Tensor):
+            positions = positions_of(local_logits) if local_logits.dim() else torch.Size()
+            known = local_logits.dim() > 0 and shard_sizes is None
+            classes = local_logits.size(class_dim(local_logits)) if known else exchange.UNKNOWN
+            device = local_logits.device
+        else:
+            raise
+        report = exchange.Report(positions.numel(), classes, error=error)
+        raise_everywhere(report, options.statistics, group, device)
+    if parts is not None:
+        return (_VocabParallelLinear.apply(*tensors, problem, *parts),)
+    return _VocabParallel.apply(*tensors, problem)
 
 
-def _all_gather(received: Tensor, send: Tensor, group: dist.ProcessGroup | None) -> None:
-    if hasattr(dist, "all_gather_single"):  # the name since torch 2.13
-        dist.all_gather_single(received, send, group)
-    else:
-        dist.all_gather_into_tensor(received, send, group)
+def raise_everywhere(
+    report: exchange.Report, statistics: bool, group: dist.ProcessGroup | None, device: torch.device
+) -> NoReturn:
+    """Raises the error in a report of this rank, after the exchange that the other ranks are in."""
+    exchange.gather(report, _count_of_rows(statistics) * report.positions, None, group, device)
+    raise report.error
 
 
-def _raise_reported(received: Tensor, mine: _Report, group: dist.ProcessGroup | None) -> None:
-    """Whatever ranks have reported, or are seen to disagree about: the same error on all of them."""
-    fields = received.view(torch.int64)[:, : _HEADER - _TEXT // 8].tolist()
-    kinds, positions, classes, checksums = zip(*fields, strict=True)
-    name = [f"rank {dist.get_global_rank(group or dist.group.WORLD, r)}" for r in range(len(fields))]
-
-    def texts() -> list[str]:
-        raw = received.contiguous().view(torch.uint8)[:, _FIELDS.size - _TEXT : _FIELDS.size].tolist()
-        return [bytes(text).rstrip(b"\0").decode(errors="replace") for text in raw]
-
-    def different(values: tuple[int, ...]) -> str:
-        return ", ".join(f"{value} on {rank}" for value, rank in zip(values, name, strict=True))
-
-    if any(n != mine.positions for n in positions):
-        raise ValueError(f"ranks have different numbers of positions: {different(positions)}") from mine.error
-    known = [n for n in classes if n != _UNKNOWN]
-    if any(n != known[0] for n in known):
-        raise ValueError(
-            f"ranks have different numbers of classes: {different(classes)}; pass all of them as shard_sizes"
-        ) from mine.error
-    if mine.error is not None:
-        raise mine.error
-    for rank, kind in enumerate(kinds):
-        if kind:
-            raise _ERRORS[kind](f"{name[rank]}: {texts()[rank]}")
-    if any(checksum != checksums[0] for checksum in checksums):
-        other = next(r for r, checksum in enumerate(checksums) if checksum != checksums[0])
-        one, another = texts()[0], texts()[other]
-        raise ValueError(f"ranks disagree: {name[0]} has {one}, and {name[other]} {another}")
-    sums = received[:, _HEADER : _HEADER + _CHECKSUMS]
-    if mine.checksums is None or torch.equal(sums, sums[:1].expand_as(sums)):
-        return
-    different = _different(sums)
-    if different.any():
-        rank, tensor = different.nonzero()[0].tolist()
-        raise ValueError(
-            f"ranks disagree: {list(_SAME)[tensor]} has to be the same on every rank of the group, "
-            f"but {name[rank]} has another than {name[0]}"
-        )
-
-
-# ---- options --------------------------------------------------------------------------------------------------------
-
-
-def positions_of(logits: Tensor) -> torch.Size:
-    """(N, d1, ..., dK) of logits (N, C, d1, ..., dK)."""
-    dim = class_dim(logits)
-    return logits.shape[:dim] + logits.shape[dim + 1 :]
-
-
-def class_dim(logits: Tensor) -> int:
-    return 1 if logits.dim() > 1 else 0
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What is no tensor."""
-
-    reduction: str
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float | None
-    logit_scale: float
-    loss_dtype: torch.dtype | None
-    empty: str
-    statistics: bool
-    dim: int = 1
-
-    def __str__(self) -> str:
-        """What is not as it is without being asked for."""
-        usual = _Options("mean", -100, 0.0, 0.0, None, 1.0, None, "nan", False)
-        return (
-            ", ".join(
-                f"{name}={value}"
-                for (name, value), other in zip(vars(self).items(), vars(usual).values(), strict=True)
-                if value != other
-            )
-            or "no options"
-        )
-
-    def checked(self) -> None:
-        F._Reduction.get_enum(self.reduction)
-        if not 0 <= _number("label_smoothing", self.label_smoothing) <= 1:
-            raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {self.label_smoothing}")
-        if not 0 <= _number("z_loss", self.z_loss) < float("inf"):
-            raise ValueError(f"z_loss must be a finite number of at least 0, but got {self.z_loss}")
-        if not abs(_number("logit_scale", self.logit_scale)) < float("inf"):
-            raise ValueError(f"logit_scale must be a finite number, but got {self.logit_scale}")
-        if self.softcap is not None and not 0 < _number("softcap", self.softcap) < float("inf"):
-            raise ValueError(f"softcap must be None or a finite number above 0, but got {self.softcap}")
-        check_loss_dtype(self.loss_dtype)
-        if self.empty not in _EMPTY:
-            raise ValueError(f"empty must be 'nan' or 'zero', but got {self.empty!r}")
-
-    def numbered(
-        self,
-        shard: _Shard,
-        reduction: str,
-        loss_dtype: torch.dtype,
-        *,
-        smoothed: bool = True,
-        z_loss: bool = False,
-        statistics: bool = False,
-    ) -> tuple[list[int], list[float]]:
-        """As the private operators take them."""
-        flags = statistics << 2
-        return (
-            [_REDUCTIONS[reduction], self.ignore_index, _LOSS_DTYPES[loss_dtype], flags, shard.begin, shard.total],
-            [
-                float(self.label_smoothing) * smoothed,
-                float(self.z_loss) * z_loss,
-                float(self.softcap or 0),
-                float(self.logit_scale),
-                1.0,
-                1.0,
-            ],
-        )
+# ---- arguments ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -625,150 +133,39 @@ class _Shard:
         return cls(sum(sizes[:rank]), size, sum(sizes))
 
 
-# ---- one position's factor, and the mean's denominator --------------------------------------------------------------
-
-
-def sum_in_order(values: Tensor) -> Tensor:
-    """Of a vector; the same bits for any number of threads, between which a sum of more than 32768 would be divided."""
-    while values.numel() > 1 << 14:
-        pieces = F.pad(values, (0, -values.numel() % (1 << 10))).view(-1, 1 << 10)
-        values = pieces.sum(1)
-    return values.sum()
-
-
-def positions_that_count(target: Tensor, ignore_index: int) -> Tensor | None:
-    """Of class indices: those that are not ignored. None: all."""
-    return None if target.is_floating_point() else target.reshape(-1).long() != ignore_index
-
-
-def denominator_of_mean(
-    target: Tensor, positions: int, valid: Tensor | None, weight: Tensor | None, sample_weight: Tensor | None
-) -> Tensor:
-    """The sum of w_y s over the positions that count, and for probabilities of s; a float64 scalar."""
-    if valid is None:
-        if sample_weight is None:
-            return torch.full((), positions, dtype=torch.float64, device=target.device)
-        return sum_in_order(sample_weight.reshape(-1).double())
-    if weight is None and sample_weight is None:
-        return valid.sum().double()
-    parts = valid.double()
-    if weight is not None:  # a class out of range is an error elsewhere, and must be none here
-        parts = weight.double()[target.reshape(-1).long().clamp(0, weight.numel() - 1)]
-    if sample_weight is not None:
-        parts = parts * sample_weight.reshape(-1)
-    return sum_in_order(torch.where(valid, parts, 0.0))
-
-
-def ratio_of_denominators(denominator: Tensor, of_classes: Tensor, label_smoothing: float, empty: str) -> Tensor:
-    """By what class weights are multiplied where a z-loss has a mean of its own: csrc/cross_entropy.h, KernelInputs."""
-    ratio = denominator / of_classes
-    if empty == "nan":
-        return ratio
-    nothing = of_classes == 0
-    return torch.where(nothing & (denominator == 0) if label_smoothing else nothing, 1.0, ratio)
-
-
-def zero_is_one(denominator: Tensor, total: Tensor, empty: str) -> Tensor:
-    """What a sum is divided by, so that a mean over nothing is what it is to be."""
-    return denominator if empty == "nan" else torch.where((denominator == 0) & (total == 0), 1.0, denominator)
-
-
-# ---- the kernels ----------------------------------------------------------------------------------------------------
-
-
-def _forward(logits, target, weight, numbered):
-    return _ops._forward.default(logits, target, _as_list(weight), *numbered)
-
-
-def _backward(grad_output, grad_statistics, logits, target, weight, sample_weight, lse, denominator, numbered, wanted):
-    inputs = logits, target, _as_list(weight, None, sample_weight)
-    if grad_statistics is None:
-        grad_statistics = denominator  # any scalar
-    return _ops._backward.default(grad_output, grad_statistics, *inputs, lse, denominator, *numbered, wanted)
-
-
-# ---- the loss -------------------------------------------------------------------------------------------------------
-
-# What ranks exchange of each position, in float64: lse_r, as the sum of two numbers, A_r and L_r. And for statistics of
-# the shard's softmax its entropy, sum q_c (x_c - lse_r) and sum q_c of the target q, the largest logit and its class.
-_ROWS, _ROWS_WITH_STATISTICS = 4, 9
-
-
 @dataclass(frozen=True)
 class _Problem:
-    options: _Options
+    options: Options  # with plain numbers
     shard: _Shard
     group: dist.ProcessGroup | None
-    report: _Report
+    report: exchange.Report
     arithmetic: torch.dtype
     loss_dtype: torch.dtype
     soft: bool
+    weighted: bool
 
     @property
-    def asks_twice(self) -> bool:
-        """The log-probability is of probabilities as they are: where they are weighted or smoothed for the loss, the
-        kernel has to be asked once more."""
+    def needs_second_pass(self) -> bool:
+        """The log-probability is that of bare probabilities: if the loss weights or smooths them, the kernel has to run
+        once more."""
         return self.options.statistics and self.soft and (self.weighted or self.options.label_smoothing != 0)
 
-    weighted: bool = False
+    @property
+    def of_gradients(self) -> Options:
+        """The options of a kernel of this shard that makes gradients."""
+        return self.options._replace(loss_dtype=torch.float64, empty="nan")
 
-    def numbered(self, reduction: str, **more: bool) -> tuple[list[int], list[float]]:
-        return self.options.numbered(self.shard, reduction, torch.float64, **more)
+    @property
+    def of_positions(self) -> Options:
+        """The options of a kernel of this shard that makes losses, without the z-loss, which needs all classes."""
+        return self.of_gradients._replace(reduction="none", z_loss=0.0)
 
-
-def _results(local_logits, target, others, group, shard_sizes, options, layer=None) -> tuple[Tensor, ...]:
-    if not dist.is_available():
-        raise RuntimeError("this PyTorch was built without torch.distributed")
-    if torch.compiler.is_dynamo_compiling():  # whose collectives are not these: a break in the graph
-        return torch.compiler.disable(_eager_results)(local_logits, target, others, group, shard_sizes, options, layer)
-    return _eager_results(local_logits, target, others, group, shard_sizes, options, layer)
-
-
-def _eager_results(local_logits, target, others, group, shard_sizes, options, layer) -> tuple[Tensor, ...]:
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
-        raise ValueError("this process is not in the group")
-    parts = None
-    try:
-        if options.dim != 1:
-            local_logits, target = _classes_at_one(options.dim, local_logits=local_logits, target=target)
-        if layer is not None:
-            weight, sample_weight, denominator = others
-            local_logits, target, sample_weight, parts = layer.flat(target, sample_weight)
-            others = weight, sample_weight, denominator
-        problem, tensors = _checked(local_logits, target, *others, group, shard_sizes, options, parts, rank, ranks)
-    except Exception as error:
-        if layer is not None:
-            positions, classes, device = layer.batch, None, layer.input.device
-        elif isinstance(local_logits, Tensor):
-            positions = positions_of(local_logits) if local_logits.dim() else torch.Size()
-            known = local_logits.dim() > 0 and shard_sizes is None
-            classes = local_logits.size(class_dim(local_logits)) if known else None
-            device = local_logits.device
-        else:
-            raise
-        report_error(error, positions.numel(), classes, options.statistics, group, device)
-    if parts is not None:
-        return (_VocabParallelLinear.apply(*tensors, problem, *parts),)
-    return _VocabParallel.apply(*tensors, problem)
+    @property
+    def of_second_pass(self) -> Options:
+        return self.of_positions._replace(label_smoothing=0.0, statistics=False)
 
 
-def report_error(
-    error: Exception,
-    positions: int,
-    classes: int | None,
-    statistics: bool,
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-) -> NoReturn:
-    """Raises an error of this rank, after the exchange in which the others are."""
-    rows = _ROWS_WITH_STATISTICS if statistics else _ROWS
-    report = _Report(positions, _UNKNOWN if classes is None else classes, error=error)
-    exchange(report, rows * positions, None, group, device)
-    raise error
-
-
-class _Layer:
+class Layer:
     """An output layer of which this rank has a part, as it was given."""
 
     def __init__(self, input: Tensor, weight: Tensor, bias: Tensor | None, options: LinearCrossEntropyOptions | None):
@@ -778,8 +175,8 @@ class _Layer:
         self.batch = input.shape[:-1]
 
     def flat(self, target: Tensor, sample_weight: Tensor | None) -> tuple:
-        """A stand-in for the logits, with their shape and no memory; target and sample_weight for it; the layer's
-        tensors and the size of a chunk."""
+        """Returns a placeholder of the logits, with their shape and no memory; target and sample_weight for it; and the
+        layer's tensors and the size of a chunk."""
         input, weight, bias = self.input, self.weight, self.bias
         if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != input.shape[-1]:
             shape = tuple(weight.shape) if isinstance(weight, Tensor) else weight
@@ -809,12 +206,16 @@ class _Layer:
         return logits, target, sample_weight, (*tensors, size_of_chunk(self.options, *shape, input.shape[-1]))
 
 
-def _checked(local_logits, target, weight, sample_weight, denominator, group, shard_sizes, options, layer, rank, ranks):
-    """The problem, and the tensors as the kernels take them. Raises for everything but targets out of range."""
+def _checked(tensors: Tensors, options: Options, group, shard_sizes, layer) -> tuple[_Problem, tuple]:
+    """Returns the problem, and the tensors as the kernels take them. Raises for all but targets out of range."""
+    local_logits, target, weight, _, sample_weight, denominator = tensors
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     check_tensors(local_logits=local_logits, target=target)
-    check_devices(local_logits, target=target, weight=weight, sample_weight=sample_weight, denominator=denominator)
-    options.checked()
-    if local_logits.dim() == 0 or local_logits.dtype not in _LOSS_DTYPES:
+    check_devices(tensors)
+    F._Reduction.get_enum(options.reduction)
+    check_options(options)
+    options = known_numbers(options)
+    if local_logits.dim() == 0 or local_logits.dtype not in LOSS_DTYPES:
         raise ValueError(
             "local_logits must be a tensor of float16, bfloat16, float32 or float64 with a class dimension, but got "
             f"{local_logits.dtype} of shape {tuple(local_logits.shape)}"
@@ -851,9 +252,8 @@ def _checked(local_logits, target, weight, sample_weight, denominator, group, sh
             sample_weight = sample_weight.to(arithmetic)
     described = "a tensor" if isinstance(denominator, Tensor) else denominator
     if denominator is not None:
-        if options.reduction != "mean":
-            raise ValueError("denominator is what reduction 'mean' divides by, but got another one")
-        denominator = _constant("denominator", _divisor(denominator, local_logits), torch.Size(), None)
+        check_denominator(denominator, options.reduction)
+        denominator = _constant("denominator", as_denominator(denominator, local_logits), torch.Size(), None)
     sizes = [shard.size] * ranks if shard_sizes is None else [int(n) for n in shard_sizes]
     differentiates = layer is not None and layer[0].requires_grad and torch.is_grad_enabled()
     agreement = (
@@ -864,20 +264,20 @@ def _checked(local_logits, target, weight, sample_weight, denominator, group, sh
     )
     same = {"weight": weight, "sample_weight": sample_weight, "denominator": denominator}
     same |= {"target": None if soft else target, "input": None if layer is None else layer[0]}
-    report = _Report(
+    report = exchange.Report(
         positions.numel(),
-        _UNKNOWN if shard_sizes is not None else shard.size,
+        exchange.UNKNOWN if shard_sizes is not None else shard.size,
         agreement,
-        checksums=checksums(same, local_logits.device) if ranks > 1 else None,
+        checksums=exchange.checksums(same, local_logits.device) if ranks > 1 else None,
     )
     problem = _Problem(options, shard, group, report, arithmetic, loss_dtype, soft, weight is not None)
     return problem, (local_logits, target, weight, sample_weight, denominator)
 
 
-def check_devices(logits: Tensor, **others: object) -> None:
-    for name, tensor in others.items():
-        if isinstance(tensor, Tensor) and tensor.device != logits.device:
-            raise ValueError(f"{name} must be on the device of the logits, {logits.device}, not {tensor.device}")
+def check_devices(tensors: Tensors) -> None:
+    for name, tensor in zip(tensors._fields, tensors, strict=True):
+        if isinstance(tensor, Tensor) and tensor.device != tensors.input.device:
+            raise ValueError(f"{name} must be on the device of the logits, {tensors.input.device}, not {tensor.device}")
 
 
 def _constant(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
@@ -890,66 +290,119 @@ def _constant(name: str, tensor: Tensor, shape: torch.Size, dtype: torch.dtype |
     return tensor.detach() if dtype is None else tensor.detach().to(dtype)
 
 
+# ---- one position's factor, and the mean's denominator --------------------------------------------------------------
+
+
+def sum_in_order(values: Tensor) -> Tensor:
+    """Sums a vector with the same bits for any number of threads, which would divide one of more than 32768."""
+    while values.numel() > 1 << 14:
+        pieces = F.pad(values, (0, -values.numel() % (1 << 10))).view(-1, 1 << 10)
+        values = pieces.sum(1)
+    return values.sum()
+
+
+def valid_mask(target: Tensor, ignore_index: int) -> Tensor | None:
+    """Returns True for flat class indices that are not ignored. None: all."""
+    return None if target.is_floating_point() else target.reshape(-1).long() != ignore_index
+
+
+def denominator_of_mean(
+    target: Tensor, positions: int, valid: Tensor | None, weight: Tensor | None, sample_weight: Tensor | None
+) -> Tensor:
+    """Returns the sum of w_y s over the valid positions, for probabilities of s, as a float64 scalar."""
+    if valid is None:
+        if sample_weight is None:
+            return torch.full((), positions, dtype=torch.float64, device=target.device)
+        return sum_in_order(sample_weight.reshape(-1).double())
+    if weight is None and sample_weight is None:
+        return valid.sum().double()
+    parts = valid.double()
+    if weight is not None:  # a class out of range is an error elsewhere
+        parts = weight.double()[target.reshape(-1).long().clamp(0, weight.numel() - 1)]
+    if sample_weight is not None:
+        parts = parts * sample_weight.reshape(-1)
+    return sum_in_order(torch.where(valid, parts, 0.0))
+
+
+def ratio_of_denominators(denominator: Tensor, of_classes: Tensor, label_smoothing: float, empty: str) -> Tensor:
+    """Returns the factor of class weights if the z-loss has a mean of its own; as csrc/host/make_problem.cpp."""
+    ratio = denominator / of_classes
+    if empty == "nan":
+        return ratio
+    nothing = of_classes == 0
+    return torch.where(nothing & (denominator == 0) if label_smoothing else nothing, 1.0, ratio)
+
+
+def safe_denominator(denominator: Tensor, total: Tensor, empty: str) -> Tensor:
+    """Returns a mean's denominator, or one if the mean is over nothing and that is to be zero."""
+    return denominator if empty == "nan" else torch.where((denominator == 0) & (total == 0), 1.0, denominator)
+
+
+# ---- what ranks exchange --------------------------------------------------------------------------------------------
+
+
 def _ones(weight: Tensor | None) -> Tensor | None:
-    """No weights, of the same type, which arithmetic may follow."""
+    """Returns no weights, in a type that arithmetic may depend on."""
     return None if weight is None else torch.ones_like(weight)
 
 
 def _fill_rows(rows: Tensor, problem: _Problem, logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    """What this rank has to tell: (rows, positions). Raises IndexError for a target that is no class."""
-    statistics, shard = problem.options.statistics, problem.shard
+    """Writes this rank's (rows, positions). Raises IndexError for a target that is no class."""
+    options, shard = problem.options, problem.shard
     if shard.size == 0:
-        rows.zero_()
-        rows[0].fill_(-torch.inf)
-        if statistics:
-            rows[7].fill_(-torch.inf)
+        _fill_without_classes(rows)
         return
-    losses, saved, _ = _forward(logits, target, weight, problem.numbered("none", statistics=statistics))
-    rows[:3].copy_(saved[:3])
-    rows[3].copy_(losses.view(-1))
-    if not statistics:
+    losses, saved, _ = _call.shard_forward(logits, target, weight, problem.of_positions, shard)
+    rows[: _MASS + 1].copy_(saved[: _MASS + 1])
+    rows[_LOSS].copy_(losses.view(-1))
+    if not options.statistics:
         return
-    rows[4:6].copy_(saved[3:5])
-    if problem.asks_twice:
-        losses, saved_alone, _ = _forward(logits, target, _ones(weight), problem.numbered("none", smoothed=False))
-        torch.neg(losses.view(-1), out=rows[5])
-        rows[6].copy_(saved_alone[2])
+    rows[_ENTROPY : _LOG_PROB + 1].copy_(saved[3:5])
+    if problem.needs_second_pass:
+        losses, saved_alone, _ = _call.shard_forward(logits, target, _ones(weight), problem.of_second_pass, shard)
+        torch.neg(losses.view(-1), out=rows[_LOG_PROB])
+        rows[_TARGET_MASS].copy_(saved_alone[_MASS])
     elif problem.soft:
-        rows[6].copy_(saved[2])
+        rows[_TARGET_MASS].copy_(saved[_MASS])
     else:
         local = target.reshape(-1).long() - shard.begin
-        rows[6].copy_((local >= 0) & (local < shard.size))
+        rows[_TARGET_MASS].copy_((local >= 0) & (local < shard.size))
     argmax = saved[5].view(torch.int64 if saved.dtype == torch.float64 else torch.int32).long()
     dim = class_dim(logits)
     index = argmax.clamp(min=0).view(positions_of(logits)).unsqueeze(dim)
-    largest = logits.gather(dim, index).reshape(-1).double() * problem.options.logit_scale
-    if problem.options.softcap is not None:
-        largest = problem.options.softcap * (largest / problem.options.softcap).tanh()
-    rows[7].copy_(largest)
-    rows[8].copy_(argmax + shard.begin)
+    rows[_LARGEST].copy_(options.transform(logits.gather(dim, index).reshape(-1).double()))
+    rows[_ARGMAX].copy_(argmax + shard.begin)
+
+
+def _fill_without_classes(rows: Tensor) -> None:
+    rows.zero_()
+    rows[_LSE].fill_(-torch.inf)
+    if len(rows) > _LARGEST:
+        rows[_LARGEST].fill_(-torch.inf)
 
 
 _MOST_SMOOTHING_TO_JUDGE = 0.999  # of probabilities, whose sums are known up to rounding
 
 
 def _refused_if_gathered(rows: Tensor, problem: _Problem, target: Tensor, valid: Tensor | None) -> Tensor:
-    """What is exchanged; but an error, or NaN where the host does not wait, if every rank has handed all classes.
+    """Returns what is exchanged; but an error, or NaN if the host does not wait, if every rank has handed all classes.
 
-    Their logits are then the same on every rank, to the last bit. Labels are all among the classes of the first rank.
-    Probabilities sum up to one on every rank, where shards of them do so on all ranks together; smoothing near 1, which
-    makes them all equal, leaves no trace of that. Shards may be alike for another reason: a layer that starts with
-    zeros makes logits that are all equal.
+    Then logits are the same on every rank, to the last bit, and labels are all among the classes of the first rank.
+    Probabilities sum up to one on every rank, instead of on all ranks together; smoothing near 1, which makes them all
+    equal, hides that. Equal logits are not judged: a layer that starts with zeros makes them.
     """
-    reads, ranks, smoothing = _reads_reports(rows.device), len(rows), float(problem.options.label_smoothing)
-    if (problem.soft and smoothing > _MOST_SMOOTHING_TO_JUDGE) or (reads and not torch.equal(rows[0, :2], rows[1, :2])):
+    reads, ranks, smoothing = exchange.reads_reports(rows.device), len(rows), problem.options.label_smoothing
+    if problem.soft and smoothing > _MOST_SMOOTHING_TO_JUDGE:
+        return rows
+    if reads and not torch.equal(rows[0, :_MASS], rows[1, :_MASS]):
         return rows
     first, log_size = rows[0], math.log(max(problem.shard.size, 1))
-    alike = (rows[:, :2] == first[:2]).flatten(0, 1).all(0)
+    alike = (rows[:, :_MASS] == first[:_MASS]).flatten(0, 1).all(0)
     if problem.soft:
-        alike &= rows[:, 2].sum(0) - smoothing > (1 - smoothing) * (1 + ranks) / 2
+        alike &= rows[:, _MASS].sum(0) - smoothing > (1 - smoothing) * (1 + ranks) / 2
     else:
         alike &= target.reshape(-1).long() < problem.shard.size
-    distinct = (first[3] - first[2] * log_size).abs() > 1e-3 * log_size * first[2]
+    distinct = (first[_LOSS] - first[_MASS] * log_size).abs() > 1e-3 * log_size * first[_MASS]
     if valid is not None:
         alike, distinct = alike | ~valid, distinct & valid
     gathered = alike.all() & distinct.any()
@@ -965,12 +418,11 @@ def _refused_if_gathered(rows: Tensor, problem: _Problem, target: Tensor, valid:
 
 
 class _Combined:
-    """What the rows of all ranks, (ranks, rows, positions), say of all classes."""
+    """Sums over all classes, from the rows of all ranks, (ranks, rows, positions)."""
 
     def __init__(self, rows: Tensor) -> None:
-        lse, self.mass_of_ranks, losses = rows[:, :2], rows[:, 2], rows[:, 3]
-        # Relative to the largest of them, whose own exponential is one: what the others add to it is known to the last
-        # bit, however small.
+        lse, self.mass_of_ranks, losses = rows[:, :_MASS], rows[:, _MASS], rows[:, _LOSS]
+        # Relative to the largest of them, whose exponential is one, the others' sum is exact however small it is.
         top = lse[:, 0].argmax(0, keepdim=True)
         self.largest = lse.gather(0, top.unsqueeze(1).expand(1, 2, -1))[0]
         behind = (lse - self.largest).sum(1)
@@ -982,126 +434,125 @@ class _Combined:
         self.rows = rows
 
     def _shifted(self, sums: Tensor, masses: Tensor) -> Tensor:
-        """Sums of a_c (lse_r - x_c), of masses sum a_c, with the lse of all classes in the place of lse_r."""
+        """Puts the lse of all classes in the place of lse_r in sums of a_c (lse_r - x_c), of masses sum a_c."""
         return torch.where(masses == 0, sums, sums + masses * self.above)
 
     def saved(self, dtype: torch.dtype, rows: int) -> Tensor:
-        """The rows that the backward reads, with lse split into its rounding and the rest."""
+        """Returns the rows that the backward reads, with lse split into its rounding and the rest."""
         saved = torch.empty(rows, self.lse.numel(), dtype=dtype, device=self.lse.device)
-        saved[0].copy_(self.lse)
-        saved[1].copy_((self.largest[0] - saved[0]) + self.low)
-        saved[2].copy_(self.mass_of_ranks.sum(0))
+        saved[_LSE].copy_(self.lse)
+        saved[_LSE_REST].copy_((self.largest[0] - saved[_LSE]) + self.low)
+        saved[_MASS].copy_(self.mass_of_ranks.sum(0))
         return saved
 
     def entropy(self) -> Tensor:
         share = (-self.above).exp()  # of a rank, in the softmax
-        return torch.where(share == 0, 0.0, share * (self.rows[:, 4] + self.above)).sum(0)
+        return torch.where(share == 0, 0.0, share * (self.rows[:, _ENTROPY] + self.above)).sum(0)
 
     def target_log_prob(self) -> Tensor:
-        return -self._shifted(-self.rows[:, 5], self.rows[:, 6]).sum(0)
+        return -self._shifted(-self.rows[:, _LOG_PROB], self.rows[:, _TARGET_MASS]).sum(0)
 
     def argmax(self) -> Tensor:
-        first = self.rows[:, 7].argmax(0, keepdim=True)
-        return self.rows[:, 8].gather(0, first)[0].long()
+        first = self.rows[:, _LARGEST].argmax(0, keepdim=True)
+        return self.rows[:, _ARGMAX].gather(0, first)[0].long()
+
+
+# ---- the loss -------------------------------------------------------------------------------------------------------
 
 
 class _Loss:
-    """The loss of all classes, after an exchange of what `fill` writes of this rank's. Positions are flat, in float64.
+    """The loss of all classes, after an exchange of the rows that `fill` writes. Positions are flat, in float64.
 
-    `weight` and `divide_by` are the class weights of the backward, and what it divides by.
+    `weight` and `denominator` are the class weights and the divisor of the backward.
     """
 
-    def __init__(self, problem, logits, target, weight, sample_weight, denominator, fill) -> None:
-        options, positions = problem.options, positions_of(logits)
-        rows = _ROWS_WITH_STATISTICS if options.statistics else _ROWS
-        received = exchange(
-            problem.report,
-            rows * positions.numel(),
+    def __init__(self, problem: _Problem, tensors: Tensors, fill: Callable[[Tensor], None]) -> None:
+        options, report = problem.options, problem.report
+        logits, target, weight, _, self.sample_weight, denominator = tensors
+        rows, self.positions = _count_of_rows(options.statistics), positions_of(logits)
+        received = exchange.gather(
+            report,
+            rows * report.positions,
             lambda send: fill(send.view(rows, -1)),
             problem.group,
             logits.device,
         )
-        received = received.view(len(received), rows, positions.numel())
-        self.valid, self.sample_weight = positions_that_count(target, options.ignore_index), sample_weight
-        if problem.report.classes != _UNKNOWN and not problem.weighted and len(received) > 1:
+        received = received.view(len(received), rows, report.positions)
+        self.valid = valid_mask(target, options.ignore_index)
+        if report.classes != exchange.UNKNOWN and not problem.weighted and len(received) > 1:
             received = _refused_if_gathered(received, problem, target, self.valid)
         self.found = found = _Combined(received)
         losses, self.weight = found.losses, weight
-        counted = positions.numel(), self.valid
+        counted = target, report.positions, self.valid
+        self.of_z = None
         if options.z_loss != 0:
             self.of_z = options.z_loss * found.lse.square()
             if options.reduction == "mean" and denominator is None and self.valid is not None and weight is not None:
-                denominator = denominator_of_mean(target, *counted, None, sample_weight)
-                of_classes = denominator_of_mean(target, *counted, weight, sample_weight)
+                denominator = denominator_of_mean(*counted, None, self.sample_weight)
+                of_classes = denominator_of_mean(*counted, weight, self.sample_weight)
                 ratio = ratio_of_denominators(denominator, of_classes, options.label_smoothing, options.empty)
                 losses, self.weight = losses * ratio, (weight.double() * ratio).to(weight.dtype)
             losses = losses + self.of_z
-        self.losses = losses = self.weighted(losses)
-        if options.reduction == "none":
-            total, divide_by = losses.view(positions), torch.ones((), dtype=torch.float64, device=logits.device)
-        else:
-            total, divide_by = sum_in_order(losses), denominator
-            if options.reduction == "sum":
-                divide_by = total.new_ones(())
-            elif denominator is None:
-                divide_by = denominator_of_mean(target, *counted, weight, sample_weight)
-            if options.reduction == "mean":
-                divide_by = zero_is_one(divide_by, total, options.empty)
-                total = total / divide_by
-        self.divide_by, self.loss = divide_by, total.to(problem.loss_dtype)
+        losses = self._weighted(losses)
+        if options.reduction != "mean":
+            denominator = torch.ones((), dtype=torch.float64, device=logits.device)
+        elif denominator is None:
+            denominator = denominator_of_mean(*counted, weight, self.sample_weight)
+        total = losses.view(self.positions) if options.reduction == "none" else sum_in_order(losses)
+        if options.reduction == "mean":
+            denominator = safe_denominator(denominator, total, options.empty)
+            total = total / denominator
+        self.denominator, self.loss = denominator, total.to(problem.loss_dtype)
 
-    def weighted(self, values: Tensor) -> Tensor:
-        """By positions; nothing of one that is ignored, or weighs nothing."""
+    def _weighted(self, values: Tensor) -> Tensor:
+        """Multiplies by sample weights. Positions that are ignored, or weigh nothing, give 0."""
         if self.sample_weight is None:
             return values if self.valid is None else torch.where(self.valid, values, 0.0)
         s = self.sample_weight.reshape(-1).double()
         counts = s != 0 if self.valid is None else self.valid & (s != 0)
         return torch.where(counts, values * s, 0.0)
 
+    def statistics(self, problem: _Problem) -> CrossEntropyStats:
+        options, found, nothing = problem.options, self.found, torch.zeros_like(self.found.lse)
+
+        def at_positions(values: Tensor, otherwise: float = 0) -> Tensor:
+            values = values if self.valid is None else torch.where(self.valid, values, otherwise)
+            return values.view(self.positions)
+
+        z_loss = nothing if self.of_z is None else self._weighted(self.of_z)
+        z_loss = z_loss.view(self.positions) if options.reduction == "none" else sum_in_order(z_loss) / self.denominator
+        return CrossEntropyStats(
+            self.loss,
+            at_positions(found.lse).to(problem.arithmetic),
+            at_positions(found.target_log_prob()).to(problem.arithmetic),
+            at_positions(found.entropy()).to(problem.arithmetic),
+            z_loss.to(problem.loss_dtype),
+            at_positions(found.argmax(), -2 if options.ignore_index == -1 else -1),
+        )
+
 
 class _VocabParallel(torch.autograd.Function):
-    """(loss, lse, target_log_prob, entropy, z_loss, argmax), or the loss alone."""
+    """CrossEntropyStats, or the loss alone."""
 
     @staticmethod
     def forward(ctx, logits, target, weight, sample_weight, denominator, problem):
-        options, positions = problem.options, positions_of(logits)
-        made = _Loss(
-            problem,
-            logits,
-            target,
-            weight,
-            sample_weight,
-            denominator,
-            lambda rows: _fill_rows(rows, problem, logits, target, weight),
-        )
-        loss, found, valid, weight, divide_by = made.loss, made.found, made.valid, made.weight, made.divide_by
-
-        saved = found.saved(problem.arithmetic, 6 if options.statistics else 3)
-        ctx.problem, tensors = problem, [logits, target, weight, sample_weight, divide_by, saved]
-        ctx.set_materialize_grads(False)
-        if not options.statistics:
-            ctx.save_for_backward(*tensors, None)
-            return (loss,)
-
-        def statistic(values: Tensor, otherwise: float = 0) -> Tensor:
-            values = values if valid is None else torch.where(valid, values, otherwise)
-            return values.view(positions)
-
-        entropy = found.entropy()
-        saved[3].copy_(entropy)
-        if problem.asks_twice:
+        tensors = Tensors(logits, target, weight, None, sample_weight, denominator)
+        made = _Loss(problem, tensors, lambda rows: _fill_rows(rows, problem, logits, target, weight))
+        statistics, found = problem.options.statistics, made.found
+        saved = found.saved(problem.arithmetic, 6 if statistics else 3)
+        alone = None
+        if problem.needs_second_pass:
             alone = saved[:3].clone()
-            alone[2].copy_(found.rows[:, 6].sum(0))
-        ctx.save_for_backward(*tensors, alone if problem.asks_twice else None)
-        z_loss = torch.zeros_like(made.losses) if options.z_loss == 0 else made.weighted(made.of_z)
-        z_loss = z_loss.view(positions) if options.reduction == "none" else sum_in_order(z_loss) / divide_by
-        argmax = statistic(found.argmax(), -2 if options.ignore_index == -1 else -1)
-        z_loss = z_loss.to(problem.loss_dtype)
-        ctx.mark_non_differentiable(z_loss, argmax)
-        lse, log_prob, entropy = (
-            statistic(values).to(problem.arithmetic) for values in (found.lse, found.target_log_prob(), entropy)
-        )
-        return loss, lse, log_prob, entropy, z_loss, argmax
+            alone[_MASS].copy_(found.rows[:, _TARGET_MASS].sum(0))
+        ctx.problem = problem
+        ctx.save_for_backward(logits, target, made.weight, sample_weight, made.denominator, saved, alone)
+        ctx.set_materialize_grads(False)
+        if not statistics:
+            return (made.loss,)
+        saved[3].copy_(found.entropy())
+        results = made.statistics(problem)
+        ctx.mark_non_differentiable(results.z_loss, results.argmax)
+        return tuple(results)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -1114,64 +565,43 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx, grad, *of_statistics) -> list[Tensor | None]:
-        """Of the logits, and of probabilities."""
+        """Returns the gradients of the logits, and of probabilities."""
         problem = ctx.problem
         logits, target, weight, sample_weight, denominator, saved, alone = ctx.saved_tensors
         wanted = list(ctx.needs_input_grad[:2])
         if problem.shard.size == 0:
-            gradients = torch.zeros_like(logits), torch.zeros_like(target)
-            return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
-        options, positions = problem.options, positions_of(logits)
+            return _zeros_if((logits, target), wanted)
         rows = [g if g is None else g.reshape(-1).to(saved.dtype) for g in of_statistics[:3]]  # lse, log-prob, entropy
         of_log_prob = None
-        if problem.asks_twice and rows[1] is not None:
+        if problem.needs_second_pass and rows[1] is not None:
             of_log_prob, rows[1] = rows[1], None
         stacked = None
         if any(row is not None for row in rows):
-            stacked = torch.stack([torch.zeros_like(saved[0]) if row is None else row for row in rows])
+            stacked = torch.stack([torch.zeros_like(saved[_LSE]) if row is None else row for row in rows])
+        positions = positions_of(logits)
         if grad is None:
-            # Of the statistics alone: nothing, and not divided by a denominator that may be zero.
-            grad = saved.new_zeros(positions if options.reduction == "none" else ())
+            # The loss has no gradient, and the statistics' is not divided by a denominator that may be zero.
+            grad = saved.new_zeros(positions if problem.options.reduction == "none" else ())
             denominator = torch.ones_like(denominator)
-        gradients = _backward(
-            grad,
-            stacked,
-            logits,
-            target,
-            weight,
-            sample_weight,
-            saved,
-            denominator,
-            problem.numbered(options.reduction, z_loss=True, statistics=options.statistics),
+        gradients = _call.shard_backward(
+            (grad, stacked),
+            (logits, target, weight, sample_weight),
+            (saved, denominator),
+            problem.of_gradients,
+            problem.shard,
             wanted,
         )
         if of_log_prob is not None:
-            more = _backward(
-                -of_log_prob.view(positions),
-                None,
-                logits,
-                target,
-                _ones(weight),
-                None,
-                alone,
-                torch.ones_like(denominator),
-                problem.numbered("none", smoothed=False),
+            more = _call.shard_backward(
+                (-of_log_prob.view(positions), None),
+                (logits, target, _ones(weight), None),
+                (alone, torch.ones_like(denominator)),
+                problem.of_second_pass,
+                problem.shard,
                 wanted,
             )
             gradients = [one + other for one, other in zip(gradients, more, strict=True)]
         return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
-
-
-class _Final(torch.autograd.Function):
-    """A gradient that may be used, but not differentiated: of what it was made of."""
-
-    @staticmethod
-    def forward(ctx, gradient: Tensor, *of: Tensor | None) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor):
-        raise RuntimeError("cross entropy over shards of the classes has no second derivative")
 
 
 class _VocabParallelLinear(torch.autograd.Function):
@@ -1185,17 +615,18 @@ class _VocabParallelLinear(torch.autograd.Function):
 
         def fill(rows: Tensor) -> None:
             if problem.shard.size == 0:
-                return _fill_rows(rows, problem, logits, target, weight)
-            given = input, linear_weight, _as_list(linear_bias), target, _as_list(weight)
-            losses, saved, _ = _ops._linear_forward.default(*given, *problem.numbered("none"), chunk)
-            rows[:3].copy_(saved)
-            rows[3].copy_(losses.view(-1))
+                _fill_without_classes(rows)
+                return
+            losses, saved, _ = _call.shard_linear_forward(
+                layer, target, weight, problem.of_positions, problem.shard, chunk
+            )
+            rows[: _MASS + 1].copy_(saved)
+            rows[_LOSS].copy_(losses.view(-1))
 
-        made = _Loss(problem, logits, target, weight, sample_weight, denominator, fill)
+        made = _Loss(problem, Tensors(logits, target, weight, None, sample_weight, denominator), fill)
         ctx.problem, ctx.chunk = problem, chunk
-        ctx.save_for_backward(
-            *layer, target, made.weight, sample_weight, made.divide_by, made.found.saved(problem.arithmetic, 3)
-        )
+        saved = made.found.saved(problem.arithmetic, 3)
+        ctx.save_for_backward(*layer, target, made.weight, sample_weight, made.denominator, saved)
         return made.loss
 
     @staticmethod
@@ -1210,24 +641,43 @@ class _VocabParallelLinear(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx, grad) -> list[Tensor | None]:
-        """Of input, weight, bias, and probabilities."""
+        """Returns the gradients of input, weight, bias, and probabilities."""
         problem = ctx.problem
         input, linear_weight, linear_bias, target, weight, sample_weight, denominator, saved = ctx.saved_tensors
         wanted = [ctx.needs_input_grad[place] for place in (6, 7, 8, 1)]
         layer = input, linear_weight, linear_bias
         if problem.shard.size == 0:
-            gradients = [
-                torch.zeros_like(of) if want else None for of, want in zip((*layer, target), wanted, strict=True)
-            ]
+            gradients = _zeros_if((*layer, target), wanted)
         else:
-            given = input, linear_weight, _as_list(linear_bias), target, _as_list(weight, None, sample_weight)
-            numbered = problem.numbered(problem.options.reduction, z_loss=True)
-            gradients = _ops._linear_backward.default(
-                grad, denominator, *given, saved, denominator, *numbered, ctx.chunk, wanted
+            gradients = _call.shard_linear_backward(
+                grad,
+                layer,
+                (target, weight, sample_weight),
+                (saved, denominator),
+                problem.of_gradients,
+                problem.shard,
+                ctx.chunk,
+                wanted,
             )
-            gradients = list(gradients)
-        if wanted[0]:  # of which each rank has what its classes contribute
+        gradients = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+        if wanted[0]:  # each rank has the contribution of its classes
             total = gradients[0].to(torch.promote_types(input.dtype, torch.float32))
             dist.all_reduce(total, group=problem.group)
             gradients[0] = total.to(input.dtype)
-        return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+        return gradients
+
+
+def _zeros_if(tensors: Sequence[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
+    return [torch.zeros_like(tensor) if want else None for tensor, want in zip(tensors, wanted, strict=True)]
+
+
+class _Final(torch.autograd.Function):
+    """A gradient that has no derivative of its own, with respect to the tensors it was made of."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, *of: Tensor | None) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        raise RuntimeError("cross entropy over shards of the classes has no second derivative")
