@@ -102,7 +102,7 @@ class Options(NamedTuple):
 _OF_NUMBERS = slice(Options._fields.index("label_smoothing"), Options._fields.index("inplace"))
 _OF_EXTRAS = slice(_OF_NUMBERS.start + 1, _OF_NUMBERS.stop)
 NUMBERS = Options._fields[_OF_NUMBERS]
-_SCALE = NUMBERS.index("logit_scale")
+_SOFTCAP, _SCALE = NUMBERS.index("softcap"), NUMBERS.index("logit_scale")
 _EXTRA_DEFAULTS = Options()[_OF_EXTRAS]
 _FLOATS = [float] * len(NUMBERS)
 
@@ -223,8 +223,8 @@ def number_or_tensor(name: str, value: float | Tensor) -> float | Tensor:
 
 def checked_numbers(options: Options) -> Options:
     """Returns options whose numbers are floats; or scalar tensors, as `number_or_tensor` leaves them."""
-    numbers = {name: getattr(options, name) for name in NUMBERS}
-    return options._replace(**{name: number_or_tensor(name, n) for name, n in numbers.items() if n is not None})
+    given = {name: getattr(options, name) for name in NUMBERS if not (name == "softcap" and options.softcap is None)}
+    return options._replace(**{name: number_or_tensor(name, value) for name, value in given.items()})
 
 
 def known_numbers(options: Options) -> Options:
@@ -232,7 +232,7 @@ def known_numbers(options: Options) -> Options:
     known = {}
     for name in NUMBERS:
         value = getattr(options, name)
-        if name in _BOUNDS and (value is not None or Options._field_defaults[name] is not None):
+        if name in _BOUNDS and not (name == "softcap" and value is None):
             known[name] = check_bounds(name, number(name, value))
     return options._replace(**known)
 
@@ -313,7 +313,7 @@ def packed(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, list[Ten
     ``others`` are the optional tensors, and after them the numbers that have no value yet.
     """
     tensors = checked(tensors, options)
-    values = [0.0 if value is None else value for value in options[_OF_NUMBERS]]
+    values = _values(options)
     in_tensors, is_capped = (), options.softcap is not None
     if _is_dynamo_compiling() or [*map(type, values)] != _FLOATS:
         values = [number_or_tensor(name, value) for name, value in zip(NUMBERS, values, strict=True)]
@@ -323,18 +323,24 @@ def packed(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, list[Ten
         if _is_dynamo_compiling() and scale is not None and scale.requires_grad and wide:
             # The gradient of a zero is a quotient of zeros, for which eager takes another path than a graph may.
             in_tensors[_SCALE] = scale + (scale == 0) * 2.0**-40
-        is_capped = is_capped and in_tensors[NUMBERS.index("softcap")] is None
+        is_capped = is_capped and in_tensors[_SOFTCAP] is None
         values = [value if tensor is None else 0.0 for value, tensor in zip(values, in_tensors, strict=True)]
     if is_capped:
-        check_bounds("softcap", values[NUMBERS.index("softcap")])
+        check_bounds("softcap", values[_SOFTCAP])
     integers = _integers(options, F._Reduction.get_enum(options.reduction), 0, 0)
     return (*tensors[:2], as_list(*tensors[2:], *in_tensors), integers, values)
 
 
 def packed_numbers(options: Options, shard) -> tuple[list[int], list[float]]:
     """Returns (integers, numbers) for the classes from `shard.begin` on, of `shard.total`. Numbers are known."""
-    values = [0.0 if value is None else value for value in options[_OF_NUMBERS]]
-    return _integers(options, REDUCTIONS[options.reduction], shard.begin, shard.total), values
+    return _integers(options, REDUCTIONS[options.reduction], shard.begin, shard.total), _values(options)
+
+
+def _values(options: Options) -> list[float | Tensor]:
+    values = [*options[_OF_NUMBERS]]
+    if values[_SOFTCAP] is None:
+        values[_SOFTCAP] = 0.0
+    return values
 
 
 def _integers(options: Options, reduction: int, begin: int, total: int) -> list[int]:
