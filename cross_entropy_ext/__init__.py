@@ -19,6 +19,7 @@ tag_compile_caches()
 from . import distributed, functional
 from ._decompositions import register_decompositions
 from ._flops import register_flop_formulas
+from ._options import LinearCrossEntropyOptions
 from .functional import (
     CrossEntropyStats,
     cross_entropy,
@@ -31,7 +32,6 @@ from .functional import (
     nll_loss,
     sparse_cross_entropy,
 )
-from .linear import LinearCrossEntropyOptions
 from .modules import CrossEntropyLoss, DistillationLoss, LinearCrossEntropyLoss, NLLLoss
 from .patch import is_patched, patch_torch, unpatch_torch
 from .runtime import build_info, check_errors, empty_cache

@@ -12,33 +12,33 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .linear import LinearCrossEntropyOptions
+from ._call import is_dtensor
+from ._options import LinearCrossEntropyOptions
 
 __all__ = ["CrossEntropyLoss", "DistillationLoss", "LinearCrossEntropyLoss", "NLLLoss"]
 
 
-def _keyword_only(function: Callable) -> dict[str, Any]:
-    """The keyword-only arguments of a function, and their defaults."""
-    parameters = inspect.signature(function).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-
-
-# These options are this package's own. The modules have them as attributes.
-_EXTRAS = {
-    name: default
-    for name, default in _keyword_only(functional.cross_entropy).items()
-    if name not in ("sample_weight", "denominator")
+# The options that PyTorch's modules do not have, and their defaults. The modules have them as attributes.
+EXTRAS = {
+    name: parameter.default
+    for name, parameter in inspect.signature(functional.cross_entropy).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("sample_weight", "denominator")
 }
 
 
-def _shown(module: nn.Module, defaults: dict[str, Any]) -> list[str]:
-    """The options of a module that are not the defaults, as `repr` shows them."""
+def extras_of(module: nn.Module) -> dict[str, Any]:
+    """Returns the module's own options by name, as far as it has them."""
+    return {name: getattr(module, name) for name in EXTRAS if hasattr(module, name)}
+
+
+def shown(module: nn.Module, defaults: dict[str, Any]) -> list[str]:
+    """Returns the options of a module that are not the defaults, as `repr` shows them."""
     values = ((name, getattr(module, name, default), default) for name, default in defaults.items())
     return [f"{name}={value!r}" for name, value, default in values if isinstance(value, Tensor) or value != default]
 
 
 def _complete(module: nn.Module, defaults: dict[str, Any]) -> None:
-    """Give a module the options that it was pickled without, as when its class derived from native's."""
+    """Gives a module the options that it was pickled without, as when its class derived from native's."""
     for name, default in defaults.items():
         if not hasattr(module, name):
             setattr(module, name, default)
@@ -142,11 +142,11 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(_shown(self, _EXTRAS))
+        return ", ".join(shown(self, EXTRAS))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        _complete(self, _EXTRAS)
+        _complete(self, EXTRAS)
 
 
 class DistillationLoss(nn.Module):
@@ -212,7 +212,7 @@ class DistillationLoss(nn.Module):
     def extra_repr(self) -> str:
         always = ("temperature", "alpha", "kind", "reduction")
         others = {"ignore_index": -100, "label_smoothing": 0.0, "loss_dtype": None, "dim": 1}
-        return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in always), *_shown(self, others)])
+        return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in always), *shown(self, others)])
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -296,15 +296,10 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
     ) -> Tensor:
         """The loss of inputs (F), (N, F) or (B, ..., F) against class indices or probabilities of their logits."""
         layer = self.linear
-        options = {
+        options = extras_of(self) | {
             "weight": self.weight,
             "reduction": self.reduction,
             "label_smoothing": self.label_smoothing,
-            "z_loss": self.z_loss,
-            "softcap": self.softcap,
-            "logit_scale": self.logit_scale,
-            "loss_dtype": self.loss_dtype,
-            "empty": self.empty,
             "denominator": denominator,
         }
         own = _own_forward(layer)
@@ -346,7 +341,7 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
             f"out_features={self.out_features}, bias={self.linear.bias is not None}, reduction={self.reduction}, "
             f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, options={self.options}"
         )
-        return ", ".join([native, *_shown(self, _EXTRAS)])
+        return ", ".join([native, *shown(self, EXTRAS)])
 
 
 def _in_forward_of(layer: nn.Linear, input: Tensor, loss: Callable[..., Tensor]) -> Tensor:
@@ -404,7 +399,7 @@ class _Forward:
         layer = self.layer
         if loss is None:
             return type(layer).forward(layer, input)
-        if functional._is_dtensor(layer.weight):
+        if is_dtensor(layer.weight):
             raise RuntimeError(
                 "the layer of LinearCrossEntropyLoss is sharded by fully_shard and by parallelize_module: call "
                 "fully_shard on the loss, or on a module around it, instead of on its layer"
@@ -422,7 +417,7 @@ def _own_forward(layer: nn.Module) -> Callable | None:
 
 def _is_sharded_in_place(layer: nn.Linear) -> bool:
     """Return whether the weight is a DTensor, and will be one in the layer's forward."""
-    if not functional._is_dtensor(layer.weight):
+    if not is_dtensor(layer.weight):
         return False
     from torch.distributed.fsdp import FSDPModule
 
@@ -470,7 +465,7 @@ class NLLLoss(nn.NLLLoss):
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(_shown(self, {"dim": 1}))
+        return ", ".join(shown(self, {"dim": 1}))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

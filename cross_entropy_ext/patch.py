@@ -20,7 +20,7 @@ from torch.nn.functional import nll_loss as native_nll_loss
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import functional
-from .linear import LinearCrossEntropyOptions
+from ._options import LinearCrossEntropyOptions
 
 native_linear_cross_entropy = getattr(F, "linear_cross_entropy", None)  # Torch 2.13 and later have it.
 

@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cross_entropy_ext
-from cross_entropy_ext import LinearCrossEntropyOptions, distributed, functional
+from cross_entropy_ext import LinearCrossEntropyOptions, functional
+from cross_entropy_ext._parallel import exchange
 from cross_entropy_ext.distributed import (
     VocabParallelCrossEntropyLoss,
     vocab_parallel_cross_entropy,
@@ -516,8 +517,8 @@ def disagreeing(ranks: int, kind: str, culprit: int, unread: bool) -> str | floa
                 others["denominator"] = torch.tensor(30.0)
             case "infinity":
                 input[2, 1] = torch.inf
-    reads = distributed._reads_reports
-    distributed._reads_reports = lambda device: not unread
+    reads = exchange.reads_reports
+    exchange.reads_reports = lambda device: not unread
     mine = weight.chunk(ranks)[rank]
     try:
         if linear:
@@ -530,7 +531,7 @@ def disagreeing(ranks: int, kind: str, culprit: int, unread: bool) -> str | floa
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        distributed._reads_reports = reads
+        exchange.reads_reports = reads
 
 
 def gathered(ranks: int, kind: str, unread: bool, smoothing: float = 0.0) -> str | float | None:
@@ -564,8 +565,8 @@ def gathered(ranks: int, kind: str, unread: bool, smoothing: float = 0.0) -> str
             target = torch.full((6, 5), 1 / (5 * ranks))
         case "probabilities of the first shard":
             target = torch.randn(6, 5, generator=g).softmax(1) * (dist.get_rank() == 0)
-    reads = distributed._reads_reports
-    distributed._reads_reports = lambda device: not unread
+    reads = exchange.reads_reports
+    exchange.reads_reports = lambda device: not unread
     try:
         if kind in ("linear", "zeros with a bias"):
             return vocab_parallel_linear_cross_entropy(
@@ -575,7 +576,7 @@ def gathered(ranks: int, kind: str, unread: bool, smoothing: float = 0.0) -> str
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        distributed._reads_reports = reads
+        exchange.reads_reports = reads
 
 
 def labels_of_dtensors(mesh: tuple[int, ...], placements: list[str], reduction: str) -> str | None:
@@ -718,8 +719,8 @@ def unread_reports(ranks: int, wrong: str | None) -> tuple[str | None, float] | 
     """As on a device that the host does not wait for."""
     if is_idle(ranks):
         return None
-    reads = distributed._reads_reports
-    distributed._reads_reports = lambda device: False
+    reads = exchange.reads_reports
+    exchange.reads_reports = lambda device: False
     guilty = wrong if dist.get_rank() == 0 else None
     logits = torch.zeros(3, 5 if guilty == "classes" else 4)
     target = torch.tensor([0, 99 if guilty == "target" else 1, 2])
@@ -729,7 +730,7 @@ def unread_reports(ranks: int, wrong: str | None) -> tuple[str | None, float] | 
     except Exception as error:
         return type(error).__name__, float("nan")
     finally:
-        distributed._reads_reports = reads
+        exchange.reads_reports = reads
 
 
 # ---- the rest of PyTorch ---------------------------------------------------------------------------------------------

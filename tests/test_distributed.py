@@ -308,7 +308,7 @@ def test_denominator(pool: processes.Pool, ranks: int) -> None:
 
 def test_many_positions_for_any_number_of_threads() -> None:
     """A sum that is divided among threads would have other last bits on a rank that has more of them."""
-    from cross_entropy_ext.distributed import sum_in_order
+    from cross_entropy_ext._parallel.vocabulary import sum_in_order
 
     values = torch.randn(300_001, generator=generator("sum"), dtype=torch.double)
     before, sums = torch.get_num_threads(), []

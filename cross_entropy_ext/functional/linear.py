@@ -1,8 +1,7 @@
-"""The output layer and its loss in one: the logits, the largest tensor of a language model's step, are never whole."""
+"""An output layer and its loss in one: the logits, the largest tensor of a language model's step, are never whole."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Literal
 
@@ -10,55 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import (
-    _PLAIN,
-    CrossEntropyStats,
-    _arguments,
-    _as_list,
-    _is_dtensor,
-    call_operator,
-    check_tensors,
-    cross_entropy,
-    cross_entropy_with_stats,
-    is_tensor,
-    sparse_cross_entropy,
-)
-
-__all__ = [
-    "LinearCrossEntropyOptions",
-    "linear_cross_entropy",
-    "linear_cross_entropy_with_stats",
-    "linear_sparse_cross_entropy",
-]
-
-if hasattr(nn, "LinearCrossEntropyOptions"):
-    LinearCrossEntropyOptions = nn.LinearCrossEntropyOptions
-else:
-
-    @dataclasses.dataclass(frozen=True)
-    class LinearCrossEntropyOptions:
-        """The fields of :class:`torch.nn.LinearCrossEntropyOptions`, for a torch that does not have it.
-
-        Of these, ``batch_chunk_size`` and ``chunking_method`` say how many positions a chunk has. Gradients are always
-        summed in float32 or better, and a second backward is always possible.
-        """
-
-        allow_retain_graph: bool = False
-        batch_chunk_size: int | None = None
-        chunking_method: str | None = "auto"
-        acc_policy: str = "auto"
-        acc_dtype: torch.dtype | None = None
-
-        def __post_init__(self) -> None:
-            method, size = self.chunking_method, self.batch_chunk_size
-            if self.acc_policy not in ("accurate", "balanced", "compact", "auto"):
-                raise ValueError(f"invalid acc_policy: {self.acc_policy!r}")
-            if method not in (None, "auto"):
-                name, _, factor = method.partition(":")
-                if name != "aspect_ratio" or (":" in method and not (factor.isdigit() and int(factor) > 0)):
-                    raise ValueError(f"invalid chunking_method: {method!r}")
-            if size is not None and not (isinstance(size, int) and size > 0):
-                raise ValueError(f"batch_chunk_size must be positive int or None, got {size!r}")
+from .. import _call
+from .._call import has_subclass, is_dtensor
+from .._options import CrossEntropyStats, LinearCrossEntropyOptions, Options, Tensors, check_tensors, size_of_chunk
+from .losses import loss_of
 
 
 def linear_cross_entropy(
@@ -84,12 +38,12 @@ def linear_cross_entropy(
 
     :func:`torch.nn.functional.linear_cross_entropy` with the arguments of :func:`cross_entropy` besides. Some hundreds
     of positions at a time (on a GPU thousands), the logits are multiplied out, their gradient takes their place, and
-    what it contributes to the gradients of input, weight and bias is added to these: in float32 where they are of half
+    its contributions to the gradients of input, weight and bias are added up, in float32 if these are of half
     precision. So a training step takes the layer's three matrix products and, besides its gradients, the memory of a
-    chunk. With ``reduction='none'``, and for whatever needs more than the gradients of the layer (probabilities that
-    require one, ``create_graph=True``), the backward makes the logits again; so it does in float16, whose gradients
-    are not made before their scale is known. Derivatives of derivatives, torch.func and forward mode have all the
-    logits, as any composition of linear and cross entropy.
+    chunk. The backward makes the logits again with ``reduction='none'``, if more than the gradients of the layer is
+    needed (probabilities that require one, ``create_graph=True``), and in float16, whose gradients are not made before
+    their scale is known. Second derivatives, torch.func and forward mode have all the logits, as any composition of
+    linear and cross entropy.
 
     Args:
         input: (F), (N, F), or (B, ..., F) with more dimensions of positions; floating.
@@ -99,12 +53,11 @@ def linear_cross_entropy(
             the shape of the logits, (C), (N, C), (B, ..., C) or (N, C, d1, ..., dK).
         linear_bias: (C), or (C, d1, ..., dK).
         weight: one factor per class, (C).
-        ignore_index: as for :func:`cross_entropy`, but for class indices alone, for which None is -100.
+        ignore_index: as for :func:`cross_entropy`, for class indices alone; None is -100.
         options: ``batch_chunk_size`` and ``chunking_method`` choose the size of a chunk; None and ``'auto'`` leave it
             to the shapes. The other fields are of PyTorch's own implementation and without effect.
         sample_weight: a factor for each position, of the shape of class indices.
-        reduction, label_smoothing, z_loss, softcap, logit_scale, loss_dtype, empty, denominator: as for
-            :func:`cross_entropy`. There is no ``dim``: the classes come after the input's positions.
+        others: as for :func:`cross_entropy`. There is no ``dim``: the classes come after the input's positions.
 
     Returns:
         A scalar, or for ``reduction='none'`` a loss for each position: (), (N), (B, ...) or (N, d1, ..., dK). In the
@@ -115,21 +68,9 @@ def linear_cross_entropy(
         RuntimeError, ValueError, TypeError: as PyTorch's function and :func:`cross_entropy`.
     """
     layer = _Layer(input, linear_weight, linear_bias, target, options)
-    if layer.probabilities and ignore_index is not None:
-        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
-    return layer.call(
-        "linear_cross_entropy",
-        cross_entropy,
-        (target, weight, None, sample_weight, denominator),
-        reduction=reduction,
-        ignore_index=-100 if ignore_index is None else ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        loss_dtype=loss_dtype,
-        empty=empty,
-    )
+    ignore_index = layer.checked(ignore_index)
+    given = Options(reduction, ignore_index, loss_dtype, empty, label_smoothing, z_loss, softcap, logit_scale)
+    return layer.loss(Tensors(input, target, weight, None, sample_weight, denominator), given)
 
 
 def linear_cross_entropy_with_stats(
@@ -151,30 +92,16 @@ def linear_cross_entropy_with_stats(
     empty: Literal["nan", "zero"] = "nan",
     denominator: float | Tensor | None = None,
 ) -> CrossEntropyStats:
-    r""":func:`linear_cross_entropy`, and what :func:`cross_entropy_with_stats` finds out of each position besides.
+    r""":func:`linear_cross_entropy` and the statistics of :func:`cross_entropy_with_stats`.
 
-    ``lse``, ``target_log_prob`` and ``entropy`` are differentiable. The backward makes the logits again.
-
-    Raises:
-        As :func:`linear_cross_entropy`.
+    Takes the arguments of :func:`linear_cross_entropy`, and raises its errors. ``lse``, ``target_log_prob`` and
+    ``entropy`` are differentiable. The backward makes the logits again.
     """
     layer = _Layer(input, linear_weight, linear_bias, target, options)
-    if layer.probabilities and ignore_index is not None:
-        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
-    return layer.call(
-        "linear_cross_entropy_with_stats",
-        cross_entropy_with_stats,
-        (target, weight, None, sample_weight, denominator),
-        reduction=reduction,
-        ignore_index=-100 if ignore_index is None else ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        loss_dtype=loss_dtype,
-        empty=empty,
-        statistics=True,
-    )
+    ignore_index = layer.checked(ignore_index)
+    given = Options(reduction, ignore_index, loss_dtype, empty, label_smoothing, z_loss, softcap, logit_scale)
+    tensors = Tensors(input, target, weight, None, sample_weight, denominator)
+    return layer.loss(tensors, given._replace(statistics=True))
 
 
 def linear_sparse_cross_entropy(
@@ -207,42 +134,9 @@ def linear_sparse_cross_entropy(
         As :func:`linear_cross_entropy` and :func:`sparse_cross_entropy`.
     """
     layer = _Layer(input, linear_weight, linear_bias, None, options)
-    return layer.call(
-        "linear_cross_entropy",
-        sparse_cross_entropy,
-        (indices, weight, probs, sample_weight, denominator),
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        loss_dtype=loss_dtype,
-        empty=empty,
-        form="pairs",
-    )
-
-
-def size_of_chunk(options: LinearCrossEntropyOptions | None, positions: int, classes: int, features: int) -> int:
-    """What the options say of it, in positions; 0 where it is left to the operator."""
-    if options is None:
-        return 0
-    if not isinstance(options, LinearCrossEntropyOptions):
-        raise TypeError(f"options must be None or LinearCrossEntropyOptions, but got {options!r}")
-    method, size = options.chunking_method, options.batch_chunk_size
-    if method is None:
-        return size or positions
-    if method == "auto":
-        return size or 0
-    factor, ratio = int(method.partition(":")[2] or 1), -(-classes // max(1, features))
-    power = 1 << max(0, -(-positions // max(1, ratio)) - 1).bit_length()
-    chosen = max(1, min(power // factor, positions))
-    if size is not None and size != chosen:
-        raise ValueError(
-            f"batch_chunk_size (={size}) and chunking_method ('{method}') give different chunk sizes "
-            f"({size} vs {chosen}); pass only one."
-        )
-    return chosen
+    given = Options(reduction, ignore_index, loss_dtype, empty, label_smoothing, z_loss, softcap, logit_scale)
+    tensors = Tensors(input, indices, weight, probs, sample_weight, denominator)
+    return layer.loss(tensors, given._replace(kind="pairs"))
 
 
 def _check_types(input, linear_weight, linear_bias, target) -> None:
@@ -254,7 +148,7 @@ def _check_types(input, linear_weight, linear_bias, target) -> None:
 
 
 class _Layer:
-    """What the logits are made of, checked as PyTorch's function checks it."""
+    """An output layer and its input, checked as PyTorch's function checks them."""
 
     def __init__(self, input, linear_weight, linear_bias, target, options) -> None:
         optional = [tensor for tensor in (linear_bias, target) if tensor is not None]
@@ -287,7 +181,7 @@ class _Layer:
         self.chunk = size_of_chunk(options, math.prod(self.batch), self.classes, input.shape[-1])
 
     def flat(self, tensor: Tensor | None, axes: int) -> Tensor | None:
-        """A tensor of positions, with `axes` dimensions after those, as one of (N, ...)."""
+        """Returns a tensor of positions, with `axes` dimensions after those, as one of (N, ...)."""
         if not isinstance(tensor, Tensor) or len(self.batch) == 1:
             return tensor
         if not self.batch:
@@ -299,29 +193,29 @@ class _Layer:
             )
         return tensor.flatten(0, -1 - axes)
 
-    def call(self, name, composition, tensors, **options):
-        """The operator, with everything flat. For tensors of another kind, what `composition` makes of the logits."""
-        target, weight, companion, sample_weight, denominator = tensors
+    def checked(self, ignore_index: int | None) -> int:
+        if self.probabilities and ignore_index is not None:
+            raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+        return -100 if ignore_index is None else ignore_index
+
+    def loss(self, tensors: Tensors, options: Options) -> Tensor | CrossEntropyStats:
+        """Calls the operator with flat tensors. For tensor subclasses, makes the logits and then their loss."""
+        _, target, weight, companion, sample_weight, denominator = tensors
         input = self.flat(self.input, 1)
         dense = self.probabilities or companion is not None
-        if not self.batch and not dense and target.dim() == 1:  # one label in a list is one, too
+        if not self.batch and not dense and target.dim() == 1:  # native accepts one label in a list
             if target.numel() != 1:
                 raise ValueError(f"For 1D input, 1D target must have size 1, but got target size: {target.numel()}")
             target = target.squeeze(0)
         target, companion = self.flat(target, int(dense)), self.flat(companion, 1)
-        sample_weight = self.flat(sample_weight, 0)
-        named = (input, target, weight, companion, sample_weight, denominator)
-        others = [tensor for tensor in (self.weight, self.bias, *named) if type(tensor) not in _PLAIN]
-        if not any(isinstance(tensor, Tensor) for tensor in others):
-            arguments, integers, values = _arguments(named, **options)
-            layer, optional = (input, self.weight, _as_list(self.bias)), _as_list(*arguments[2:])
-            arguments = (*layer, arguments[1], optional, integers, values, self.chunk)
-            return self.unflat(call_operator(name, *arguments, proxies=[one for one in others if is_tensor(one)]))
+        tensors = Tensors(input, target, weight, companion, self.flat(sample_weight, 0), denominator)
+        if not has_subclass(self.weight, self.bias, *tensors):
+            return self.unflat(_call.linear_loss((input, self.weight, self.bias), tensors, options, self.chunk))
         matrix, bias = self.weight, self.bias
-        if _is_dtensor(matrix):
-            from . import dtensor
+        if is_dtensor(matrix):
+            from .._parallel import dtensor
 
-            if not _is_dtensor(input):
+            if not is_dtensor(input):
                 raise RuntimeError(
                     "got mixed torch.Tensor and DTensor: linear_weight is a DTensor with placements "
                     f"{tuple(matrix.placements)}, and input is a plain tensor, which may be another on every rank. "
@@ -330,9 +224,8 @@ class _Layer:
                     "input as a DTensor: DTensor.from_local(input, linear_weight.device_mesh, [Replicate()]) if it is "
                     "the same on every rank"
                 )
-            if name == "linear_cross_entropy" and companion is None and not self.inner:
-                arguments = {"weight": weight, "sample_weight": sample_weight, "denominator": denominator, **options}
-                loss = dtensor.linear_loss(input, matrix, target, linear_bias=bias, options=self.options, **arguments)
+            if not options.statistics and companion is None and not self.inner:
+                loss = dtensor.linear_loss((input, matrix, bias), tensors, options, self.options)
                 if loss is not None:
                     return self.unflat(loss)
             bias = dtensor.on_mesh(bias, matrix)
@@ -341,13 +234,9 @@ class _Layer:
         logits = F.linear(input, matrix, bias)
         if self.inner:
             logits = logits.unflatten(1, (self.classes, *self.inner))
-        for name in ("form", "statistics"):
-            options.pop(name, None)
-        targets = (target,) if companion is None else (target, companion)
-        result = composition(logits, *targets, weight, sample_weight=sample_weight, denominator=denominator, **options)
-        return self.unflat(result)
+        return self.unflat(loss_of(tensors._replace(input=logits), options))
 
-    def unflat(self, result):
+    def unflat(self, result: Tensor | CrossEntropyStats) -> Tensor | CrossEntropyStats:
         if isinstance(result, Tensor):
             return result if len(self.batch) == 1 or result.dim() == 0 else result.reshape((*self.batch, *self.inner))
-        return CrossEntropyStats(*(self.unflat(tensor) for tensor in result))
+        return CrossEntropyStats(*map(self.unflat, result))

@@ -1,0 +1,1 @@
+"""Losses whose tensors are spread over the processes of `torch.distributed`."""
