@@ -49,7 +49,7 @@ Status most_clusters_of(const Task& task, const Plan& plan, int& most) {
   switch (task.objective) {
     case Objective::kIndex: return XENT_ASK(kIndex);
     case Objective::kSmoothedIndex: return XENT_ASK(kSmoothedIndex);
-    case Objective::kProbabilities: return XENT_ASK(kSoft);
+    case Objective::kProbabilities: return XENT_ASK(kProbabilities);
     default: return XENT_ASK(kGeneral);
   }
 #undef XENT_ASK
