@@ -120,8 +120,8 @@ struct Divergence {
 
   // Logits as they were given. The sums of `statistics` are used for others: spread for what is added up to the loss,
   // rest for the change, mass for the teacher's softmax.
-  template <class S>
-  XENT_DEVICE void add(A x, A z, S& statistics) const {
+  template <class Softmax>
+  XENT_DEVICE void add(A x, A z, Softmax& softmax) const {
     A of_x, of_z, lost_of_x, lost_of_z, excess, change;
     student.subtract_from(x, of_x, lost_of_x);
     teacher.subtract_from(z, of_z, lost_of_z);
@@ -130,16 +130,16 @@ struct Divergence {
     const A gap = of_z - of_x, lost_of_gap = gap - gap == A(0) ? gap * lost_of_scale : A(0);
     const A lost = fused(lost_of_z - lost_of_x, scale, lost_of_gap) - (teacher.rest - student.rest);
     divergence_terms<A>(q, p, fused(gap, scale, lost), excess, change);
-    statistics.spread.add(excess);
-    statistics.rest.add(change);
-    statistics.mass.add(q);
+    softmax.spread.add(excess);
+    softmax.rest.add(change);
+    softmax.mass.add(q);
   }
 
-  template <class S>
-  XENT_DEVICE S of_nothing(const Task& task) const {
-    S statistics = S::of_nothing(task);
-    statistics.max = max;  // the same for all threads
-    return statistics;
+  template <class Softmax>
+  XENT_DEVICE Softmax of_nothing(const Task& task) const {
+    Softmax softmax = Softmax::of_nothing(task);
+    softmax.max = max;  // the same for all threads
+    return softmax;
   }
 };
 
@@ -163,60 +163,60 @@ struct Pairs {
 // And the entropy, or, where there are labels besides a teacher, their log_sum. In the backward the mass of
 // probabilities, or a teacher's loss.
 template <class A>
-struct AllFound : Found<A> {
+struct GeneralResult : Result<A> {
   A second = 0;
   int64_t argmax = -1;
 
   template <bool kLong>
-  static XENT_DEVICE AllFound of(const Task& task, const AllStatistics<A, kLong>& s) {
-    AllFound found{Found<A>::of(task, s), s.slope != A(0) ? s.label_log_sum() : s.entropy(),
-                   int64_t(s.argmax < 0 ? s.argmax - s.kNaN : s.argmax)};
+  static XENT_DEVICE GeneralResult of(const Task& task, const GeneralSums<A, kLong>& s) {
+    GeneralResult result{Result<A>::of(task, s), s.slope != A(0) ? s.label_log_sum() : s.entropy(),
+                         int64_t(s.argmax < 0 ? s.argmax - s.kNaN : s.argmax)};
     // A shard may be of nothing but -inf, as long as others are not: its lse is no NaN.
-    if (task.is_shard() && s.max == -A(INFINITY) && s.rest.value() == A(0)) found.log_sum = found.second = A(0);
-    return found;
+    if (task.is_shard() && s.max == -A(INFINITY) && s.rest.value() == A(0)) result.log_sum = result.second = A(0);
+    return result;
   }
 };
 
 // Puts a divergence in its place among the sums that the loss is made of, when all threads have added their parts.
-template <class A, class S>
-XENT_DEVICE void set_divergence(AllFound<A>& found, const S& sums) {
-  found.spread = divergence_of<A>(sums.spread.value(), sums.rest.value(), sums.mass.value());
-  found.mass = A(0);
+template <class A, class Softmax>
+XENT_DEVICE void set_divergence(GeneralResult<A>& result, const Softmax& sums) {
+  result.spread = divergence_of<A>(sums.spread.value(), sums.rest.value(), sums.mass.value());
+  result.mass = A(0);
 }
 
 template <Objective objective, class A>
-using FoundOf = std::conditional_t<objective == Objective::kGeneral, AllFound<A>, Found<A>>;
+using ResultOf = std::conditional_t<objective == Objective::kGeneral, GeneralResult<A>, Result<A>>;
 template <Objective objective, class A, bool kLong>
-using StatisticsOf = std::conditional_t<objective == Objective::kGeneral, AllStatistics<A, kLong>,
-                                        Statistics<A, objective != Objective::kIndex, kLong>>;
+using SoftmaxOf = std::conditional_t<objective == Objective::kGeneral, GeneralSums<A, kLong>,
+                                     OnlineSoftmax<A, objective != Objective::kIndex, kLong>>;
 template <Objective objective, class A, int N>
 using TermsOf = std::conditional_t<objective == Objective::kGeneral, Terms<A, N>, A[N]>;
 
 // Pairs are coefficients of their classes: adds those of each `step`-th pair from `first` on.
 template <class T, class A, bool kLong>
 XENT_DEVICE void add_pairs(const Task& task, int64_t position, const T* logits, int64_t first, int64_t step,
-                           AllStatistics<A, kLong>& statistics) {
+                           GeneralSums<A, kLong>& softmax) {
   const Pairs<A> pairs(task, position);
   for (int64_t j = first; j < task.pairs; j += step) {
     const int64_t label = pairs.label(j);
     if (!task.is_here(label)) continue;
     const A x[1] = {read_logit<Objective::kGeneral, T, A>(task, logits, label)};
-    statistics.raise(x[0]);  // it is counted by whoever has the class
-    statistics.add_terms(
+    softmax.raise(x[0]);  // it is counted by whoever has the class
+    softmax.add_terms(
         x, Terms<A, 1>{{numbers<A>(task).keep * class_weight<A>(task, label) * pairs.prob(j)}, {A(0)}, label, 1});
   }
 }
 
 // N logits and what they mean, for the sums of a position.
-template <int N, class A, class S>
-XENT_DEVICE void add_logits(const Task&, const A (&x)[N], const A (&a)[N], S& statistics) {
-  statistics.add(x, a);
+template <int N, class A, class Softmax>
+XENT_DEVICE void add_logits(const Task&, const A (&x)[N], const A (&a)[N], Softmax& softmax) {
+  softmax.add(x, a);
 }
 template <int N, class A, bool kLong>
 XENT_DEVICE void add_logits(const Task& task, const A (&x)[N], const Terms<A, N>& terms,
-                            AllStatistics<A, kLong>& statistics) {
-  statistics.add(task, x, terms);
-  if (has_coefficients<A>(task)) statistics.add_terms(x, terms);
+                            GeneralSums<A, kLong>& softmax) {
+  softmax.add(task, x, terms);
+  if (has_coefficients<A>(task)) softmax.add_terms(x, terms);
 }
 
 // scale * term, and zero where the scale is, whatever the term.
@@ -227,25 +227,25 @@ XENT_DEVICE A scaled_loss(A scale, A term) {
 
 // Where all logits are -inf infinite, or NaN.
 template <class A>
-XENT_DEVICE A log_softmax(const Found<A>& found, A x) {
-  return (found.max == -A(INFINITY) ? -A(INFINITY) : x - found.max) - found.log_sum;
+XENT_DEVICE A log_softmax(const Result<A>& result, A x) {
+  return (result.max == -A(INFINITY) ? -A(INFINITY) : x - result.max) - result.log_sum;
 }
 
 // log p of an index target's class; of probabilities the mean of log p.
 template <class T, class A>
 XENT_DEVICE A target_log_prob(const Task& task, int64_t position, int64_t label, const T* logits, A target_logit,
-                              const Found<A>& found) {
-  if (task.target_kind == TargetKind::kIndices) return task.is_here(label) ? log_softmax(found, target_logit) : A(0);
+                              const Result<A>& result) {
+  if (task.target_kind == TargetKind::kIndices) return task.is_here(label) ? log_softmax(result, target_logit) : A(0);
   if (task.target_kind == TargetKind::kProbabilities) {
-    if (found.max == -A(INFINITY)) return scaled_loss(found.mass, log_softmax(found, found.max));
-    return -(found.spread + found.mass * found.log_sum);
+    if (result.max == -A(INFINITY)) return scaled_loss(result.mass, log_softmax(result, result.max));
+    return -(result.spread + result.mass * result.log_sum);
   }
   A sum = 0;
   const Pairs<A> pairs(task, position);
   for (int64_t j = 0; j < task.pairs; ++j) {
     const int64_t c = pairs.label(j);
     if (!task.is_here(c)) continue;
-    sum += scaled_loss(pairs.prob(j), log_softmax(found, read_logit<Objective::kGeneral, T, A>(task, logits, c)));
+    sum += scaled_loss(pairs.prob(j), log_softmax(result, read_logit<Objective::kGeneral, T, A>(task, logits, c)));
   }
   return sum;
 }
@@ -253,20 +253,20 @@ XENT_DEVICE A target_log_prob(const Task& task, int64_t position, int64_t label,
 // By one thread, after finish_loss.
 template <class T, class A>
 XENT_DEVICE void finish_statistics(const Task& task, int64_t position, int64_t label, const T* logits, A target_logit,
-                                   const AllFound<A>& found) {
+                                   const GeneralResult<A>& result) {
   if (!task.statistics) return;
   const bool counts = is_counted(label);
-  saved_row<A>(task, saved::kEntropy)[position] = counts ? found.second : A(0);
+  saved_row<A>(task, saved::kEntropy)[position] = counts ? result.second : A(0);
   saved_row<A>(task, saved::kTargetLogProb)[position] =
-      counts ? target_log_prob(task, position, label, logits, target_logit, found) : A(0);
-  using Class = typename AllStatistics<A, false>::Class;
-  reinterpret_cast<Class*>(saved_row<A>(task, saved::kArgmax))[position] = Class(counts ? found.argmax : -1);
+      counts ? target_log_prob(task, position, label, logits, target_logit, result) : A(0);
+  using Class = typename GeneralSums<A, false>::Class;
+  reinterpret_cast<Class*>(saved_row<A>(task, saved::kArgmax))[position] = Class(counts ? result.argmax : -1);
 }
 
 template <Objective objective, class A>
 XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t label, A target_logit,
-                             const AllFound<A>& found, Sums& sums) {
-  const auto [max, log_sum, spread, mass] = static_cast<const Found<A>&>(found);
+                             const GeneralResult<A>& result, Sums& sums) {
+  const auto [max, log_sum, spread, mass] = static_cast<const Result<A>&>(result);
   const bool counts = is_counted(label);
   const auto save = [&](int row, A x) { saved_row<A>(task, row)[to.position] = counts ? x : A(0); };
   save(saved::kLse, max);
@@ -289,7 +289,7 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
     } else if (task.target_kind == TargetKind::kTeacher) {
       loss = scaled_loss(A(task.teacher_scale), of_terms);
       if (label >= 0) {
-        loss += scaled_loss(A(task.label_scale), numbers<A>(task).temperature * (max - target_logit) + found.second);
+        loss += scaled_loss(A(task.label_scale), numbers<A>(task).temperature * (max - target_logit) + result.second);
       }
     }
     loss += z_loss_of(task, max + log_sum);
@@ -299,7 +299,7 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
   if (task.target_kind == TargetKind::kTeacher) {
     save(saved::kMass, of_terms);
     save(saved::kLabelMax, max);
-    save(saved::kLabelLogSum, found.second);
+    save(saved::kLabelLogSum, result.second);
   }
   to.add(task, loss, weight, sums);
 }
@@ -307,14 +307,14 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
 // ---- the gradient ---------------------------------------------------------------------------------------------------
 
 template <>
-struct SavedOf<Objective::kGeneral> {
+struct SavedResult<Objective::kGeneral> {
   template <class A>
-  static XENT_DEVICE AllFound<A> at(const Task& task, int64_t position) {
+  static XENT_DEVICE GeneralResult<A> at(const Task& task, int64_t position) {
     const auto row = [&](bool there, int row) { return there ? saved_row<A>(task, row)[position] : A(0); };
-    AllFound<A> found{SavedOf<Objective::kIndex>::at<A>(task, position)};
-    found.mass = row(is_dense(task.target_kind), saved::kMass);
-    found.second = row(task.labels || task.statistics, task.labels ? saved::kLabelLogSum : saved::kEntropy);
-    return found;
+    GeneralResult<A> result{SavedResult<Objective::kIndex>::at<A>(task, position)};
+    result.mass = row(is_dense(task.target_kind), saved::kMass);
+    result.second = row(task.labels || task.statistics, task.labels ? saved::kLabelLogSum : saved::kEntropy);
+    return result;
   }
 };
 
@@ -330,10 +330,11 @@ struct Gradient<Objective::kGeneral, A> {
   A teacher_loss;
 
   // All threads of a warp call it, for the same position.
-  XENT_DEVICE void set(const Task& task, int64_t position, int64_t label, const AllFound<A>& found, A grad_output) {
-    const auto softmax = ToSoftmax<A>::of(found.max, found.log_sum);
-    max = found.max;
-    log_sum = found.log_sum;
+  XENT_DEVICE void set(const Task& task, int64_t position, int64_t label, const GeneralResult<A>& result,
+                       A grad_output) {
+    const auto softmax = ToSoftmax<A>::of(result.max, result.log_sum);
+    max = result.max;
+    log_sum = result.log_sum;
     slope = softmax.slope;
     reference = softmax.reference;
     to_softmax = softmax.factor;
@@ -345,18 +346,18 @@ struct Gradient<Objective::kGeneral, A> {
     of_log_prob = of_statistic(kGradTargetLogProb);
     entropy = -of_statistic(kGradEntropy);
     rest = scale * (numbers<A>(task).z_loss + numbers<A>(task).z_loss) * (max + log_sum) + of_statistic(kGradLse);
-    if (task.grad_statistics) rest += entropy * found.second;
+    if (task.grad_statistics) rest += entropy * result.second;
 
     dense = scale;
     mass = smoothed_total<A>(task);
     hits = A(0);
-    teacher_loss = found.mass;
+    teacher_loss = result.mass;
     switch (task.target_kind) {
       case TargetKind::kIndices: hits = hit_of(task, label); break;
       case TargetKind::kPairs: hits = hits_of_pairs(task, position); break;
       case TargetKind::kProbabilities:
         dense -= of_log_prob;
-        mass = found.mass;
+        mass = result.mass;
         break;
       default: dense *= A(task.teacher_scale); mass = A(1);
     }
@@ -364,7 +365,7 @@ struct Gradient<Objective::kGeneral, A> {
 
     labels = task.labels ? scale * A(task.label_scale * task.temperature) : A(0);
     label_slope = numbers<A>(task).temperature * kLog2E<A>;
-    label_log_sum = found.second;
+    label_log_sum = result.second;
     to_labels = labels * ToSoftmax<A>::of(A(0), label_log_sum).factor;
   }
 

@@ -2,7 +2,7 @@
 // of its gradient.
 #pragma once
 
-#include "statistics.cuh"
+#include "online_softmax.cuh"
 #include "task.h"
 
 namespace xent::gpu {
@@ -216,12 +216,12 @@ XENT_DEVICE A sample_weight_of(const Task& task, int64_t position) {
 
 // What the forward finds out about a position: the names are those of Statistics.
 template <class A>
-struct Found {
+struct Result {
   A max, log_sum, spread, mass;
 
-  template <class S>
-  static XENT_DEVICE Found of(const Task&, const S& statistics) {
-    return {statistics.max, statistics.log_sum(), statistics.spread.value(), statistics.mass.value()};
+  template <class Softmax>
+  static XENT_DEVICE Result of(const Task&, const Softmax& softmax) {
+    return {softmax.max, softmax.log_sum(), softmax.spread.value(), softmax.mass.value()};
   }
 };
 
@@ -259,8 +259,8 @@ struct Destination {
 // What a position adds to its block's sums, and leaves for the backward. By one thread.
 template <Objective objective, class A>
 XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t label, A target_logit,
-                             const Found<A>& found, Sums& sums) {
-  const auto [max, log_sum, spread, mass] = found;
+                             const Result<A>& result, Sums& sums) {
+  const auto [max, log_sum, spread, mass] = result;
   A loss = 0, weight = 0, lse_high = 0, lse_low = 0;
   if (label == kBad) {
     loss = A(NAN);
@@ -313,17 +313,17 @@ struct Gradient {
   A to_scaled;                   // and g A softmax
   A hit, rest, smoothed;         // of an index target's own class: total = hit + rest
 
-  XENT_DEVICE void set(const Task& task, int64_t, int64_t label, const Found<A>& found, A grad_output) {
-    const auto softmax = ToSoftmax<A>::of(found.max, found.log_sum);
-    max = found.max;
-    log_sum = found.log_sum;
+  XENT_DEVICE void set(const Task& task, int64_t, int64_t label, const Result<A>& result, A grad_output) {
+    const auto softmax = ToSoftmax<A>::of(result.max, result.log_sum);
+    max = result.max;
+    log_sum = result.log_sum;
     slope = softmax.slope;
     reference = softmax.reference;
     to_softmax = softmax.factor;
     scale = grad_output;
     hit = smoothed = A(0);
     rest = (numbers<A>(task).z_loss + numbers<A>(task).z_loss) * (max + log_sum);
-    if constexpr (objective == Objective::kProbabilities) rest += found.mass;
+    if constexpr (objective == Objective::kProbabilities) rest += result.mass;
     if constexpr (objective == Objective::kSmoothedIndex) {
       rest += smoothed_total<A>(task);
       smoothed = coefficient<objective>(task, label, A(0));
@@ -374,9 +374,9 @@ XENT_DEVICE void gradients(const Task& task, const Of& of, const A (&x)[N], cons
 
 // What the forward left for a position.
 template <Objective objective>
-struct SavedOf {
+struct SavedResult {
   template <class A>
-  static XENT_DEVICE Found<A> at(const Task& task, int64_t position) {
+  static XENT_DEVICE Result<A> at(const Task& task, int64_t position) {
     const A mass = objective == Objective::kProbabilities ? saved_row<A>(task, saved::kMass)[position] : A(0);
     return {saved_row<A>(task, saved::kLse)[position], saved_row<A>(task, saved::kLseLost)[position], A(0), mass};
   }

@@ -74,21 +74,21 @@ struct Members {
   // The statistics of all members, for each of them, when all of them have read what they are made of: the gradient may
   // take its place. `exchange` has two halves, taken in turn: a warp may be one barrier ahead of another that still
   // reads.
-  template <class S>
-  XENT_DEVICE void join(const Task& task, S& statistics, S* exchange, uint32_t round) const {
-    join_lanes(statistics, kWarp);
+  template <class Softmax>
+  XENT_DEVICE void join(const Task& task, Softmax& softmax, Softmax* exchange, uint32_t round) const {
+    join_lanes(softmax, kWarp);
     if constexpr (team == Team::kWarp) {
       barrier();
     } else {
-      S* const mine = exchange + (round % 2) * kWarps;
+      Softmax* const mine = exchange + (round % 2) * kWarps;
       const int lane = thread % kWarp;
-      if (lane == 0) mine[thread / kWarp] = statistics;
+      if (lane == 0) mine[thread / kWarp] = softmax;
       barrier();
-      statistics = S::of_nothing(task);
+      softmax = Softmax::of_nothing(task);
       for (int i = lane; i < blocks * kWarps; i += kWarp) {
-        statistics.merge(*in_block(mine + i % kWarps, uint32_t(i / kWarps)));
+        softmax.merge(*in_block(mine + i % kWarps, uint32_t(i / kWarps)));
       }
-      join_lanes(statistics, kWarp);
+      join_lanes(softmax, kWarp);
     }
   }
 };
@@ -333,7 +333,7 @@ template <class T, Objective objective, Team team, bool kCopied>
 __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), objective, team, kCopied))
     rows(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
-  using S = StatisticsOf<objective, A, !kCopied>;
+  using Softmax = SoftmaxOf<objective, A, !kCopied>;
   using RowSlice = Slice<T, team, kCopied, objective == Objective::kGeneral>;
   constexpr int N = kPerVector<T>;
   constexpr bool kGeneral = objective == Objective::kGeneral;
@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
   let_next_kernel_begin();
 
   XENT_DYNAMIC_SHARED(shared);
-  XENT_SHARED_ARRAY(S, exchange, 2 * Members<team>::kWarps);
+  XENT_SHARED_ARRAY(Softmax, exchange, 2 * Members<team>::kWarps);
   const Members<team> members;
   unsigned char* const copies = shared + int64_t(threadIdx.x / members.kThreads) * task.copy_bytes;
   A scale_of_all = 0;
@@ -383,9 +383,9 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       if constexpr (!kGeneral) edge_coefficient[0] = coefficients.at(edge);
     }
 
-    S statistics = S::of_nothing(task);
-    const auto add_general = [&](const auto& x, const auto& terms, int = 0) { add_logits(task, x, terms, statistics); };
-    FoundOf<objective, A> found;
+    Softmax softmax = Softmax::of_nothing(task);
+    const auto add_general = [&](const auto& x, const auto& terms, int = 0) { add_logits(task, x, terms, softmax); };
+    ResultOf<objective, A> result;
     if (forward) {
       if constexpr (kGeneral) coefficients.skipped = task.kl;
       if (task.is_here(label) && members.leads()) target_logit = read_logit<objective>(task, row, label);
@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
         for (int stage = 0; stage < RowSlice::kStages; ++stage) {
           const int begin = stage * slice.stage_size, end = slice.stage_end(stage);
           if constexpr (kCopied) slice.wait_for(stage);
-          if constexpr (kCopied && !kGeneral) statistics.raise(slice.largest(begin, end, members.thread));
+          if constexpr (kCopied && !kGeneral) softmax.raise(slice.largest(begin, end, members.thread));
           slice.for_each(begin, end, members.thread, [&](int64_t c, uint4 raw) {
             if constexpr (kGeneral) {
               coefficients.for_parts(c, raw, add_general);
@@ -402,9 +402,9 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
               widen_vector<T>(raw, x);
               const auto add = [&](const auto& a) {
                 if constexpr (kCopied) {
-                  statistics.add_up_to_max(x, a);
+                  softmax.add_up_to_max(x, a);
                 } else {
-                  statistics.add(x, a);
+                  softmax.add(x, a);
                 }
               };
               if (is_uniform<objective>(task)) return add(numbers<A>(task).share);
@@ -417,18 +417,18 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       }
       if constexpr (kGeneral) {
         if (has_edge) coefficients.for_class(edge, edge_logit[0], add_general);
-        if (counts) add_pairs(task, position, row, members.index(), members.count(), statistics);
+        if (counts) add_pairs(task, position, row, members.index(), members.count(), softmax);
       } else {
-        if (has_edge) statistics.add(edge_logit, edge_coefficient);
+        if (has_edge) softmax.add(edge_logit, edge_coefficient);
       }
-      members.join(task, statistics, exchange, kGeneral && task.kl ? 2 * round : round);
-      found = FoundOf<objective, A>::of(task, statistics);
+      members.join(task, softmax, exchange, kGeneral && task.kl ? 2 * round : round);
+      result = ResultOf<objective, A>::of(task, softmax);
       if constexpr (kGeneral) {
         coefficients.skipped = false;
         if (task.kl) {
-          const Divergence<A> divergence(task, coefficients.dense, found.max, found.log_sum);
-          statistics = divergence.template of_nothing<S>(task);
-          const auto add = [&](A x, A z) { divergence.add(x, z, statistics); };
+          const Divergence<A> divergence(task, coefficients.dense, result.max, result.log_sum);
+          softmax = divergence.template of_nothing<Softmax>(task);
+          const auto add = [&](A x, A z) { divergence.add(x, z, softmax); };
           if (counts) {
             slice.for_each(0, slice.count, members.thread,
                            [&](int64_t c, uint4 raw) { coefficients.for_given(c, raw, add); });
@@ -438,17 +438,17 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
             coefficients.target.load(edge, z);
             add(edge_logit[0], z[0]);
           }
-          members.join(task, statistics, exchange, 2 * round + 1);
-          set_divergence(found, statistics);
+          members.join(task, softmax, exchange, 2 * round + 1);
+          set_divergence(result, softmax);
         }
       }
       if (members.leads()) {
-        finish_loss<objective>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
-        if constexpr (kGeneral) finish_statistics(task, position, label, row, target_logit, found);
+        finish_loss<objective>(task, Destination<A>::of(task, position, target), label, target_logit, result, sums);
+        if constexpr (kGeneral) finish_statistics(task, position, label, row, target_logit, result);
       }
     } else {
       if constexpr (kCopied) wait_for_copies<0>();
-      found = SavedOf<objective>::template at<A>(task, position);
+      result = SavedResult<objective>::template at<A>(task, position);
       if (label == kBad && members.leads()) report_bad_target<objective>(task, position, target);
     }
     if (!backward) continue;
@@ -463,7 +463,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       continue;
     }
     Gradient<objective, A> gradient;
-    gradient.set(task, position, label, found, scale_of_all * grad_output_of<A>(task, position));
+    gradient.set(task, position, label, result, scale_of_all * grad_output_of<A>(task, position));
     const auto gradient_of = [&](int) -> const auto& { return gradient; };
     const bool aligned = phase_of(out) == phase_of(row);
     const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;

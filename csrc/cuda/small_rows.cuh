@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
       A held[kMostHeld];  // logits, then powers of two
       for_held([&](int k) { held[k] = k < own ? widen<A>(row[k]) : A(-INFINITY); });
 
-      Found<A> found;
+      Result<A> result;
       Gradient<objective, A> gradient;
       const A grad_output = backward ? scale_of_all * grad_output_of<A>(task, position) : A(0);
       const int64_t of_label = counts ? label : 0;
@@ -181,15 +181,15 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
         for_held([&](int k) { held[k] = known.add(held[k]); });
         known.ties = lanes_sum(known.ties, lanes);
         known.rest = lanes_sum(known.rest, lanes);
-        found = {known.max, known.log_sum(), known.spread, known.mass};
+        result = {known.max, known.log_sum(), known.spread, known.mass};
         if (leads) {
           const A target_logit = counts && !kSoft ? widen<A>(row[label]) : A(0);
-          finish_loss<objective>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
+          finish_loss<objective>(task, Destination<A>::of(task, position, target), label, target_logit, result, sums);
         }
-        gradient.set(task, position, of_label, found, grad_output);
+        gradient.set(task, position, of_label, result, grad_output);
       } else {
-        found = SavedOf<objective>::template at<A>(task, position);
-        gradient.set(task, position, of_label, found, grad_output);
+        result = SavedResult<objective>::template at<A>(task, position);
+        gradient.set(task, position, of_label, result, grad_output);
         if (leads && label == kBad) report_bad_target<objective>(task, position, target);
         if (kSoft && task.grad_target) {
           const int64_t grad_target = offset_of(task, task.grad_target, position);

@@ -10,7 +10,7 @@
 // for its own alone. Where there are many classes, several threads share them (`slices`), so that a tile is narrow
 // enough for several blocks on a multiprocessor; they exchange maxima and sums through shared memory.
 //
-// The maximum is found first, from shared memory, and the sums after it without a branch: with few classes, the online
+// The maximum is result first, from shared memory, and the sums after it without a branch: with few classes, the online
 // sum of rows.cuh would meet a new maximum all the time.
 #pragma once
 
@@ -89,7 +89,7 @@ template <class T, Objective objective, int N, bool kCopied>
 __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), objective, N > 1, kCopied))
     spatial(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
-  using S = Statistics<A, objective != Objective::kIndex, true>;
+  using Softmax = OnlineSoftmax<A, objective != Objective::kIndex, true>;
   static_assert(!kCopied || N == kPerVector<T>);
   constexpr bool kSoft = objective == Objective::kProbabilities;
   constexpr int kTogether = N == 8 ? 2 : 4;                  // classes
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
     if constexpr (kCopied) wait_for_copies<0>();
 
     // ---- sums
-    Found<A> found[N];
+    Result<A> result[N];
     const auto larger = [](A a, A b) { return maximum(a, b); };
     const auto sum = [](A a, A b) { return a + b; };
     const auto join = [&](const auto& mine, const auto& how) {
@@ -223,12 +223,12 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           const A mass = kSoft ? known[j].mass : objective == Objective::kIndex ? A(0) : smoothed_total<A>(task);
-          found[j] = {known[j].max, known[j].log_sum(), known[j].spread, mass};
+          result[j] = {known[j].max, known[j].log_sum(), known[j].spread, mass};
         }
       } else {
-        S statistics[N];
+        Softmax softmax[N];
 #pragma unroll
-        for (int j = 0; j < N; ++j) statistics[j] = S::of_nothing(task);
+        for (int j = 0; j < N; ++j) softmax[j] = Softmax::of_nothing(task);
         for (int c = y_index; c < own_classes; c += slices * kTogether) {
           A x[kTogether][N], a[kTogether][N];
 #pragma unroll
@@ -247,24 +247,24 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
             A of_position[kTogether], coefficients[kTogether];
 #pragma unroll
             for (int k = 0; k < kTogether; ++k) of_position[k] = x[k][j], coefficients[k] = a[k][j];
-            statistics[j].add(of_position, coefficients);
+            softmax[j].add(of_position, coefficients);
           }
         }
         if (slices > 1) {
 #pragma unroll
-          for (int j = 0; j < N; ++j) largest[j] = statistics[j].max;
+          for (int j = 0; j < N; ++j) largest[j] = softmax[j].max;
           join([&](int j) -> A& { return largest[j]; }, larger);
 #pragma unroll
-          for (int j = 0; j < N; ++j) statistics[j].raise(largest[j]), statistics[j].settle();
-          join([&](int j) -> A& { return statistics[j].ties; }, sum);
-          join([&](int j) -> A& { return statistics[j].rest.sum; }, sum);
+          for (int j = 0; j < N; ++j) softmax[j].raise(largest[j]), softmax[j].settle();
+          join([&](int j) -> A& { return softmax[j].ties; }, sum);
+          join([&](int j) -> A& { return softmax[j].rest.sum; }, sum);
           if constexpr (objective != Objective::kIndex) {
-            join([&](int j) -> A& { return statistics[j].spread.sum; }, sum);
-            join([&](int j) -> A& { return statistics[j].mass.sum; }, sum);
+            join([&](int j) -> A& { return softmax[j].spread.sum; }, sum);
+            join([&](int j) -> A& { return softmax[j].mass.sum; }, sum);
           }
         }
 #pragma unroll
-        for (int j = 0; j < N; ++j) found[j] = Found<A>::of(task, statistics[j]);
+        for (int j = 0; j < N; ++j) result[j] = Result<A>::of(task, softmax[j]);
       }
       const int64_t loss = exists ? place.offset(task, task.loss) : 0;
 #pragma unroll
@@ -276,12 +276,12 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
         }
         const Destination<A> to{first + j, target + j * target_stride, loss + j * task.loss.stride[last],
                                 sample_weight(j)};
-        finish_loss<objective>(task, to, label[j], target_logit, found[j], sums);
+        finish_loss<objective>(task, to, label[j], target_logit, result[j], sums);
       }
     } else if (exists) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        found[j] = SavedOf<objective>::template at<A>(task, first + j);
+        result[j] = SavedResult<objective>::template at<A>(task, first + j);
         if (label[j] == kBad && slice_of(j) == y_index)
           report_bad_target<objective>(task, first + j, target + j * target_stride);
       }
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
       own[j] = 0;
       counts[j] = is_counted(label[j]);
       gradient[j].set(
-          task, first + j, counts[j] ? label[j] : 0, found[j],
+          task, first + j, counts[j] ? label[j] : 0, result[j],
           scale_of_all * read_grad_output<A>(task, grad_output + j * task.grad_output.stride[last]) * sample_weight(j));
       if (kSoft || !counts[j] || slice_of(label[j]) != y_index) continue;
       const T* const from = kCopied ? reinterpret_cast<const T*>(copies + (label[j] >> task.slice_bits) * kNextCopy) + j

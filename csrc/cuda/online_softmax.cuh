@@ -78,7 +78,7 @@ struct Sum {
 
 // `kLong`: a thread adds up hundreds of terms.
 template <class A, bool kWithCoefficients, bool kLong = false>
-struct Statistics {
+struct OnlineSoftmax {
   A max;
   A reference;           // max * log2(e), rounded; infinity where the maximum is huge
   A ties;                // how many are the maximum
@@ -86,7 +86,7 @@ struct Statistics {
   Sum<A, kLong> spread;  // of a (max - x), with the coefficients a >= 0 of the loss: nothing cancels
   Sum<A, kLong> mass;    // of a
 
-  static XENT_DEVICE Statistics of_nothing(const Problem&) {
+  static XENT_DEVICE OnlineSoftmax of_nothing(const Problem&) {
     return {A(-INFINITY), A(-INFINITY), A(0), {A(0), A(0)}, {A(0), A(0)}, {A(0), A(0)}};
   }
 
@@ -180,7 +180,7 @@ struct Statistics {
     }
   }
 
-  XENT_DEVICE void merge(Statistics other) {
+  XENT_DEVICE void merge(OnlineSoftmax other) {
     raise(other.max);
     other.raise(max);
     ties += other.ties;
@@ -219,8 +219,8 @@ struct Terms {
 
 // Statistics of a kGeneral target.
 template <class A, bool kLong>
-struct AllStatistics : Statistics<A, true, kLong> {
-  using Base = Statistics<A, true, kLong>;
+struct GeneralSums : OnlineSoftmax<A, true, kLong> {
+  using Base = OnlineSoftmax<A, true, kLong>;
   using Class = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
   using Base::max, Base::reference, Base::ties, Base::rest, Base::spread, Base::mass;
   static constexpr Class kNoClass = sizeof(A) == 4 ? Class(INT32_MAX) : Class(INT64_MAX), kNaN = -kNoClass - 1;
@@ -231,7 +231,7 @@ struct AllStatistics : Statistics<A, true, kLong> {
   A slope;
   Class argmax;  // the first class that is the maximum; that of a NaN counts from kNaN, which comes before all others
 
-  static XENT_DEVICE AllStatistics of_nothing(const Problem& problem) {
+  static XENT_DEVICE GeneralSums of_nothing(const Problem& problem) {
     const A slope = problem.labels ? A(problem.temperature) * kLog2E<A> : A(0);
     return {Base::of_nothing(problem), {A(0), A(0)}, slope, kNoClass};
   }
@@ -296,7 +296,7 @@ struct AllStatistics : Statistics<A, true, kLong> {
     mass.add(tree_sum(masses));
   }
 
-  XENT_DEVICE void merge(AllStatistics other) {
+  XENT_DEVICE void merge(GeneralSums other) {
     raise(other.max);
     other.raise(max);
     Base::merge(other);
@@ -367,22 +367,22 @@ XENT_DEVICE A lanes_sum(A x, int lanes) {
 
 // The statistics of `lanes` neighbouring threads (a power of two), for each of them. All threads of the warp call it.
 template <class A, bool kWithCoefficients, bool kLong>
-XENT_DEVICE void join_lanes(Statistics<A, kWithCoefficients, kLong>& statistics, int lanes) {
-  statistics.raise(lanes_max(statistics.max, lanes));
-  statistics.ties = lanes_sum(statistics.ties, lanes);
-  statistics.rest.set(lanes_sum(statistics.rest.value(), lanes));
+XENT_DEVICE void join_lanes(OnlineSoftmax<A, kWithCoefficients, kLong>& softmax, int lanes) {
+  softmax.raise(lanes_max(softmax.max, lanes));
+  softmax.ties = lanes_sum(softmax.ties, lanes);
+  softmax.rest.set(lanes_sum(softmax.rest.value(), lanes));
   if constexpr (kWithCoefficients) {
-    statistics.spread.set(lanes_sum(statistics.spread.value(), lanes));
-    statistics.mass.set(lanes_sum(statistics.mass.value(), lanes));
+    softmax.spread.set(lanes_sum(softmax.spread.value(), lanes));
+    softmax.mass.set(lanes_sum(softmax.mass.value(), lanes));
   }
 }
 
 template <class A, bool kLong>
-XENT_DEVICE void join_lanes(AllStatistics<A, kLong>& statistics, int lanes) {
-  statistics.raise(lanes_max(statistics.max, lanes));
-  join_lanes(static_cast<Statistics<A, true, kLong>&>(statistics), lanes);
-  statistics.second.set(lanes_sum(statistics.second.value(), lanes));
-  for (int o = lanes / 2; o > 0; o /= 2) statistics.argmax = min(statistics.argmax, shuffle_xor(statistics.argmax, o));
+XENT_DEVICE void join_lanes(GeneralSums<A, kLong>& softmax, int lanes) {
+  softmax.raise(lanes_max(softmax.max, lanes));
+  join_lanes(static_cast<OnlineSoftmax<A, true, kLong>&>(softmax), lanes);
+  softmax.second.set(lanes_sum(softmax.second.value(), lanes));
+  for (int o = lanes / 2; o > 0; o /= 2) softmax.argmax = min(softmax.argmax, shuffle_xor(softmax.argmax, o));
 }
 
 }  // namespace xent::gpu
