@@ -5,13 +5,13 @@
 //   positions in vectors, classes fit shared memory    1 read + 1 write (forward with gradient; backward alone)
 //   otherwise                                          2 reads + 1 write, the second from a cache where it can
 //
-// Why so: a thread has as many neighbouring positions as 16 bytes hold, so each class is one transaction, and every
+// Why: a thread has as many neighbouring positions as 16 bytes hold, so each class is one transaction, and every
 // position's sums are its own: nothing to shuffle. Copies into shared memory are asynchronous, and each thread waits
 // for its own alone. Where there are many classes, several threads share them (`slices`), so that a tile is narrow
 // enough for several blocks on a multiprocessor; they exchange maxima and sums through shared memory.
 //
-// The maximum is result first, from shared memory, and the sums after it without a branch: with few classes, the online
-// sum of rows.cuh would meet a new maximum all the time.
+// The maximum is found first, from shared memory, and the sums after it without a branch: with few classes, the online
+// sum would meet a new maximum all the time.
 #pragma once
 
 #include "position.cuh"
@@ -20,7 +20,7 @@
 
 namespace xent::gpu {
 
-// Where a thread's N neighbouring positions are: on a run along the last dimension.
+// The place of a thread's N neighbouring positions: a run along the last dimension, and the first one's index in it.
 struct Place {
   int64_t run, inner;
 
@@ -29,7 +29,7 @@ struct Place {
   }
 };
 
-// What N elements of one class are, at a time.
+// N elements of one class: a single one, or a vector.
 template <class T, int N>
 struct Pack {
   using A = Arithmetic<T>;
@@ -56,7 +56,7 @@ struct Pack {
       stream_vector(p, narrow_vector<T>(x));
     }
   }
-  // Zero where the mask is.
+  // Stores zero where the mask is zero.
   static XENT_DEVICE void store(T* p, const A (&x)[N], const Mask& mask) {
     if constexpr (N == 1) {
       *p = mask ? narrow<T>(x[0]) : T{};
@@ -66,14 +66,13 @@ struct Pack {
   }
 };
 
-// Adds up, or finds the maximum, over the slices: `mine(j)` is a number of the thread's position j. All threads of the
-// block call it.
+// Joins a number of each position over the slices: mine(j) is the thread's own for its position j, and becomes the
+// joined one. All threads of the block call it.
 template <int N, class A, class Mine, class Join>
 XENT_DEVICE void join_slices(A* exchange, int x, int y, int width, int slices, const Mine& mine, const Join& join) {
-  __syncthreads();  // what was exchanged before has been read
+  __syncthreads();  // all threads have read what was exchanged before
 #pragma unroll
-  for (int j = 0; j < N; ++j)
-    exchange[j * kSpatialThreads + y * width + x] = mine(j);  // neighbours in banks of their own
+  for (int j = 0; j < N; ++j) exchange[j * kSpatialThreads + y * width + x] = mine(j);
   __syncthreads();
 #pragma unroll
   for (int j = 0; j < N; ++j) {
@@ -99,7 +98,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
 
   XENT_DYNAMIC_SHARED(shared);
   XENT_SHARED_ARRAY(A, exchange, kSpatialThreads * N);
-  const int slices = task.slices, width = kSpatialThreads / slices;
+  const int slices = task.division.slices, width = kSpatialThreads / slices;
   const int x_index = int(threadIdx.x) % width, y_index = int(threadIdx.x) / width;
   const auto slice_of = [&](int c) { return c & (slices - 1); };
   const int last = task.dims - 1;
@@ -120,7 +119,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
     const int own_classes = exists ? classes : 0;  // where this thread's loops end
     const int64_t first = run * inner_size + place.inner;
     const T* const logits = static_cast<const T*>(task.logits.data) + (exists ? place.offset(task, task.logits) : 0);
-    // Calls use(class, place of its copy) for this thread's classes.
+    // Calls use(class, its copy) for this thread's classes.
     const auto for_classes = [&](const auto& use) {
       unsigned char* copy = copies;
       for (int c = y_index; c < own_classes; c += slices, copy += kNextCopy) use(c, copy);
@@ -149,7 +148,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
     const auto load_coefficients = [&](int c, A(&a)[N]) {
       if constexpr (kSoft) {
         const int64_t at = target + c * task.target.class_stride;
-        if (task.twin_target) {
+        if (task.division.twin_target) {
           Pack<T, N>::load(static_cast<const T*>(task.target.data) + at, a);
         } else {
 #pragma unroll
@@ -294,7 +293,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
     T* const out =
         task.grad_logits ? static_cast<T*>(task.grad_logits.data) + place.offset(task, task.grad_logits) : nullptr;
     Gradient<objective, A> gradient[N];
-    A own[N];  // of an index target's own class, which is dear: once, and not for each class
+    A own[N];  // the gradient of an index target's own class: dear, so made once and not for each class
     bool counts[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -304,8 +303,9 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
           task, first + j, counts[j] ? label[j] : 0, result[j],
           scale_of_all * read_grad_output<A>(task, grad_output + j * task.grad_output.stride[last]) * sample_weight(j));
       if (kSoft || !counts[j] || slice_of(label[j]) != y_index) continue;
-      const T* const from = kCopied ? reinterpret_cast<const T*>(copies + (label[j] >> task.slice_bits) * kNextCopy) + j
-                                    : logits + label[j] * class_stride + j * task.logits.stride[last];
+      const T* const from =
+          kCopied ? reinterpret_cast<const T*>(copies + (label[j] >> task.division.slice_bits) * kNextCopy) + j
+                  : logits + label[j] * class_stride + j * task.logits.stride[last];
       own[j] = gradient[j].own(widen<A>(*from));
     }
     const auto write = [&](auto masked) {

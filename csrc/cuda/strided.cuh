@@ -1,6 +1,6 @@
 // Any layout and any mixture of types: classes at any stride, double arithmetic for half logits with float64
-// probabilities. A warp or a block has a position to itself and reads its classes twice, 2 reads + 1 write, the second
-// time from a cache where they fit one. Nothing is copied or made contiguous.
+// probabilities. A warp or a block has a position to itself and reads its classes twice, the second time from a cache
+// where they fit one: 2 reads + 1 write. Makes no copies.
 #pragma once
 
 #include "rows.cuh"
@@ -17,7 +17,7 @@ struct ElementsOfTarget {
   const Task& task;
   int64_t offset;
   std::conditional_t<kGeneral, DenseTarget<A>, Nothing> dense;
-  bool skipped = false;  // a teacher's: all are zero
+  bool skipped = false;  // all are zero: a teacher's, in the first pass of a divergence
 
   XENT_DEVICE ElementsOfTarget(const Task& task, int64_t position)
       : task(task), offset(offset_of(task, task.target, position)), dense(task, position) {}
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
     }
     if constexpr (kGeneral) {
       if (task.target_kind != TargetKind::kPairs || !counts) continue;
-      members.barrier();  // whoever has a pair's class has written it
+      members.barrier();  // the threads that have the pairs' classes have written them
       gradient.write_pairs(task, position, logits, out, members.index(), members.count());
     }
   }

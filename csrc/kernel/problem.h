@@ -89,6 +89,8 @@ struct Problem {
   Lanes lanes = Lanes::kClasses;
   bool arithmetic_in_double = false;
   double label_smoothing = 0;  // e
+  double keep = 1;             // 1 - e
+  double share = 0;            // e / C, with the classes of all shards
   double smoothed_total = 0;   // e / C times the sum of the class weights
   double z_loss = 0;           // each position that counts adds z_loss lse^2
   int64_t ignore_index = 0;
