@@ -19,6 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from ._extension import load
 from ._options import (
     EMPTY,
+    OF_NUMBERS,
     REDUCTIONS,
     CrossEntropyStats,
     Options,
@@ -29,6 +30,7 @@ from ._options import (
     is_default,
     is_known,
     is_tensor,
+    named,
     packed,
     packed_numbers,
 )
@@ -43,7 +45,7 @@ is_mode_enabled = torch._C._is_torch_function_mode_enabled
 
 # The operators as functions of the compiled module.
 direct_cross_entropy = _C.cross_entropy
-direct_cross_entropy_with_numbers = _C.cross_entropy_with_extras
+direct_loss = _C.loss
 direct_nll_loss = _C.nll_loss
 
 # The types that the operators understand: plain tensors, and those that compilers trace with.
@@ -78,10 +80,10 @@ def takes_directly(input: Tensor, target: Tensor, weight: Tensor | None, reducti
 def loss(tensors: Tensors, options: Options) -> Tensor | CrossEntropyStats:
     """Returns the loss, or with ``options.statistics`` all of CrossEntropyStats."""
     if options.statistics:
-        return _as_stats(_call_operator("cross_entropy_with_stats", tensors, options))
+        return _as_stats(_call_operator(tensors, options))
     input, target, weight, _, sample_weight, denominator = tensors
     if options.kind is not None or sample_weight is not None or denominator is not None or has_extras(options):
-        return _call_operator("general_cross_entropy", tensors, options)
+        return _call_operator(tensors, options)
     if not (
         type(input) in PLAIN
         and type(target) in PLAIN
@@ -97,7 +99,7 @@ def loss(tensors: Tensors, options: Options) -> Tensor | CrossEntropyStats:
     label_smoothing = options.label_smoothing
     if not is_known(label_smoothing):
         if not is_default(label_smoothing, 0.0):
-            return _call_operator("general_cross_entropy", tensors, options)
+            return _call_operator(tensors, options)
         label_smoothing = 0.0
     named = {
         "loss_dtype": options.loss_dtype,
@@ -115,12 +117,20 @@ def linear_loss(
 ) -> Tensor | CrossEntropyStats:
     """Returns the loss of a layer (input, weight, bias), whose flat input is ``tensors.input``, too."""
     proxies = [tensor for tensor in (*layer, *tensors) if type(tensor) not in PLAIN and is_tensor(tensor)]
-    input, weight, bias = layer
-    _, target, *others = packed(tensors, options)
-    arguments = input, weight, as_list(bias), target, *others, chunk
-    if options.statistics:
-        return _as_stats(_invoke("linear_cross_entropy_with_stats", arguments, proxies))
-    return _invoke("linear_cross_entropy", arguments, proxies)
+    if proxies or is_dynamo_compiling() or is_mode_enabled():
+        input, linear_weight, bias = layer
+        arguments = named(tensors, options)
+        if bias is not None:
+            arguments["linear_bias"] = bias
+        if chunk:
+            arguments["chunk"] = chunk
+        name = "linear_cross_entropy_with_stats" if options.statistics else "linear_cross_entropy"
+        results = _record(name, (input, linear_weight, tensors.target), arguments, proxies)
+    else:
+        _, target, *others = packed(tensors, options)
+        results = _C.linear_loss(*layer, target, *others, chunk)
+        results = results if options.statistics else results[0]
+    return _as_stats(results) if options.statistics else results
 
 
 def nll_loss(input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
@@ -143,14 +153,14 @@ def _slow_path(tensors: Tensors, options: Options) -> Tensor:
     """Returns a loss that PyTorch has, too, for types that the operator's parser would refuse or misread."""
     input, target, weight, *_ = tensors
     if all(isinstance(tensor, Tensor) for tensor in (tensors[:2] if weight is None else tensors[:3])):
-        return _call_operator("general_cross_entropy", tensors, _judged(options))
+        return _call_operator(tensors, _judged(options))
     if options.loss_dtype is None and options.empty == "nan":
         # Raises PyTorch's own TypeError, or for a proxy of torch.fx records the native function.
         ignore_index, reduction = options.ignore_index, options.reduction
         return _native_cross_entropy(
             input, target, weight, None, ignore_index, None, reduction, options.label_smoothing
         )
-    return _call_operator("general_cross_entropy", tensors, options)
+    return _call_operator(tensors, options)
 
 
 def _judged(options: Options) -> Options:
@@ -167,23 +177,26 @@ def _judged(options: Options) -> Options:
     )
 
 
-def _call_operator(name: str, tensors: Tensors, options: Options):
-    """Calls an operator, or for tensor subclasses the composition."""
-    arguments = packed(tensors, options)
-    others = [one for one in (*arguments[:2], *arguments[2]) if one is not None and type(one) not in PLAIN]
+def _call_operator(tensors: Tensors, options: Options):
+    """Calls the operator of all options, or for tensor subclasses the composition of ATen operations."""
+    others = [one for one in tensors if one is not None and type(one) not in PLAIN and is_tensor(one)]
+    others += [number for number in options[OF_NUMBERS] if type(number) not in PLAIN and isinstance(number, Tensor)]
     if any(isinstance(tensor, Tensor) for tensor in others):
-        results = _ops._composite.default(*arguments)
-        return results if options.statistics else results[0]
-    return _invoke(name, arguments, others)
+        results = _ops._composite.default(*packed(tensors, options))
+    elif others or is_dynamo_compiling() or is_mode_enabled():
+        name = "cross_entropy_with_stats" if options.statistics else "general_cross_entropy"
+        return _record(name, tensors[:2], named(tensors, options), others)
+    else:
+        results = direct_loss(*packed(tensors, options))
+    return results if options.statistics else results[0]
 
 
-def _invoke(name: str, arguments: tuple, proxies: list):
-    """Calls an operator directly unless a compiler or a mode is to see it. Proxies record the call."""
-    if proxies:  # in lists, too, where the operator would not find them
-        return torch.overrides.handle_torch_function(getattr(_ops, name).default, proxies, *arguments)
-    if is_dynamo_compiling() or is_mode_enabled():
-        return getattr(_ops, name).default(*arguments)
-    return getattr(_C, name)(*arguments)
+def _record(name: str, tensors: tuple, arguments: dict, proxies: list):
+    """Calls an operator through its parser, where a compiler or a mode sees it. Proxies of torch.fx record the call."""
+    op = getattr(_ops, name).default
+    if proxies:
+        return torch.overrides.handle_torch_function(op, proxies, *tensors, **arguments)
+    return op(*tensors, **arguments)
 
 
 def _as_stats(results) -> CrossEntropyStats:

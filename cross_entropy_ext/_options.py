@@ -99,9 +99,9 @@ class Options(NamedTuple):
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
-_OF_NUMBERS = slice(Options._fields.index("label_smoothing"), Options._fields.index("inplace"))
-_OF_EXTRAS = slice(_OF_NUMBERS.start + 1, _OF_NUMBERS.stop)
-NUMBERS = Options._fields[_OF_NUMBERS]
+OF_NUMBERS = slice(Options._fields.index("label_smoothing"), Options._fields.index("inplace"))
+_OF_EXTRAS = slice(OF_NUMBERS.start + 1, OF_NUMBERS.stop)
+NUMBERS = Options._fields[OF_NUMBERS]
 _SOFTCAP, _SCALE = NUMBERS.index("softcap"), NUMBERS.index("logit_scale")
 _EXTRA_DEFAULTS = Options()[_OF_EXTRAS]
 _FLOATS = [float] * len(NUMBERS)
@@ -306,15 +306,16 @@ def _in_tensor(value: float | Tensor) -> Tensor:
 
 # ---- packing --------------------------------------------------------------------------------------------------------
 
+# The last integers and numbers of a loss that has none but `cross_entropy`'s arguments.
+DEFAULT_INTEGERS = -1, 0, 0, 0
+DEFAULT_NUMBERS = Options()[Options._fields.index("temperature") : OF_NUMBERS.stop]
 
-def packed(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, list[Tensor | None], list[int], list[float]]:
-    """Checks everything, and returns (logits, target, others, integers, numbers) as the operators take them.
 
-    ``others`` are the optional tensors, and after them the numbers that have no value yet.
-    """
+def _prepared(tensors: Tensors, options: Options) -> tuple[Tensors, list[float], list[Tensor | None]]:
+    """Checks everything, and returns tensors, numbers, and in their order those that have no value yet as tensors."""
     tensors = checked(tensors, options)
     values = _values(options)
-    in_tensors, is_capped = (), options.softcap is not None
+    in_tensors, is_capped = [], options.softcap is not None
     if _is_dynamo_compiling() or [*map(type, values)] != _FLOATS:
         values = [number_or_tensor(name, value) for name, value in zip(NUMBERS, values, strict=True)]
         in_tensors = [None if is_known(value) else _in_tensor(value) for value in values]
@@ -327,8 +328,45 @@ def packed(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, list[Ten
         values = [value if tensor is None else 0.0 for value, tensor in zip(values, in_tensors, strict=True)]
     if is_capped:
         check_bounds("softcap", values[_SOFTCAP])
+    return tensors, values, in_tensors
+
+
+def packed(tensors: Tensors, options: Options) -> tuple[Tensor, Tensor, list[Tensor | None], list[int], list[float]]:
+    """Returns (logits, target, others, integers, numbers), as private operators and the compiled module take them."""
+    tensors, values, in_tensors = _prepared(tensors, options)
     integers = _integers(options, F._Reduction.get_enum(options.reduction), 0, 0)
     return (*tensors[:2], as_list(*tensors[2:], *in_tensors), integers, values)
+
+
+def named(tensors: Tensors, options: Options) -> dict[str, object]:
+    """Returns the arguments of a public operator that are not its defaults, by name; but for logits and target."""
+    tensors, values, in_tensors = _prepared(tensors, options)
+    _, _, weight, companion, sample_weight, denominator = tensors
+    arguments = {
+        "weight": weight,
+        "pair_probs" if options.kind == "pairs" else "labels": companion,
+        "sample_weight": sample_weight,
+        "denominator": denominator,
+        "loss_dtype": options.loss_dtype,
+    }
+    arguments |= {f"{name}_tensor": tensor for name, tensor in zip(NUMBERS, in_tensors, strict=bool(in_tensors))}
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    defaults = 0.0, *(0.0 if default is None else default for default in _EXTRA_DEFAULTS)
+    for name, value, default in zip(NUMBERS, values, defaults, strict=True):
+        if value != default and f"{name}_tensor" not in arguments:
+            arguments[name] = value
+    flags = {
+        "empty_is_zero": options.empty == "zero",
+        "inplace": bool(options.inplace),
+        "teacher": options.kind == "teacher",
+        "kl": options.kl,
+    }
+    reduction = F._Reduction.get_enum(options.reduction)
+    if reduction != REDUCTIONS["mean"]:
+        arguments["reduction"] = reduction
+    if options.ignore_index != -100:
+        arguments["ignore_index"] = operator.index(options.ignore_index)
+    return arguments | {name: True for name, flag in flags.items() if flag}
 
 
 def packed_numbers(options: Options, shard) -> tuple[list[int], list[float]]:
@@ -337,7 +375,7 @@ def packed_numbers(options: Options, shard) -> tuple[list[int], list[float]]:
 
 
 def _values(options: Options) -> list[float | Tensor]:
-    values = [*options[_OF_NUMBERS]]
+    values = [*options[OF_NUMBERS]]
     if values[_SOFTCAP] is None:
         values[_SOFTCAP] = 0.0
     return values

@@ -13,7 +13,7 @@ from .. import _call
 from .._call import (
     PLAIN,
     direct_cross_entropy,
-    direct_cross_entropy_with_numbers,
+    direct_loss,
     direct_nll_loss,
     is_dtensor,
     is_dynamo_compiling,
@@ -21,6 +21,8 @@ from .._call import (
     takes_directly,
 )
 from .._options import (
+    DEFAULT_INTEGERS,
+    DEFAULT_NUMBERS,
     REDUCTIONS,
     CrossEntropyStats,
     Options,
@@ -159,10 +161,10 @@ def cross_entropy(
         if (softcap is None or (type(softcap) is float and softcap > 0)) and (
             sample_weight is None or (type(sample_weight) in PLAIN and sample_weight.is_floating_point())
         ):
-            numbers = z_loss, softcap or 0.0, logit_scale
-            return direct_cross_entropy_with_numbers(
-                input, target, weight, REDUCTIONS[reduction], ignore_index, label_smoothing, sample_weight, *numbers
-            )
+            tensors = [weight] if sample_weight is None else [weight, None, sample_weight]
+            integers = [REDUCTIONS[reduction], ignore_index, *DEFAULT_INTEGERS]
+            numbers = [label_smoothing, z_loss, softcap or 0.0, logit_scale, *DEFAULT_NUMBERS]
+            return direct_loss(input, target, tensors, integers, numbers)[0]
     options = Options(reduction, ignore_index, loss_dtype, empty, label_smoothing, z_loss, softcap, logit_scale)
     if inplace:
         options = options._replace(inplace=inplace)

@@ -18,17 +18,17 @@
 
 namespace xent::gpu {
 
-void raise_bad_target(c10::Device index) {
-  const DeviceScope device(index);
-  BadTarget* const report = device.bad_target();
+void raise_bad_target(c10::Device device) {
+  const DeviceScope scope(device);
+  BadTarget* const report = scope.bad_target();
   int32_t taken = __atomic_load_n(&report->taken, __ATOMIC_RELAXED);
   const int32_t reported = __atomic_load_n(&report->reported, __ATOMIC_ACQUIRE);
-  if (reported == taken || device.is_capturing()) return;
+  if (reported == taken || scope.is_capturing()) return;
   const int64_t value = report->value, position = report->position, classes = report->classes;
   // Only one thread takes it.
   if (!__atomic_compare_exchange_n(&report->taken, &taken, reported, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) return;
   TORCH_CHECK_INDEX(false, "Target ", value, " is out of bounds. (Position ", position, " of a cross entropy over ",
-                    classes, " classes, earlier on ", index,
+                    classes, " classes, earlier on ", device,
                     ": its loss is NaN and its gradient zero. Kernels report this when they have run.)");
 }
 
@@ -69,12 +69,13 @@ struct Workspace {
 // As many blocks as run at a time: a cluster that has to wait for another one's end would take as long again. Where no
 // cluster of a size fits, as on a part of a GPU, tries the next smaller one, and at last none.
 Plan plan_on(const DeviceScope& device, Task& task) {
+  prepare(task);
   Device limits = device.limits();
   while (true) {
     Plan how = plan(task, limits);
     if (how.shape.cluster == 1) return how;
     int most = 0;
-    check(most_clusters(task, how, most), "number of clusters");
+    check_cuda(most_clusters(task, how, most), "number of clusters");
     how.shape.blocks = std::min(how.shape.blocks, int64_t(most) * how.shape.cluster);
     if (most > 0) return how;
     limits.largest_cluster = how.shape.cluster / 2;
@@ -89,7 +90,7 @@ at::Tensor sum_class_weights(Task& task, const at::Tensor& logits, const DeviceS
   task.smoothed_total_on_device = result.const_data_ptr<double>();
   const WeightSum request{task.weight, task.all_classes(), task.arithmetic_in_double, task.share,
                           result.mutable_data_ptr<double>()};
-  check(launch_weight_sum(request, device.stream()), "sum of the class weights");
+  check_cuda(launch_weight_sum(request, device.stream()), "sum of the class weights");
   return result;
 }
 
@@ -101,7 +102,7 @@ void sum_teacher(const Task& task, const DeviceScope& device) {
   teacher.pass = Pass::kForward;
   teacher.loss = teacher.grad_logits = View();
   const Plan how = plan_on(device, teacher);
-  check(launch_loss(teacher, how, device.stream()), "lse of the teacher");
+  check_cuda(launch_loss(teacher, how, device.stream()), "lse of the teacher");
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ ForwardResult run_forward(const Inputs& inputs, const Options& options, const at
   sum_teacher(task, device);
   if (count_first) {
     task.partial_sums = workspace.counted;
-    check(launch_count(task, counting_blocks, device.stream(), overlaps), "count of the targets");
+    check_cuda(launch_count(task, counting_blocks, device.stream(), overlaps), "count of the targets");
     task.counted = workspace.counted;
     task.counted_blocks = counting_blocks;
   }
@@ -161,7 +162,7 @@ ForwardResult run_forward(const Inputs& inputs, const Options& options, const at
     task.counted_blocks = 1;
   }
   task.partial_sums = options.reduction == kNone ? nullptr : workspace.partial;
-  check(launch_loss(task, how, device.stream()), "forward");
+  check_cuda(launch_loss(task, how, device.stream()), "forward");
 
   Totals totals;
   totals.partial_sums = task.partial_sums;
@@ -174,7 +175,7 @@ ForwardResult run_forward(const Inputs& inputs, const Options& options, const at
   totals.empty_is_zero = options.empty_is_zero;
   if (options.reduction != kNone) totals.loss = View{data_of(loss), element_type(loss.scalar_type())};
   totals.denominator = denominator.mutable_data_ptr<double>();
-  check(launch_finish(totals, device.stream(), overlaps), "reduction");
+  check_cuda(launch_finish(totals, device.stream(), overlaps), "reduction");
   return {loss, lse, denominator};
 }
 
@@ -216,7 +217,7 @@ void backward_into(const at::Tensor& grad_logits, const at::Tensor& grad_target,
   merge_dimensions(task);
   const Plan how = plan_on(device, task);
   const at::Tensor weight_sum = sum_class_weights(task, logits, device);
-  check(launch_loss(task, how, device.stream()), "backward");
+  check_cuda(launch_loss(task, how, device.stream()), "backward");
 }
 
 at::Tensor gradient_of(const at::Tensor& tensor, bool wanted) { return wanted ? at::empty_like(tensor) : at::Tensor(); }

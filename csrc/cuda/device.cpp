@@ -16,7 +16,7 @@
 namespace xent::gpu {
 namespace {
 
-// What is kept of each device, from its first use to the end of the process.
+// The state of a device, from its first use to the end of the process.
 struct State {
   std::once_flag once;
   std::atomic<bool> ready{false};
@@ -31,19 +31,20 @@ State& state_of(int index) {
   return states[size_t(index)];
 }
 
+bool is_capturing_now() { return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None; }
+
 int attribute(cudaDeviceAttr which, int index) {
   int value = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, which, index));
   return value;
 }
 
-// The memory does not come from torch's allocator, whose memory may belong to a graph that is being captured. If that
-// allocator holds all of the device's memory, it has to give back the unused part.
+// Allocates without torch's allocator, whose memory may belong to a graph that is being captured. If that holds all of
+// the device's memory, it has to give back the unused part.
 void* allocate(size_t bytes) {
   void* memory = nullptr;
   cudaError_t status = cudaMalloc(&memory, bytes);
-  const bool capturing = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-  if (status == cudaErrorMemoryAllocation && !capturing) {  // which waits for the device
+  if (status == cudaErrorMemoryAllocation && !is_capturing_now()) {  // emptyCache waits for the device
     (void)cudaGetLastError();
     c10::cuda::CUDACachingAllocator::emptyCache();
     status = cudaMalloc(&memory, bytes);
@@ -52,7 +53,7 @@ void* allocate(size_t bytes) {
   return memory;
 }
 
-// May come while a graph is being captured, which must not notice.
+// May be called while a graph is being captured, which must not notice.
 void initialize(State& state, int index) {
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
   Device& limits = state.limits;
@@ -61,12 +62,12 @@ void initialize(State& state, int index) {
   limits.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
   limits.most_threads = attribute(cudaDevAttrMaxThreadsPerMultiProcessor, index);
   limits.most_blocks = attribute(cudaDevAttrMaxBlocksPerMultiprocessor, index);
-  // 8 is what every device with clusters can do, with code that knows of them.
+  // Every device with clusters can have 8 blocks in one, if its code was compiled for clusters.
   int capability = 0;
   C10_CUDA_CHECK(static_cast<cudaError_t>(compiled_for(capability)));
   const bool clusters = attribute(cudaDevAttrClusterLaunch, index) != 0 && capability >= 90;
   limits.largest_cluster = clusters ? 8 : 1;
-  // And graphs know of kernels that overlap from CUDA 12.3 on.
+  // Graphs know of kernels that overlap from CUDA 12.3 on.
   int driver = 0;
   C10_CUDA_CHECK(cudaDriverGetVersion(&driver));
   limits.overlaps_kernels = clusters && driver >= 12030;
@@ -98,9 +99,7 @@ DeviceScope::~DeviceScope() { c10::cuda::MaybeExchangeDevice(c10::DeviceIndex(pr
 
 const Device& DeviceScope::limits() const { return ready_state(index_).limits; }
 void* DeviceScope::stream() const { return c10::cuda::getCurrentCUDAStream(c10::DeviceIndex(index_)).stream(); }
-bool DeviceScope::is_capturing() const {
-  return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-}
+bool DeviceScope::is_capturing() const { return is_capturing_now(); }
 BadTarget* DeviceScope::bad_target() const { return ready_state(index_).bad_target; }
 int32_t* DeviceScope::bad_targets() const { return ready_state(index_).bad_targets; }
 
@@ -115,9 +114,9 @@ std::vector<c10::Device> synchronized_devices() {
   return devices;
 }
 
-void check(int status, const char* what) {
+void check_cuda(int status, const char* what) {
   if (status == cudaSuccess) return;
-  (void)cudaGetLastError();  // or the next to ask would be told of it, too
+  (void)cudaGetLastError();  // clears it, or the next check would raise it, too
   TORCH_CHECK(false, "cross_entropy_ext: ", what, ": ", cudaGetErrorString(static_cast<cudaError_t>(status)));
 }
 

@@ -1,5 +1,5 @@
-// What the host code needs of a CUDA runtime: which device and stream, what the device can do, and what its kernels
-// have reported. The tests on the CPU bring an implementation of their own.
+// The CUDA runtime for the host code: device and stream, the device's limits, and the reports of its kernels. The tests
+// on the CPU bring an implementation of their own.
 #pragma once
 
 #include <c10/core/Device.h>
@@ -21,7 +21,7 @@ class DeviceScope {
   void* stream() const;  // torch's current one
   bool is_capturing() const;
 
-  // Where kernels report a target that is no class, and count their reports.
+  // Where kernels report a bad target, and count their reports.
   BadTarget* bad_target() const;
   int32_t* bad_targets() const;
 
@@ -29,11 +29,11 @@ class DeviceScope {
   int index_, previous_;
 };
 
-// The devices that may have reported something, all work on them done.
+// Waits for all work on the devices that may have reported something, and returns them.
 std::vector<c10::Device> synchronized_devices();
 
 // Raises an error unless `status`, a cudaError_t, is success.
-void check(int status, const char* what);
+void check_cuda(int status, const char* what);
 
 // Raises what a kernel reported on this device. Does not wait for it.
 void raise_bad_target(c10::Device device);

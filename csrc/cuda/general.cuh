@@ -1,18 +1,19 @@
-// A position of a kGeneral task: any form of target, transformed logits, statistics. What position.cuh has for the
-// plain loss, under the same names. Its switches are the same for all threads, so they cost a jump and no registers.
+// A position of a kGeneral task: any form of target, transformed logits, statistics, a shard. Provides what
+// position.cuh has for the plain loss, under the same names. Its switches are the same for all threads, so they cost a
+// jump and no registers. With p = softmax(x),
 //
 //   d/dx_c = D (A p_c - a_c) + (hits - hit_c) p_c + hit_c (p_c - 1) + R p_c + E p_c log p_c
 //
-// with p = softmax(x), what the target has of every class in the first term, what it has of a few in the next two, and
-// what is added to the loss in the others. See the head of online_softmax.h. Of a shard the sums of the forward are of
-// what is here; D, A and the hits of the backward are of all classes.
+// The first term is a target's that has every class, the next two are of one that has a few (`hits` is the sum of
+// hit_c), R and E are of what is added to the loss: see the head of kernel/online_softmax.h. On a shard, the sums of
+// the forward are of the classes here; D, A and the hits of the backward are of all classes.
 #pragma once
 
 #include "position.cuh"
 
 namespace xent::gpu {
 
-// Whether any class may have a coefficient, but for what hits a few.
+// Returns true where every class may have a coefficient: the first term.
 template <class A>
 XENT_DEVICE bool has_coefficients(const Task& task) {
   return is_dense(task.target_kind) || numbers<A>(task).share != A(0);
@@ -20,7 +21,7 @@ XENT_DEVICE bool has_coefficients(const Task& task) {
 
 // ---- logits ---------------------------------------------------------------------------------------------------------
 
-// A logit, or a teacher's, scaled; at a temperature with the rounding of a division by it.
+// Scales a logit, or a teacher's. At a temperature, it rounds as a division by it does.
 template <class A>
 XENT_DEVICE A scaled(const Task& task, A x) {
   const A scale = numbers<A>(task).logit_scale, temperature = numbers<A>(task).temperature;
@@ -30,8 +31,8 @@ XENT_DEVICE A scaled(const Task& task, A x) {
   return abs(y) < A(INFINITY) ? divided : y;
 }
 
-// Logits as the loss is of them. Rounded, wherever they are read again: a product that were fused with the subtraction
-// of the maximum would not be the maximum's.
+// Scales and caps logits. The products are rounded: fused with the subtraction of the maximum, a product would not be
+// the number that was found to be the maximum.
 template <Objective objective, int N, class A>
 XENT_DEVICE void transform(const Task& task, A (&x)[N]) {
   if constexpr (objective == Objective::kGeneral) {
@@ -62,7 +63,7 @@ XENT_DEVICE A slope_of(const Task& task, A x) {
 
 // ---- coefficients ---------------------------------------------------------------------------------------------------
 
-// What turns an element of a dense target into a class's coefficient.
+// Turns an element of a dense target into its class's coefficient.
 template <class A>
 struct DenseTarget {
   A lse_high = 0, lse_low = 0;  // of a teacher
@@ -73,7 +74,7 @@ struct DenseTarget {
     lse_low = saved_row<A>(task, saved::kTeacherLseLost)[position];
   }
 
-  // `element` is the target's, where it is dense.
+  // `element` matters only where the target is dense.
   XENT_DEVICE void set(const Task& task, int64_t c, A element, A& a, A& log_a) const {
     log_a = A(0);
     if (task.target_kind == TargetKind::kTeacher) {
@@ -88,8 +89,8 @@ struct DenseTarget {
   }
 };
 
-// log softmax = (x - origin) / T - rest, for logits x as they were given: the difference has no rounding to speak of,
-// of whatever magnitude the logits are.
+// log softmax = (x - origin) / T - rest, for logits x as they were given: the difference hardly rounds, whatever the
+// magnitude of the logits.
 template <class A>
 struct Origin {
   A origin, rest;
@@ -104,7 +105,7 @@ struct Origin {
   }
 };
 
-// A thread's part of a teacher's divergence. Its terms need the student's lse, and so a second look at the logits.
+// A thread's part of a teacher's divergence. Its terms need the student's lse, so the logits are read a second time.
 template <class A>
 struct Divergence {
   A max;  // of the student
@@ -118,10 +119,10 @@ struct Divergence {
         scale(numbers<A>(task).logit_scale),
         lost_of_scale(fused(-scale, numbers<A>(task).temperature, A(1)) * scale) {}
 
-  // Logits as they were given. The sums of `statistics` are used for others: spread for what is added up to the loss,
-  // rest for the change, mass for the teacher's softmax.
-  template <class S>
-  XENT_DEVICE void add(A x, A z, S& statistics) const {
+  // Adds a student's and a teacher's logit, as they were given. Three sums of `sums` are borrowed: spread for the terms
+  // of the loss, rest for the change, mass for the teacher's softmax.
+  template <class Softmax>
+  XENT_DEVICE void add(A x, A z, Softmax& sums) const {
     A of_x, of_z, lost_of_x, lost_of_z, excess, change;
     student.subtract_from(x, of_x, lost_of_x);
     teacher.subtract_from(z, of_z, lost_of_z);
@@ -130,20 +131,20 @@ struct Divergence {
     const A gap = of_z - of_x, lost_of_gap = gap - gap == A(0) ? gap * lost_of_scale : A(0);
     const A lost = fused(lost_of_z - lost_of_x, scale, lost_of_gap) - (teacher.rest - student.rest);
     divergence_terms<A>(q, p, fused(gap, scale, lost), excess, change);
-    statistics.spread.add(excess);
-    statistics.rest.add(change);
-    statistics.mass.add(q);
+    sums.spread.add(excess);
+    sums.rest.add(change);
+    sums.mass.add(q);
   }
 
-  template <class S>
-  XENT_DEVICE S of_nothing(const Task& task) const {
-    S statistics = S::of_nothing(task);
-    statistics.max = max;  // the same for all threads
-    return statistics;
+  template <class Softmax>
+  XENT_DEVICE Softmax of_nothing(const Task& task) const {
+    Softmax sums = Softmax::of_nothing(task);
+    sums.max = max;  // the same for all threads
+    return sums;
   }
 };
 
-// The k classes of a position and their probabilities. A class may be there several times.
+// The k classes of a position and their probabilities. A class may come several times.
 template <class A>
 struct Pairs {
   const Task& task;
@@ -160,113 +161,113 @@ struct Pairs {
 
 // ---- the loss -------------------------------------------------------------------------------------------------------
 
-// And the entropy, or, where there are labels besides a teacher, their log_sum. In the backward the mass of
-// probabilities, or a teacher's loss.
+// In the backward, `mass` is that of probabilities, or a teacher's loss.
 template <class A>
-struct AllFound : Found<A> {
-  A second = 0;
+struct GeneralResult : Result<A> {
+  A label_log_sum_or_entropy = 0;  // with labels besides a teacher, and for statistics
   int64_t argmax = -1;
 
   template <bool kLong>
-  static XENT_DEVICE AllFound of(const Task& task, const AllStatistics<A, kLong>& s) {
-    AllFound found{Found<A>::of(task, s), s.slope != A(0) ? s.label_log_sum() : s.entropy(),
-                   int64_t(s.argmax < 0 ? s.argmax - s.kNaN : s.argmax)};
-    // A shard may be of nothing but -inf, as long as others are not: its lse is no NaN.
-    if (task.is_shard() && s.max == -A(INFINITY) && s.rest.value() == A(0)) found.log_sum = found.second = A(0);
-    return found;
+  static XENT_DEVICE GeneralResult of(const Task& task, const GeneralSums<A, kLong>& s) {
+    GeneralResult result{Result<A>::of(task, s), s.slope != A(0) ? s.label_log_sum() : s.entropy(),
+                         int64_t(s.argmax < 0 ? s.argmax - s.kNaN : s.argmax)};
+    // All logits of a shard may be -inf while those of others are not: its lse is no NaN.
+    if (task.is_shard() && s.max == -A(INFINITY) && s.rest.value() == A(0))
+      result.log_sum = result.label_log_sum_or_entropy = A(0);
+    return result;
   }
 };
 
-// Puts a divergence in its place among the sums that the loss is made of, when all threads have added their parts.
-template <class A, class S>
-XENT_DEVICE void set_divergence(AllFound<A>& found, const S& sums) {
-  found.spread = divergence_of<A>(sums.spread.value(), sums.rest.value(), sums.mass.value());
-  found.mass = A(0);
+// Puts a divergence, of which all threads have added their parts, in its place among the sums of the loss.
+template <class A, class Softmax>
+XENT_DEVICE void set_divergence(GeneralResult<A>& result, const Softmax& sums) {
+  result.spread = divergence_of<A>(sums.spread.value(), sums.rest.value(), sums.mass.value());
+  result.mass = A(0);
 }
 
 template <Objective objective, class A>
-using FoundOf = std::conditional_t<objective == Objective::kGeneral, AllFound<A>, Found<A>>;
+using ResultOf = std::conditional_t<objective == Objective::kGeneral, GeneralResult<A>, Result<A>>;
 template <Objective objective, class A, bool kLong>
-using StatisticsOf = std::conditional_t<objective == Objective::kGeneral, AllStatistics<A, kLong>,
-                                        Statistics<A, objective != Objective::kIndex, kLong>>;
+using SoftmaxOf = std::conditional_t<objective == Objective::kGeneral, GeneralSums<A, kLong>,
+                                     OnlineSoftmax<A, objective != Objective::kIndex, kLong>>;
 template <Objective objective, class A, int N>
 using TermsOf = std::conditional_t<objective == Objective::kGeneral, Terms<A, N>, A[N]>;
 
-// Pairs are coefficients of their classes: adds those of each `step`-th pair from `first` on.
+// Adds the terms of each `step`-th pair from `first` on: pairs are coefficients of their classes.
 template <class T, class A, bool kLong>
 XENT_DEVICE void add_pairs(const Task& task, int64_t position, const T* logits, int64_t first, int64_t step,
-                           AllStatistics<A, kLong>& statistics) {
+                           GeneralSums<A, kLong>& softmax) {
   const Pairs<A> pairs(task, position);
   for (int64_t j = first; j < task.pairs; j += step) {
     const int64_t label = pairs.label(j);
     if (!task.is_here(label)) continue;
     const A x[1] = {read_logit<Objective::kGeneral, T, A>(task, logits, label)};
-    statistics.raise(x[0]);  // it is counted by whoever has the class
-    statistics.add_terms(
+    softmax.raise(x[0]);  // the thread that has the class counts it
+    softmax.add_terms(
         x, Terms<A, 1>{{numbers<A>(task).keep * class_weight<A>(task, label) * pairs.prob(j)}, {A(0)}, label, 1});
   }
 }
 
-// N logits and what they mean, for the sums of a position.
-template <int N, class A, class S>
-XENT_DEVICE void add_logits(const Task&, const A (&x)[N], const A (&a)[N], S& statistics) {
-  statistics.add(x, a);
+// Adds N logits and their coefficients to the sums of a position.
+template <int N, class A, class Softmax>
+XENT_DEVICE void add_logits(const Task&, const A (&x)[N], const A (&a)[N], Softmax& softmax) {
+  softmax.add(x, a);
 }
 template <int N, class A, bool kLong>
 XENT_DEVICE void add_logits(const Task& task, const A (&x)[N], const Terms<A, N>& terms,
-                            AllStatistics<A, kLong>& statistics) {
-  statistics.add(task, x, terms);
-  if (has_coefficients<A>(task)) statistics.add_terms(x, terms);
+                            GeneralSums<A, kLong>& softmax) {
+  softmax.add(task, x, terms);
+  if (has_coefficients<A>(task)) softmax.add_terms(x, terms);
 }
 
-// scale * term, and zero where the scale is, whatever the term.
+// scale * term; zero where the scale is zero, even for an infinite term.
 template <class A>
 XENT_DEVICE A scaled_loss(A scale, A term) {
   return scale == A(0) ? A(0) : scale * term;
 }
 
-// Where all logits are -inf infinite, or NaN.
+// Infinite or NaN where all logits are -inf.
 template <class A>
-XENT_DEVICE A log_softmax(const Found<A>& found, A x) {
-  return (found.max == -A(INFINITY) ? -A(INFINITY) : x - found.max) - found.log_sum;
+XENT_DEVICE A log_softmax(const Result<A>& result, A x) {
+  return (result.max == -A(INFINITY) ? -A(INFINITY) : x - result.max) - result.log_sum;
 }
 
-// log p of an index target's class; of probabilities the mean of log p.
+// log p of an index target's class, or the mean of log p under probabilities.
 template <class T, class A>
 XENT_DEVICE A target_log_prob(const Task& task, int64_t position, int64_t label, const T* logits, A target_logit,
-                              const Found<A>& found) {
-  if (task.target_kind == TargetKind::kIndices) return task.is_here(label) ? log_softmax(found, target_logit) : A(0);
+                              const Result<A>& result) {
+  if (task.target_kind == TargetKind::kIndices) return task.is_here(label) ? log_softmax(result, target_logit) : A(0);
   if (task.target_kind == TargetKind::kProbabilities) {
-    if (found.max == -A(INFINITY)) return scaled_loss(found.mass, log_softmax(found, found.max));
-    return -(found.spread + found.mass * found.log_sum);
+    if (result.max == -A(INFINITY)) return scaled_loss(result.mass, log_softmax(result, result.max));
+    return -(result.spread + result.mass * result.log_sum);
   }
   A sum = 0;
   const Pairs<A> pairs(task, position);
   for (int64_t j = 0; j < task.pairs; ++j) {
     const int64_t c = pairs.label(j);
     if (!task.is_here(c)) continue;
-    sum += scaled_loss(pairs.prob(j), log_softmax(found, read_logit<Objective::kGeneral, T, A>(task, logits, c)));
+    sum += scaled_loss(pairs.prob(j), log_softmax(result, read_logit<Objective::kGeneral, T, A>(task, logits, c)));
   }
   return sum;
 }
 
-// By one thread, after finish_loss.
+// One thread calls it, after finish_loss.
 template <class T, class A>
 XENT_DEVICE void finish_statistics(const Task& task, int64_t position, int64_t label, const T* logits, A target_logit,
-                                   const AllFound<A>& found) {
+                                   const GeneralResult<A>& result) {
   if (!task.statistics) return;
   const bool counts = is_counted(label);
-  saved_row<A>(task, saved::kEntropy)[position] = counts ? found.second : A(0);
+  saved_row<A>(task, saved::kEntropy)[position] = counts ? result.label_log_sum_or_entropy : A(0);
   saved_row<A>(task, saved::kTargetLogProb)[position] =
-      counts ? target_log_prob(task, position, label, logits, target_logit, found) : A(0);
-  using Class = typename AllStatistics<A, false>::Class;
-  reinterpret_cast<Class*>(saved_row<A>(task, saved::kArgmax))[position] = Class(counts ? found.argmax : -1);
+      counts ? target_log_prob(task, position, label, logits, target_logit, result) : A(0);
+  using Class = typename GeneralSums<A, false>::Class;
+  reinterpret_cast<Class*>(saved_row<A>(task, saved::kArgmax))[position] = Class(counts ? result.argmax : -1);
 }
 
 template <Objective objective, class A>
 XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t label, A target_logit,
-                             const AllFound<A>& found, Sums& sums) {
-  const auto [max, log_sum, spread, mass] = static_cast<const Found<A>&>(found);
+                             const GeneralResult<A>& result, Sums& sums) {
+  const auto [max, log_sum, spread, mass] = static_cast<const Result<A>&>(result);
   const bool counts = is_counted(label);
   const auto save = [&](int row, A x) { saved_row<A>(task, row)[to.position] = counts ? x : A(0); };
   save(saved::kLse, max);
@@ -289,7 +290,8 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
     } else if (task.target_kind == TargetKind::kTeacher) {
       loss = scaled_loss(A(task.teacher_scale), of_terms);
       if (label >= 0) {
-        loss += scaled_loss(A(task.label_scale), numbers<A>(task).temperature * (max - target_logit) + found.second);
+        loss += scaled_loss(A(task.label_scale),
+                            numbers<A>(task).temperature * (max - target_logit) + result.label_log_sum_or_entropy);
       }
     }
     loss += z_loss_of(task, max + log_sum);
@@ -299,7 +301,7 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
   if (task.target_kind == TargetKind::kTeacher) {
     save(saved::kMass, of_terms);
     save(saved::kLabelMax, max);
-    save(saved::kLabelLogSum, found.second);
+    save(saved::kLabelLogSum, result.label_log_sum_or_entropy);
   }
   to.add(task, loss, weight, sums);
 }
@@ -307,33 +309,35 @@ XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t
 // ---- the gradient ---------------------------------------------------------------------------------------------------
 
 template <>
-struct SavedOf<Objective::kGeneral> {
+struct SavedResult<Objective::kGeneral> {
   template <class A>
-  static XENT_DEVICE AllFound<A> at(const Task& task, int64_t position) {
+  static XENT_DEVICE GeneralResult<A> at(const Task& task, int64_t position) {
     const auto row = [&](bool there, int row) { return there ? saved_row<A>(task, row)[position] : A(0); };
-    AllFound<A> found{SavedOf<Objective::kIndex>::at<A>(task, position)};
-    found.mass = row(is_dense(task.target_kind), saved::kMass);
-    found.second = row(task.labels || task.statistics, task.labels ? saved::kLabelLogSum : saved::kEntropy);
-    return found;
+    GeneralResult<A> result{SavedResult<Objective::kIndex>::at<A>(task, position)};
+    result.mass = row(is_dense(task.target_kind), saved::kMass);
+    result.label_log_sum_or_entropy =
+        row(task.labels || task.statistics, task.labels ? saved::kLabelLogSum : saved::kEntropy);
+    return result;
   }
 };
 
 template <class A>
 struct Gradient<Objective::kGeneral, A> {
   A max, log_sum;
-  A slope, reference, to_softmax;                   // as for every kind: softmax = 2^(x slope - reference) to_softmax
-  A scale, of_log_prob;                             // of the loss and of target_log_prob
-  A dense, mass, hits, rest;                        // D, A, the sum of what is hit, and R
+  A slope, reference, to_softmax;                   // softmax = 2^(x slope - reference) to_softmax
+  A scale, of_log_prob;                             // grad_output of the loss and of target_log_prob
+  A dense, mass, hits, rest;                        // D, A, hits, R
   A entropy;                                        // E
-  A to_total;                                       // times a power: what multiplies the softmax
+  A to_total;                                       // power * to_total = (D A + hits + R) softmax
   A labels, label_slope, label_log_sum, to_labels;  // softmax at temperature 1 = 2^((x - max) label_slope - ...)
   A teacher_loss;
 
   // All threads of a warp call it, for the same position.
-  XENT_DEVICE void set(const Task& task, int64_t position, int64_t label, const AllFound<A>& found, A grad_output) {
-    const auto softmax = ToSoftmax<A>::of(found.max, found.log_sum);
-    max = found.max;
-    log_sum = found.log_sum;
+  XENT_DEVICE void set(const Task& task, int64_t position, int64_t label, const GeneralResult<A>& result,
+                       A grad_output) {
+    const auto softmax = ToSoftmax<A>::of(result.max, result.log_sum);
+    max = result.max;
+    log_sum = result.log_sum;
     slope = softmax.slope;
     reference = softmax.reference;
     to_softmax = softmax.factor;
@@ -345,18 +349,18 @@ struct Gradient<Objective::kGeneral, A> {
     of_log_prob = of_statistic(kGradTargetLogProb);
     entropy = -of_statistic(kGradEntropy);
     rest = scale * (numbers<A>(task).z_loss + numbers<A>(task).z_loss) * (max + log_sum) + of_statistic(kGradLse);
-    if (task.grad_statistics) rest += entropy * found.second;
+    if (task.grad_statistics) rest += entropy * result.label_log_sum_or_entropy;
 
     dense = scale;
     mass = smoothed_total<A>(task);
     hits = A(0);
-    teacher_loss = found.mass;
+    teacher_loss = result.mass;
     switch (task.target_kind) {
       case TargetKind::kIndices: hits = hit_of(task, label); break;
       case TargetKind::kPairs: hits = hits_of_pairs(task, position); break;
       case TargetKind::kProbabilities:
         dense -= of_log_prob;
-        mass = found.mass;
+        mass = result.mass;
         break;
       default: dense *= A(task.teacher_scale); mass = A(1);
     }
@@ -364,11 +368,11 @@ struct Gradient<Objective::kGeneral, A> {
 
     labels = task.labels ? scale * A(task.label_scale * task.temperature) : A(0);
     label_slope = numbers<A>(task).temperature * kLog2E<A>;
-    label_log_sum = found.second;
+    label_log_sum = result.label_log_sum_or_entropy;
     to_labels = labels * ToSoftmax<A>::of(A(0), label_log_sum).factor;
   }
 
-  // What a class gains where a target of one hits it.
+  // hit_c of a class that an index target, or a pair of probability one, hits.
   XENT_DEVICE A hit_of(const Task& task, int64_t c) const {
     return scale * (numbers<A>(task).keep * class_weight<A>(task, c)) - of_log_prob;
   }
@@ -383,7 +387,7 @@ struct Gradient<Objective::kGeneral, A> {
     return lanes_sum(sum, kWarp);
   }
 
-  // Of N logits, one of which may be an index target's or a label's own.
+  // The gradient of N logits, one of which may be the target's or a label's.
   template <int N>
   XENT_DEVICE void of_logits(const Task& task, int64_t label, const A (&x)[N], const Terms<A, N>& terms,
                              A (&dx)[N]) const {
@@ -418,8 +422,8 @@ struct Gradient<Objective::kGeneral, A> {
     }
   }
 
-  // Of one class wherever its softmax is: of all that is hit it has `hit`, and others the rest. `is_label`: of labels
-  // besides a teacher.
+  // The gradient of one class, exact for any softmax: `hit` is its own part of the hits, `others` the rest. `is_label`:
+  // it is the label besides a teacher.
   XENT_DEVICE A of_class(const Task& task, A x, A a, A hit, A others, bool is_label) const {
     const A log_p = (x - max) - log_sum;
     A dx = target_gradient(hit, others + rest, A(0), log_p) + dense * soft_gradient(mass, log_p, a);
@@ -432,7 +436,7 @@ struct Gradient<Objective::kGeneral, A> {
     return dx * slope_of(task, x);
   }
 
-  // Of class c of a dense target, which is to have a gradient.
+  // Writes the gradient of a dense target's class c.
   XENT_DEVICE void write_target(const Task& task, int64_t offset, int64_t c, A x, A a, A log_a) const {
     const A gap = (max - x) + log_sum;
     if (task.target_kind == TargetKind::kProbabilities) return write_probability_gradient(task, offset, c, dense * gap);
@@ -440,7 +444,7 @@ struct Gradient<Objective::kGeneral, A> {
                   dense * numbers<A>(task).logit_scale * teacher_gradient(a, gap + log_a, teacher_loss));
   }
 
-  // The same; and of a target of every class, which is written.
+  // The gradient of N logits; also writes that of a dense target, if it is asked for.
   template <int N>
   XENT_DEVICE void of_classes(const Task& task, int64_t grad_target, int64_t label, const A (&x)[N],
                               const Terms<A, N>& terms, A (&dx)[N]) const {
@@ -454,8 +458,8 @@ struct Gradient<Objective::kGeneral, A> {
     of_logits(task, label, x, terms, dx);
   }
 
-  // Of each `step`-th pair from `first` on: its probability's, and its class's, where `out` is the gradient of all
-  // classes but for the pairs. A class that comes more than once is written where it comes first.
+  // Writes the gradient of each `step`-th pair's probability from `first` on, and of its class, where `out` has the
+  // gradient of all classes but for the pairs. A class that comes more than once is written where it comes first.
   template <class T>
   XENT_DEVICE void write_pairs(const Task& task, int64_t position, const T* logits, T* out, int64_t first,
                                int64_t step) const {
@@ -470,7 +474,7 @@ struct Gradient<Objective::kGeneral, A> {
                       here ? hit_of(task, c) * ((max - x) + log_sum) : A(0));
       }
       if (!out || !here) continue;
-      A own = 0, others = 0;  // where there are no others exactly zero, which hits - own would not be
+      A own = 0, others = 0;  // exactly zero where there are no others, unlike hits - own
       bool is_first = true;
       for (int64_t i = 0; i < task.pairs; ++i) {
         const int64_t label = pairs.label(i);
@@ -486,7 +490,7 @@ struct Gradient<Objective::kGeneral, A> {
   }
 };
 
-// The gradient of a target at a position that does not count.
+// Writes a target's gradient at a position that does not count.
 XENT_DEVICE void write_target_zeros(const Task& task, int64_t position, int64_t first, int64_t step) {
   if (!task.grad_target) return;
   const int64_t offset = offset_of(task, task.grad_target, position);

@@ -42,27 +42,28 @@ Status launch_kind(const Task& task, const Plan& plan, void* stream) {
 #undef XENT_LAUNCH
 }
 
-// How many clusters there may be, of a plan that has them.
+// Calls use(an objective, as a type).
+template <class Use>
+Status with_objective(Objective objective, const Use& use) {
+  switch (objective) {
+    case Objective::kIndex: return use(std::integral_constant<Objective, Objective::kIndex>());
+    case Objective::kSmoothedIndex: return use(std::integral_constant<Objective, Objective::kSmoothedIndex>());
+    case Objective::kProbabilities: return use(std::integral_constant<Objective, Objective::kProbabilities>());
+    default: return use(std::integral_constant<Objective, Objective::kGeneral>());
+  }
+}
+
 template <class T>
 Status most_clusters_of(const Task& task, const Plan& plan, int& most) {
-#define XENT_ASK(objective) clusters_at_a_time<rows<T, Objective::objective, Team::kCluster, true>>(plan.shape, most)
-  switch (task.objective) {
-    case Objective::kIndex: return XENT_ASK(kIndex);
-    case Objective::kSmoothedIndex: return XENT_ASK(kSmoothedIndex);
-    case Objective::kProbabilities: return XENT_ASK(kSoft);
-    default: return XENT_ASK(kGeneral);
-  }
-#undef XENT_ASK
+  return with_objective(task.objective, [&](auto objective) {
+    return clusters_at_a_time<rows<T, decltype(objective)::value, Team::kCluster, true>>(plan.shape, most);
+  });
 }
 
 template <class T>
 Status launch_loss_of(const Task& task, const Plan& plan, void* stream) {
-  switch (task.objective) {
-    case Objective::kIndex: return launch_kind<T, Objective::kIndex>(task, plan, stream);
-    case Objective::kSmoothedIndex: return launch_kind<T, Objective::kSmoothedIndex>(task, plan, stream);
-    case Objective::kProbabilities: return launch_kind<T, Objective::kProbabilities>(task, plan, stream);
-    default: return launch_kind<T, Objective::kGeneral>(task, plan, stream);
-  }
+  return with_objective(task.objective,
+                        [&](auto objective) { return launch_kind<T, decltype(objective)::value>(task, plan, stream); });
 }
 
 }  // namespace xent::gpu

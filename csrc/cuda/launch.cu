@@ -9,22 +9,24 @@ Status launch_loss_of(const Task& task, const Plan& plan, void* stream);  // ker
 template <class T>
 Status most_clusters_of(const Task& task, const Plan& plan, int& most);
 
-int most_clusters(const Task& task, const Plan& plan, int& most) {
-  switch (task.logits.type) {
-    case ElementType::kFloat16: return most_clusters_of<Float16>(task, plan, most);
-    case ElementType::kBFloat16: return most_clusters_of<BFloat16>(task, plan, most);
-    case ElementType::kFloat32: return most_clusters_of<float>(task, plan, most);
-    default: return most_clusters_of<double>(task, plan, most);
+// Calls use(an element of the type).
+template <class Use>
+int with_type(ElementType type, const Use& use) {
+  switch (type) {
+    case ElementType::kFloat16: return use(Float16());
+    case ElementType::kBFloat16: return use(BFloat16());
+    case ElementType::kFloat32: return use(float());
+    default: return use(double());
   }
 }
 
-int launch_loss(const Task& task, const Plan& plan, void* stream) {
-  switch (task.logits.type) {
-    case ElementType::kFloat16: return launch_loss_of<Float16>(task, plan, stream);
-    case ElementType::kBFloat16: return launch_loss_of<BFloat16>(task, plan, stream);
-    case ElementType::kFloat32: return launch_loss_of<float>(task, plan, stream);
-    default: return launch_loss_of<double>(task, plan, stream);
-  }
+int most_clusters(const Task& task, const Plan& plan, int& most) {
+  return with_type(task.logits.type, [&](auto x) { return most_clusters_of<decltype(x)>(task, plan, most); });
+}
+
+int launch_loss(Task task, const Plan& plan, void* stream) {
+  task.division = plan.division;
+  return with_type(task.logits.type, [&](auto x) { return launch_loss_of<decltype(x)>(task, plan, stream); });
 }
 
 int launch_count(const Task& task, int blocks, void* stream, bool is_overlapped) {

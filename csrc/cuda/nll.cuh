@@ -1,7 +1,7 @@
-// The negative log likelihood. Forward: one element for each position, wherever it lies, and nothing else of the input.
-// Backward: one write of the gradient. A block zeroes a tile of memory with vectors, waits, and writes the one element
-// of each of its positions while the zeros are still in the second-level cache: a kernel of zeros and another of
-// elements would bring the line of each element back from memory. No atomics: an element belongs to one position.
+// The negative log likelihood. The forward reads one element of each position. The backward writes the gradient once: a
+// block zeroes a tile of memory with vectors, waits, and writes the one element of each of its positions while the
+// zeros are still in the second-level cache. A kernel of zeros and another of elements would bring the line of each
+// element back from memory. No atomics: an element belongs to one position.
 #pragma once
 
 #include "nll.h"
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kNllThreads) nll_forward(const __grid_constant
   leave_sums(task, sums);
 }
 
-// `bytes` of zeros, by `threads` of which this is number `thread`.
+// Writes `bytes` of zeros. `threads` threads call it, each with its number.
 XENT_DEVICE void write_zeros(void* at, int64_t bytes, int thread, int threads) {
   unsigned char* const p = static_cast<unsigned char*>(at);
   const int64_t head = min(bytes, int64_t((16u - phase_of(p)) % 16u));
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kNllThreads, kNllResident) nll_backward(const 
     const int64_t slabs = min(task.slabs_of_tile, task.slabs() - first_slab);
     const int64_t first = (first_slab * task.classes + first_class) * task.inner + first_inner;
 
-    if (inner == task.inner) {  // nothing between one class and the next, nor between slabs with all classes
+    if (inner == task.inner) {  // the tile is one run of memory
       write_zeros(gradient + first * size, slabs * classes * inner * size, int(threadIdx.x), kNllThreads);
     } else {
       for (int64_t c = threadIdx.x / kWarp; c < classes; c += kNllThreads / kWarp) {
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kNllThreads, kNllResident) nll_backward(const 
     for (int64_t k = threadIdx.x; k < slabs * inner; k += kNllThreads) {
       const int64_t slab = first_slab + k / inner, i = first_inner + k % inner, position = slab * task.inner + i;
       const int64_t label = read_label<Objective::kIndex>(task, offset_of(task, task.target, position));
-      if (label < first_class || label >= first_class + classes) continue;  // or it is none
+      if (label < first_class || label >= first_class + classes) continue;  // also where it is no class
       const double g = read_number<double>(task.grad_output, offset_of(task, task.grad_output, position));
       write_element(task.grad_logits, (slab * task.classes + label) * task.inner + i,
                     -g * double(class_weight<A>(task, label)) * scale);

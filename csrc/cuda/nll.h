@@ -1,4 +1,4 @@
-// What the host asks of the kernels of the negative log likelihood. Knows neither torch nor CUDA.
+// The tasks and the launches of the negative log likelihood's kernels. Knows neither torch nor CUDA.
 #pragma once
 
 #include "task.h"
@@ -20,10 +20,10 @@ struct NllGradient : Task {
 
 constexpr int kNllThreads = 256, kNllResident = 3;  // threads of a block, blocks of a multiprocessor
 
-// Fills in the tiles; returns how many blocks there are to be.
+// Fills in the tiles, and returns the number of blocks.
 int64_t plan_nll_gradient(NllGradient& task, const Device& device);
 
-// Leaves the blocks' sums in task.partial_sums, or the losses in task.loss.
+// Writes the blocks' sums to task.partial_sums, or the losses to task.loss.
 int launch_nll_forward(const Task& task, int64_t blocks, void* stream);
 int launch_nll_backward(const NllGradient& task, int64_t blocks, void* stream);
 

@@ -60,7 +60,7 @@ nll::ForwardResult forward_cuda(XENT_NLL_TENSORS, XENT_NLL_OPTIONS, at::ScalarTy
     sums = at::empty({blocks, 2}, denominator.options());
     task.partial_sums = reinterpret_cast<Sums*>(sums.mutable_data_ptr<double>());
   }
-  check(launch_nll_forward(task, blocks, device.stream()), "negative log likelihood");
+  check_cuda(launch_nll_forward(task, blocks, device.stream()), "negative log likelihood");
 
   Totals totals;
   totals.partial_sums = task.partial_sums;
@@ -68,7 +68,7 @@ nll::ForwardResult forward_cuda(XENT_NLL_TENSORS, XENT_NLL_OPTIONS, at::ScalarTy
   totals.mean = reduction == kMean;
   if (reduction != kNone) totals.loss = View{data_of(loss), element_type(loss_dtype)};
   totals.denominator = denominator.mutable_data_ptr<double>();
-  check(launch_finish(totals, device.stream()), "reduction");
+  check_cuda(launch_finish(totals, device.stream()), "reduction");
   return {loss, denominator};
 }
 
@@ -94,7 +94,7 @@ at::Tensor backward_cuda(const at::Tensor& grad_output, XENT_NLL_TENSORS, const 
   task.element_size = grad_input.element_size();
   merge_dimensions(task, {&task.target, &task.grad_output});
   const int64_t blocks = plan_nll_gradient(task, device.limits());
-  check(launch_nll_backward(task, blocks, device.stream()), "gradient of the negative log likelihood");
+  check_cuda(launch_nll_backward(task, blocks, device.stream()), "gradient of the negative log likelihood");
   return grad_input;
 }
 

@@ -1,5 +1,5 @@
-// The one file that knows which compiler reads a kernel: nvcc, for a GPU, or a C++ compiler, for the emulator in which
-// the tests run the same text on the CPU, one fiber for each CUDA thread. Whatever is more than plain CUDA C++ (PTX,
+// The only file that knows which compiler reads a kernel: nvcc, for a GPU, or a C++ compiler, for the emulator in which
+// the tests run the same text on the CPU, one fiber for each CUDA thread. Everything beyond plain CUDA C++ (PTX,
 // launches, shared memory, clusters, asynchronous copies) has its two halves here.
 #pragma once
 
@@ -26,9 +26,6 @@
 
 namespace xent::gpu {
 
-// How many threads run in lockstep, and shuffle values among each other.
-constexpr int kWarp = 32;
-
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
 #if defined(__CUDACC__)
@@ -42,7 +39,7 @@ constexpr int kWarp = 32;
 
 // ---- 16 bytes at a time ---------------------------------------------------------------------------------------------
 
-// As an address in a 16-byte grid: two pointers of equal phase can be walked with the same vectors.
+// An address modulo 16: two pointers of equal phase can be walked with the same vectors.
 XENT_DEVICE uint32_t phase_of(const void* p) { return uint32_t(reinterpret_cast<uintptr_t>(p)) & 15u; }
 
 #if defined(__CUDACC__)
@@ -50,10 +47,10 @@ XENT_DEVICE uint32_t phase_of(const void* p) { return uint32_t(reinterpret_cast<
 XENT_DEVICE uint4 load_vector(const void* p) { return *static_cast<const uint4*>(p); }
 XENT_DEVICE void store_vector(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 
-// Written once and not read again by this kernel: the first to leave the caches.
+// Stores what this kernel does not read again: the first to leave the caches.
 XENT_DEVICE void stream_vector(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 
-// Global to shared memory, past the registers and the first-level cache.
+// Copies 16 bytes from global to shared memory, past the registers and the first-level cache.
 XENT_DEVICE void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(shared))),
                "l"(global)
@@ -61,7 +58,7 @@ XENT_DEVICE void copy_async(void* shared, const void* global) {
 }
 XENT_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until at most `kGroups` of this thread's groups of copies are under way.
+// Waits until at most `kGroups` of this thread's groups of copies are under way.
 template <int kGroups>
 XENT_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
@@ -76,7 +73,7 @@ inline void* aligned(const void* p) {
 inline uint4 load_vector(const void* p) {
   uint4 v;
   memcpy(&v, aligned(p), sizeof v);
-  asm volatile("" ::"m"(v));  // also where nobody looks at it: sanitizers do
+  asm volatile("" ::"m"(v));  // keeps an unused load, for sanitizers
   return v;
 }
 inline void store_vector(void* p, uint4 v) { memcpy(aligned(p), &v, sizeof v); }
@@ -111,30 +108,9 @@ XENT_DEVICE A widen(T x) {
 
 #if defined(__CUDACC__)
 
-template <class A>
-XENT_DEVICE A widen(Float16 x) {
-  return A(__half2float(__half(__half_raw{x.bits})));
-}
-template <class A>
-XENT_DEVICE A widen(BFloat16 x) {
-  return A(to_float(x));
-}
-
-template <class T, class A>
-XENT_DEVICE T narrow(A x) {
-  if constexpr (sizeof(T) == 2) {
-    const float y = float(x);
-    T narrowed;
-    if constexpr (std::is_same_v<T, Float16>) {
-      narrowed.bits = __half_as_ushort(__float2half_rn(y));
-    } else {
-      narrowed.bits = __bfloat16_as_ushort(__float2bfloat16_rn(y));
-    }
-    return narrowed;
-  } else {
-    return T(x);
-  }
-}
+XENT_DEVICE float half_to_float(Float16 x) { return __half2float(__half(__half_raw{x.bits})); }
+XENT_DEVICE void round_to(float x, Float16& y) { y.bits = __half_as_ushort(__float2half_rn(x)); }
+XENT_DEVICE void round_to(float x, BFloat16& y) { y.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 
 // Two neighbours as one word, the first in its lower half: one instruction for both.
 template <class T>
@@ -158,28 +134,16 @@ XENT_DEVICE uint32_t max_pair(uint32_t a, uint32_t b) {
 
 #else
 
-template <class A>
-inline A widen(Float16 x) {
-  return A(to_float(x));
-}
-template <class A>
-inline A widen(BFloat16 x) {
-  return A(to_float(x));
-}
+inline float half_to_float(Float16 x) { return to_float(x); }
+inline void round_to(float x, Float16& y) { y = to_float16(x); }
+inline void round_to(float x, BFloat16& y) { y = to_bfloat16(x); }
 
-template <class T, class A>
-inline T narrow(A x) {
-  if constexpr (std::is_same_v<T, Float16>) {
-    return to_float16(float(x));
-  } else if constexpr (std::is_same_v<T, BFloat16>) {
-    return to_bfloat16(float(x));
-  } else {
-    return T(x);
-  }
-}
 template <class T>
 inline uint32_t narrow_pair(float low, float high) {
-  return uint32_t(narrow<T>(low).bits) | uint32_t(narrow<T>(high).bits) << 16;
+  T pair[2];
+  round_to(low, pair[0]);
+  round_to(high, pair[1]);
+  return uint32_t(pair[0].bits) | uint32_t(pair[1].bits) << 16;
 }
 template <class T>
 inline uint32_t max_pair(uint32_t a, uint32_t b) {
@@ -189,45 +153,57 @@ inline uint32_t max_pair(uint32_t a, uint32_t b) {
 
 #endif
 
+template <class A>
+XENT_DEVICE A widen(Float16 x) {
+  return A(half_to_float(x));
+}
+template <class A>
+XENT_DEVICE A widen(BFloat16 x) {
+  return A(to_float(x));
+}
+
+template <class T, class A>
+XENT_DEVICE T narrow(A x) {
+  if constexpr (sizeof(T) == 2) {
+    T narrowed;
+    round_to(float(x), narrowed);
+    return narrowed;
+  } else {
+    return T(x);
+  }
+}
+
 // ---- elementary functions -------------------------------------------------------------------------------------------
 
+// exp2_fast: in float, the relative error is 2^-22 and results below 2^-126 are zero (PTX ISA, ex2.approx.ftz).
+// rounded_product: the compiler may fuse a * b with an addition that relies on the rounding.
+// rough_quotient: to a few units in the last place.
 #if defined(__CUDACC__)
-// One instruction: relative error 2^-22, and results below 2^-126 are zero (PTX ISA, ex2.approx.ftz).
 XENT_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+XENT_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+XENT_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+XENT_DEVICE float rough_quotient(float a, float b) { return __fdividef(a, b); }
 #else
 inline float exp2_fast(float x) {
   const float y = exp2f(x);
   return y < 0x1p-126f ? 0.f : y;
 }
-#endif
-XENT_DEVICE double exp2_fast(double x) { return exp2(x); }
-
-// A product that is rounded: written as a * b, the compiler may fuse it with additions that are to know the rounding.
-#if defined(__CUDACC__)
-XENT_DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
-XENT_DEVICE double rounded_product(double a, double b) { return __dmul_rn(a, b); }
-#else
 inline float rounded_product(float a, float b) { return a * b; }
 inline double rounded_product(double a, double b) { return a * b; }
-#endif
-
-// To a few units in the last place, where that is more than enough.
-#if defined(__CUDACC__)
-XENT_DEVICE float rough_quotient(float a, float b) { return __fdividef(a, b); }
-#else
 inline float rough_quotient(float a, float b) { return a / b; }
 #endif
+XENT_DEVICE double exp2_fast(double x) { return exp2(x); }
 XENT_DEVICE double rough_quotient(double a, double b) { return a / b; }
 
 XENT_DEVICE float log(float x) { return ::logf(x); }
 XENT_DEVICE double log(double x) { return ::log(x); }
 XENT_DEVICE float expm1(float x) { return ::expm1f(x); }
 XENT_DEVICE double expm1(double x) { return ::expm1(x); }
-XENT_DEVICE float maximum(float a, float b) { return ::fmaxf(a, b); }  // the other one, where one is NaN
+XENT_DEVICE float maximum(float a, float b) { return ::fmaxf(a, b); }  // of a NaN and a number, the number
 XENT_DEVICE double maximum(double a, double b) { return ::fmax(a, b); }
 XENT_DEVICE float abs(float x) { return ::fabsf(x); }
 XENT_DEVICE double abs(double x) { return ::fabs(x); }
@@ -268,9 +244,9 @@ T* in_block(T* shared, uint32_t rank) {
 
 // ---- kernels that overlap (sm_90) -----------------------------------------------------------------------------------
 //
-// Between two kernels nothing runs for a microsecond or two, as long as it takes to copy 4 MB. One whose LaunchShape
-// says `overlaps` begins when all blocks of the one before have said that it may, or have ended. It has to wait before
-// it touches what that one writes. Whatever came earlier has ended: a kernel that is overlapped by the next one either
+// Between two kernels nothing runs for a microsecond or two, as long as it takes to copy 4 MB. A kernel whose
+// LaunchShape says `overlaps` begins once all blocks of the previous one have allowed it, or have ended, and has to
+// wait before it touches what that one writes. Earlier kernels have ended: one that is overlapped by the next either
 // overlaps none itself or waits for it.
 
 #if defined(__CUDACC__)
@@ -296,7 +272,7 @@ inline void wait_for_previous_kernel() { emulator::wait_for_previous_kernel(); }
 using Status = cudaError_t;
 constexpr Status kSuccess = cudaSuccess;
 
-// What a kernel is asked for the first time may load it, which a graph that is being captured must not notice.
+// The first question about a kernel may load it, which a graph that is being captured must not notice.
 class Unnoticed {
  public:
   Unnoticed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -306,19 +282,19 @@ class Unnoticed {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// Lets a kernel have all the shared memory that there is. Once and for all: what a launch set for itself, another
-// thread's launch of the same kernel could take back.
+// Lets a kernel have all the shared memory that there is, once and for all: another thread's launch of the same kernel
+// could take back what a launch sets for itself.
 template <auto kernel>
 Status allow_shared_memory() {
   static std::atomic<bool> is_allowed[kMostDevices];
   int device = 0, most = 0;
-  cudaFuncAttributes its_own{};
+  cudaFuncAttributes attributes{};
   Status status = cudaGetDevice(&device);
   if (status != cudaSuccess || is_allowed[device].load(std::memory_order_relaxed)) return status;
   const Unnoticed unnoticed;
   status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status == cudaSuccess) status = cudaFuncGetAttributes(&its_own, kernel);
-  most -= int(its_own.sharedSizeBytes);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, kernel);
+  most -= int(attributes.sharedSizeBytes);
   if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   if (status == cudaSuccess) is_allowed[device].store(true, std::memory_order_relaxed);
   return status;
@@ -355,8 +331,8 @@ Status launch(const LaunchShape& shape, void* stream, const Argument& argument) 
   return cudaLaunchKernelEx(&config, kernel, argument);
 }
 
-// How many clusters of this shape the device runs at a time: all blocks of one are in one part of it (a GPC), where
-// their number seldom divides what there is. Asked once for each amount of shared memory.
+// Finds how many clusters of this shape the device runs at a time: all blocks of one are in one part of it (a GPC),
+// whose room their number seldom divides. Asks the device once for each amount of shared memory.
 template <auto kernel>
 Status clusters_at_a_time(const LaunchShape& shape, int& most) {
   struct Known {

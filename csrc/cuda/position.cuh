@@ -1,8 +1,8 @@
-// A position as every kernel sees it: where its elements are, what its target says, the loss it adds and the constants
-// of its gradient.
+// A position as every kernel sees it: where its elements are, its target, the loss it adds and the constants of its
+// gradient.
 #pragma once
 
-#include "statistics.cuh"
+#include "online_softmax.cuh"
 #include "task.h"
 
 namespace xent::gpu {
@@ -18,28 +18,25 @@ XENT_DEVICE const Task::Numbers<A>& numbers(const Task& task) {
 
 // ---- where ----------------------------------------------------------------------------------------------------------
 
-// The offset of a position, in elements.
-XENT_DEVICE int64_t offset_of(const Task& task, const View& view, int64_t position) {
+// The offset, in elements, of the i-th index of the dimensions up to `last`, in row-major order.
+XENT_DEVICE int64_t offset_along(const Task& task, const View& view, int last, int64_t i) {
   int64_t offset = 0;
 #pragma unroll 1
-  for (int d = task.dims - 1; d > 0; --d) {
-    const int64_t outer = position / task.size[d];
-    offset += (position - outer * task.size[d]) * view.stride[d];
-    position = outer;
+  for (int d = last; d > 0; --d) {
+    const int64_t outer = i / task.size[d];
+    offset += (i - outer * task.size[d]) * view.stride[d];
+    i = outer;
   }
-  return offset + position * view.stride[0];
+  return offset + i * view.stride[0];
 }
 
-// The offset of the first position of each run along the last dimension.
+XENT_DEVICE int64_t offset_of(const Task& task, const View& view, int64_t position) {
+  return offset_along(task, view, task.dims - 1, position);
+}
+
+// The offset of the first position of a run along the last dimension.
 XENT_DEVICE int64_t offset_of_run(const Task& task, const View& view, int64_t run) {
-  int64_t offset = 0;
-#pragma unroll 1
-  for (int d = task.dims - 2; d > 0; --d) {
-    const int64_t outer = run / task.size[d];
-    offset += (run - outer * task.size[d]) * view.stride[d];
-    run = outer;
-  }
-  return task.dims > 1 ? offset + run * view.stride[0] : 0;
+  return task.dims > 1 ? offset_along(task, view, task.dims - 2, run) : 0;
 }
 
 // ---- elements of a type that is known at run time -------------------------------------------------------------------
@@ -54,17 +51,7 @@ XENT_DEVICE A read_number(const View& view, int64_t offset) {
   }
 }
 
-XENT_DEVICE int64_t read_class(const View& view, int64_t offset) {
-  switch (view.type) {
-    case ElementType::kInt8: return static_cast<const int8_t*>(view.data)[offset];
-    case ElementType::kUInt8: return static_cast<const uint8_t*>(view.data)[offset];
-    case ElementType::kInt16: return static_cast<const int16_t*>(view.data)[offset];
-    case ElementType::kInt32: return static_cast<const int32_t*>(view.data)[offset];
-    default: return static_cast<const int64_t*>(view.data)[offset];
-  }
-}
-
-// Several, whose reads are under way at the same time.
+// Reads N classes, whose loads are under way at the same time.
 template <int N>
 XENT_DEVICE void read_classes(const View& view, const int64_t (&offsets)[N], int64_t (&classes)[N]) {
   const auto read = [&](const auto* data) {
@@ -80,6 +67,12 @@ XENT_DEVICE void read_classes(const View& view, const int64_t (&offsets)[N], int
   }
 }
 
+XENT_DEVICE int64_t read_class(const View& view, int64_t offset) {
+  int64_t read[1];
+  read_classes(view, {offset}, read);
+  return read[0];
+}
+
 template <class From>
 XENT_DEVICE void write_element(const View& view, int64_t offset, From x) {
   switch (view.type) {
@@ -90,12 +83,13 @@ XENT_DEVICE void write_element(const View& view, int64_t offset, From x) {
   }
 }
 
-// ---- what the target says -------------------------------------------------------------------------------------------
+// ---- the target -----------------------------------------------------------------------------------------------------
 
-// A class, or one of these. Kernels call with fewer than 2^31 classes, or (strided.cuh) take the class as it is.
+// A *label* is a class, or one of these: ignored; out of bounds; or a target that counts without being one class.
+// Kernels hold it in an int where they have fewer than 2^31 classes.
 constexpr int kIgnored = -1, kBad = -2, kProbabilities = -3;
 
-// A class as it is read; of a shard counted from here.
+// Turns a class index as it is read into a label; on a shard, classes count from its first.
 template <Objective objective>
 XENT_DEVICE int64_t checked_class(const Task& task, int64_t target) {
   if (target == task.ignore_index) return kIgnored;
@@ -110,14 +104,14 @@ XENT_DEVICE int64_t checked_class(const Task& task, const View& view, int64_t of
   return checked_class<objective>(task, read_class(view, offset));
 }
 
-// Where it is said which positions count: labels that go with a teacher, or the target itself.
+// The class indices that say which positions count: the labels besides a teacher, or the target itself.
 template <Objective objective>
 XENT_DEVICE const View& labels_of(const Task& task) {
   return objective == Objective::kGeneral && task.labels ? task.labels : task.target;
 }
 
-// Of k pairs: that they count, that all are to be ignored, or that one is bad. `kLanes`: 1, or as many threads as ask
-// for the same position together.
+// The label of k pairs: kProbabilities where one counts, kIgnored where none does, kBad where one is. `kLanes` threads
+// ask for one position together: 1, or a warp.
 template <int kLanes>
 XENT_DEVICE int64_t label_of_pairs(const Task& task, int64_t offset) {
   bool any = false, bad = false;
@@ -134,7 +128,7 @@ XENT_DEVICE int64_t label_of_pairs(const Task& task, int64_t offset) {
   return bad ? kBad : any ? kProbabilities : kIgnored;
 }
 
-// What a position's target is. `offset`: of the position in labels_of(task).
+// The label of a position, which is at `offset` in labels_of(task).
 template <Objective objective, int kLanes = 1>
 XENT_DEVICE int64_t read_label(const Task& task, int64_t offset) {
   if constexpr (objective == Objective::kProbabilities) return kProbabilities;
@@ -145,7 +139,7 @@ XENT_DEVICE int64_t read_label(const Task& task, int64_t offset) {
   return checked_class<objective>(task, labels_of<objective>(task), offset);
 }
 
-// Of several positions at once.
+// The labels of several positions, whose loads are under way at the same time.
 template <Objective objective, int N>
 XENT_DEVICE void read_labels(const Task& task, const int64_t (&offsets)[N], int64_t (&labels)[N]) {
   const bool one_class = objective != Objective::kProbabilities &&
@@ -159,7 +153,7 @@ XENT_DEVICE void read_labels(const Task& task, const int64_t (&offsets)[N], int6
 
 XENT_DEVICE bool is_counted(int64_t label) { return label >= 0 || label == kProbabilities; }
 
-// Tells the host, unless it still has to take an earlier report. `offset`: of the position in labels_of(task).
+// Reports to the host, unless that still has to take an earlier report. The position is at `offset` in labels_of(task).
 template <Objective objective>
 XENT_DEVICE void report_bad_target(const Task& task, int64_t position, int64_t offset) {
   volatile BadTarget* const report = task.bad_target;
@@ -182,7 +176,7 @@ XENT_DEVICE A class_weight(const Task& task, int64_t c) {
   return task.weight ? static_cast<const A*>(task.weight)[c] : A(1);
 }
 
-// A class's coefficient in the loss, but for what an index target adds to its own class.
+// A class's coefficient in the loss, without what an index target adds to its own class.
 template <Objective objective, class A>
 XENT_DEVICE A coefficient(const Task& task, int64_t c, A probability) {
   if constexpr (objective == Objective::kIndex) return A(0);
@@ -196,7 +190,7 @@ XENT_DEVICE A smoothed_total(const Task& task) {
   return task.smoothed_total_on_device ? A(*task.smoothed_total_on_device) : numbers<A>(task).smoothed_total;
 }
 
-// Whether all classes have the same coefficient, but for what an index target adds to its own.
+// Returns true where all coefficients are equal, without what an index target adds to its own class.
 template <Objective objective>
 XENT_DEVICE bool is_uniform(const Task& task) {
   return objective == Objective::kIndex || (objective == Objective::kSmoothedIndex && task.weight == nullptr);
@@ -204,7 +198,7 @@ XENT_DEVICE bool is_uniform(const Task& task) {
 
 // ---- the loss -------------------------------------------------------------------------------------------------------
 
-// The factor of a position, `offset` from the first.
+// The sample weight at an offset; of a position.
 template <class A>
 XENT_DEVICE A read_sample_weight(const Task& task, int64_t offset) {
   return task.sample_weight ? read_number<A>(task.sample_weight, offset) : A(1);
@@ -214,14 +208,14 @@ XENT_DEVICE A sample_weight_of(const Task& task, int64_t position) {
   return task.sample_weight ? read_number<A>(task.sample_weight, offset_of(task, task.sample_weight, position)) : A(1);
 }
 
-// What the forward finds out about a position: the names are those of Statistics.
+// The result of the forward for a position. The names are those of OnlineSoftmax.
 template <class A>
-struct Found {
+struct Result {
   A max, log_sum, spread, mass;
 
-  template <class S>
-  static XENT_DEVICE Found of(const Task&, const S& statistics) {
-    return {statistics.max, statistics.log_sum(), statistics.spread.value(), statistics.mass.value()};
+  template <class Softmax>
+  static XENT_DEVICE Result of(const Task&, const Softmax& softmax) {
+    return {softmax.max, softmax.log_sum(), softmax.spread.value(), softmax.mass.value()};
   }
 };
 
@@ -235,17 +229,17 @@ XENT_DEVICE A* saved_row(const Task& task, int row) {
   return static_cast<A*>(task.lse) + row * task.positions;
 }
 
-// Where a position's results go, and what they are multiplied by.
+// Where a position's results go, and their factor.
 template <class A>
 struct Destination {
-  int64_t position, target_offset, loss_offset;  // in labels_of(task) and in the losses
+  int64_t position, target_offset, loss_offset;  // offsets in labels_of(task) and in the losses
   A sample_weight;
 
   static XENT_DEVICE Destination of(const Task& task, int64_t position, int64_t target_offset) {
     return {position, target_offset, offset_of(task, task.loss, position), sample_weight_of<A>(task, position)};
   }
 
-  // `weight`: what the position adds to a mean's denominator, but for its own factor.
+  // `weight` is the position's part of the mean's denominator, before its sample weight.
   XENT_DEVICE void add(const Task& task, A loss, A weight, Sums& sums) const {
     if (task.loss) {
       write_element(task.loss, loss_offset, loss * sample_weight);
@@ -256,11 +250,11 @@ struct Destination {
   }
 };
 
-// What a position adds to its block's sums, and leaves for the backward. By one thread.
+// Adds a position to its block's sums, and saves what the backward reads. One thread calls it.
 template <Objective objective, class A>
 XENT_DEVICE void finish_loss(const Task& task, const Destination<A>& to, int64_t label, A target_logit,
-                             const Found<A>& found, Sums& sums) {
-  const auto [max, log_sum, spread, mass] = found;
+                             const Result<A>& result, Sums& sums) {
+  const auto [max, log_sum, spread, mass] = result;
   A loss = 0, weight = 0, lse_high = 0, lse_low = 0;
   if (label == kBad) {
     loss = A(NAN);
@@ -295,7 +289,7 @@ struct ToSoftmax {
 
   static XENT_DEVICE ToSoftmax of(A max, A log_sum) {
     const auto known = KnownMaximum<A>::of(max);
-    // 2^(reference - lse log2(e)), and what rounding loses of the exponent.
+    // factor = 2^(reference - lse log2(e)), with what rounding lost of the exponent.
     const A low = rounded_product(log_sum, kLog2E<A>), low_lost = fused(log_sum, kLog2E<A>, -low);
     A exponent, lost;
     two_sum(low, known.lost(), exponent, lost);
@@ -303,27 +297,27 @@ struct ToSoftmax {
   }
 };
 
-// For a position whose target counts: g (A softmax - a) as a function of the logit and its coefficient. Powers of two
-// are KnownMaximum's, so a forward that has them at hand makes the same gradient as a backward, to the bit.
+// The gradient g (A softmax - a) of a position that counts, as a function of the logit and its coefficient. The powers
+// of two are KnownMaximum's, so a forward that has them at hand makes the same bits as a backward.
 template <Objective objective, class A>
 struct Gradient {
   A max, log_sum, total, scale;  // total: A, and what z_loss adds; scale: g
   A slope, reference;            // 2^(x slope - reference)
-  A to_softmax, to_total;        // times a power: softmax, A softmax
-  A to_scaled;                   // and g A softmax
-  A hit, rest, smoothed;         // of an index target's own class: total = hit + rest
+  A to_softmax;                  // power * to_softmax = softmax
+  A to_total, to_scaled;         // power * to_total = A softmax, power * to_scaled = g A softmax
+  A hit, rest, smoothed;         // of an index target's own class: total = hit + rest, a = hit + smoothed
 
-  XENT_DEVICE void set(const Task& task, int64_t, int64_t label, const Found<A>& found, A grad_output) {
-    const auto softmax = ToSoftmax<A>::of(found.max, found.log_sum);
-    max = found.max;
-    log_sum = found.log_sum;
+  XENT_DEVICE void set(const Task& task, int64_t, int64_t label, const Result<A>& result, A grad_output) {
+    const auto softmax = ToSoftmax<A>::of(result.max, result.log_sum);
+    max = result.max;
+    log_sum = result.log_sum;
     slope = softmax.slope;
     reference = softmax.reference;
     to_softmax = softmax.factor;
     scale = grad_output;
     hit = smoothed = A(0);
     rest = (numbers<A>(task).z_loss + numbers<A>(task).z_loss) * (max + log_sum);
-    if constexpr (objective == Objective::kProbabilities) rest += found.mass;
+    if constexpr (objective == Objective::kProbabilities) rest += result.mass;
     if constexpr (objective == Objective::kSmoothedIndex) {
       rest += smoothed_total<A>(task);
       smoothed = coefficient<objective>(task, label, A(0));
@@ -336,7 +330,7 @@ struct Gradient {
 
   XENT_DEVICE A power(A x) const { return exp2_fast(fused(x, slope, -reference)); }
 
-  // Of a class that is not an index target's own, from its power. `careful` becomes true where that is not enough.
+  // For a class that is not an index target's own, from its power. Sets `careful` where that cancels.
   XENT_DEVICE A of_power(A power, A a, bool& careful) const {
     if constexpr (objective == Objective::kIndex) return power * to_scaled;
     if constexpr (objective == Objective::kProbabilities) careful |= power * to_softmax > A(0.5);
@@ -344,15 +338,15 @@ struct Gradient {
   }
   XENT_DEVICE A from_logit(A x, A a) const { return scale * soft_gradient(total, (x - max) - log_sum, a); }
 
-  // An index target's own class.
+  // For an index target's own class.
   XENT_DEVICE A own(A x) const { return scale * target_gradient(hit, rest, smoothed, (x - max) - log_sum); }
 
-  // The gradient of a probability, but for (1 - e) w.
+  // The gradient of a probability, without (1 - e) w.
   XENT_DEVICE A of_probability(A x) const { return scale * ((max - x) + log_sum); }
 };
 
-// Of N logits, but for an index target's own class. `of(j)` is the j-th one's Gradient, `set_coefficients(a)` is called
-// where coefficients differ.
+// Makes the gradients of N logits, as if none were an index target's own class. `of(j)` is the Gradient of the j-th;
+// set_coefficients(a) is called where coefficients differ.
 template <Objective objective, int N, class A, class Of, class SetCoefficients>
 XENT_DEVICE void gradients(const Task& task, const Of& of, const A (&x)[N], const SetCoefficients& set_coefficients,
                            A (&dx)[N]) {
@@ -372,11 +366,11 @@ XENT_DEVICE void gradients(const Task& task, const Of& of, const A (&x)[N], cons
   }
 }
 
-// What the forward left for a position.
+// Reads the result that the forward saved for a position.
 template <Objective objective>
-struct SavedOf {
+struct SavedResult {
   template <class A>
-  static XENT_DEVICE Found<A> at(const Task& task, int64_t position) {
+  static XENT_DEVICE Result<A> at(const Task& task, int64_t position) {
     const A mass = objective == Objective::kProbabilities ? saved_row<A>(task, saved::kMass)[position] : A(0);
     return {saved_row<A>(task, saved::kLse)[position], saved_row<A>(task, saved::kLseLost)[position], A(0), mass};
   }
@@ -386,13 +380,13 @@ template <class A>
 XENT_DEVICE A read_grad_output(const Task& task, int64_t offset) {
   return task.grad_output ? read_number<A>(task.grad_output, offset) : A(1);
 }
-// And the position's own factor.
+// With the position's sample weight.
 template <class A>
 XENT_DEVICE A grad_output_of(const Task& task, int64_t position) {
   return read_grad_output<A>(task, offset_of(task, task.grad_output, position)) * sample_weight_of<A>(task, position);
 }
 
-// d loss / d q_c, for a target that is to have a gradient.
+// Writes d loss / d q_c.
 template <class A>
 XENT_DEVICE void write_probability_gradient(const Task& task, int64_t position_offset, int64_t c, A of_probability) {
   write_element(task.grad_target, position_offset + c * task.grad_target.class_stride,

@@ -1,6 +1,6 @@
-// Sums over positions. In two stages and a fixed order, without atomics, in double: each block of a kernel adds up its
-// own positions and leaves one sum; whoever needs the total adds those in the order of the blocks. The result has the
-// same bits in every run, and the host is never asked.
+// Sums over positions, in double, in two stages and a fixed order, without atomics: each block of a kernel leaves the
+// sum of its own positions, and a reader of the total adds those in the order of the blocks. The result has the same
+// bits in every run, and the host waits for nothing.
 #pragma once
 
 #include "position.cuh"
@@ -20,24 +20,26 @@ XENT_DEVICE Sums block_sum(Sums sums) {
   return total;
 }
 
-// The sum of what `count` blocks left behind. By each warp for itself, so that whoever asks gets the same bits.
+// The sum of what `count` blocks left. Each warp adds for itself, and all get the same bits.
 XENT_DEVICE Sums sum_of_blocks(const Sums* partial_sums, int count) {
   Sums sums{0, 0};
   for (int i = int(threadIdx.x) % kWarp; i < count; i += kWarp) sums = add(sums, partial_sums[i]);
   return {lanes_sum(sums.loss, kWarp), lanes_sum(sums.weight, kWarp)};
 }
 
-// ---- what every kernel of the loss begins and ends with -------------------------------------------------------------
+// ---- the beginning and the end of every kernel of the loss ----------------------------------------------------------
 
-// Whether the gradient that the forward made is right as it is. Where nothing was counted it had to guess what the loss
-// would be divided by.
+// Returns true where the gradient that the forward made is right as it is: for a grad_output of one and, for a mean,
+// with a denominator that was counted and not guessed. After a guess the denominator is zero or one.
 XENT_DEVICE bool nothing_to_do(const Task& task) {
   if (!task.made_for_one || read_number<double>(task.grad_output, 0) != 1) return false;
   return !task.made_for_mean || (*task.denominator != 0 && *task.denominator != 1);
 }
 
-// 1 / denominator. All threads of a warp call it, once its first reads are under way: it may have to wait for the
-// count.
+// 1 / denominator. The backward reads the forward's. A fused forward needs it before the loss: counted by
+// count_targets, or known on the host. A count of zero may yet become one, depending on the loss (finish), which
+// empty_is_zero takes as its guess. All threads of a warp call it, once its first reads are under way, for it may have
+// to wait for the count.
 template <class A>
 XENT_DEVICE A gradient_scale(const Task& task) {
   if (task.pass == Pass::kForward) return A(0);
@@ -49,16 +51,16 @@ XENT_DEVICE A gradient_scale(const Task& task) {
 }
 
 XENT_DEVICE void leave_sums(const Task& task, Sums sums) {
-  wait_for_previous_kernel();  // also where there was no position to wait for it: the next one waits for this one alone
+  wait_for_previous_kernel();  // blocks without a position, too: the next kernel waits for this one alone
   if (task.partial_sums == nullptr) return;
   sums = block_sum(sums);
   if (threadIdx.x == 0) task.partial_sums[blockIdx.x] = sums;
 }
 
-// ---- before the loss: what a mean divides by, for a gradient that is made together with it --------------------------
+// ---- before the loss: the mean's denominator for a gradient that is made together with it ---------------------------
 
-// The weights of the targets that count. Reads what each position's target says of that, and nothing else: several at a
-// time, or it would take as long as its reads take one after the other.
+// Sums the weights of the targets that count. Reads labels and weights alone, several positions at a time, or the
+// latency of a read would be paid for each.
 template <class A>
 __global__ void __launch_bounds__(kReduceThreads, kCountResident) count_targets(const __grid_constant__ Task task) {
   constexpr Objective objective = Objective::kGeneral;  // any
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(kReduceThreads, kCountResident) count_targets(
   leave_sums(task, sums);
 }
 
-// factor * sum of the class weights. One block.
+// factor * sum of the class weights, in one block.
 template <class A>
 __global__ void __launch_bounds__(kReduceThreads) sum_weights(const __grid_constant__ WeightSum request) {
   Sums sums{0, 0};
@@ -99,7 +101,8 @@ __global__ void __launch_bounds__(kReduceThreads) sum_weights(const __grid_const
 
 // ---- after the loss -------------------------------------------------------------------------------------------------
 
-// The loss of all positions, and what a mean divided by. One warp.
+// The loss of all positions, and the denominator that it was divided by. One warp. With empty_is_zero, a mean whose
+// weights and losses sum to zero is zero: its denominator is one.
 template <class A>
 __global__ void __launch_bounds__(kFinishThreads) finish(const __grid_constant__ Totals totals) {
   wait_for_previous_kernel();

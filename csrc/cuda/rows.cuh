@@ -1,26 +1,27 @@
-// Rows: positions whose classes are neighbours in memory, and too many for small_rows.cuh.
+// Rows: positions whose classes are contiguous, and too many for small_rows.cuh.
 //
 // Fuses the log-sum-exp, the loss and the gradient of a row. A warp, a block or a cluster of blocks has a row to
-// itself, brings it into shared memory once, and makes the gradient from there:
+// itself, copies it into shared memory once, and makes the gradient from there:
 //
 //   forward with gradient    1 read + 1 write of the row, and 1 read of probabilities that lie as the logits do
 //                            (others are read twice, the second time from L2)
 //   forward alone            1 read
 //   backward alone           1 read + 1 write
 //
-// Why so:
+// Why:
 // * Copies into shared memory are asynchronous and need no registers, so a multiprocessor has up to 200 KB under way,
 //   where latency x bandwidth asks for about 25 (H200: 4.8 TB/s x 0.7 us / 132).
 // * Each thread copies, sums and writes the same vectors. It needs no barrier to see its own copies, and may write the
-//   gradient in the logits' place as soon as the row's sums are joined. One barrier for each row, and none for a warp.
-// * Copies are waited for in parts: the first is summed while the last is on its way. A thread finds the maximum of its
-//   part before it sums it, without a branch. An online sum would meet a new maximum in nearly every vector: a thread
-//   has few of them, and one lane of 32 is enough.
-// * A row that fits no shared memory is read twice, the second time from the L2 cache where that is large enough.
+//   gradient in the logits' place as soon as the row's sums are joined. A row has one barrier, and none in a warp.
+// * Copies are waited for in stages: the first is summed while the last is on its way. A thread finds the maximum of
+// its
+//   part of a stage before it sums it, without a branch. An online sum would meet a new maximum in nearly every vector:
+//   a thread has few of them, and one lane of 32 is enough.
+// * A row that does not fit shared memory is read twice, the second time from the L2 cache where that is large enough.
 // * The grid is as large as fits on the device at a time and walks the rows, so the sums of each block come in an order
 //   that depends on the shapes alone.
 //
-// Vectors lie at addresses that are multiples of 16 whatever a row's own alignment; the elements around them (fewer
+// Vectors lie at addresses that are multiples of 16 whatever a row's own alignment. The elements around them (fewer
 // than 2 x 16 bytes) are taken one by one, each by a thread of its own, in a register.
 #pragma once
 
@@ -34,7 +35,7 @@ namespace xent::gpu {
 template <Team team>
 constexpr int kBlockThreads = block_threads(team);
 
-// The threads that share a row, and what they exchange.
+// The threads that share a row, and their exchange of sums.
 template <Team team>
 struct Members {
   static constexpr int kThreads = team == Team::kWarp ? kWarp : kBlockThreads<team>;  // in one block
@@ -42,8 +43,8 @@ struct Members {
 
   int thread;
   int rank = 0, blocks = 1;  // of a cluster
-  int64_t first;             // positions: this team's first,
-  int step;                  // and from one to the next
+  int64_t first;             // position of this team
+  int step;                  // to its next position
 
   XENT_DEVICE Members() : thread(int(threadIdx.x) % kThreads) {
     constexpr int kTeams = kBlockThreads<team> / kThreads;  // in one block
@@ -57,7 +58,7 @@ struct Members {
 
   XENT_DEVICE bool leads() const { return rank == 0 && thread == 0; }
 
-  // Of all that share a row.
+  // Among all threads that share a row.
   XENT_DEVICE int64_t index() const { return int64_t(rank) * kThreads + thread; }
   XENT_DEVICE int64_t count() const { return int64_t(blocks) * kThreads; }
 
@@ -71,29 +72,28 @@ struct Members {
     }
   }
 
-  // The statistics of all members, for each of them, when all of them have read what they are made of: the gradient may
-  // take its place. `exchange` has two halves, taken in turn: a warp may be one barrier ahead of another that still
-  // reads.
-  template <class S>
-  XENT_DEVICE void join(const Task& task, S& statistics, S* exchange, uint32_t round) const {
-    join_lanes(statistics, kWarp);
+  // Joins the sums of all members, for each of them, once all have read what they add: the gradient may take its place.
+  // `exchange` has two halves, taken in turn: a warp may be one barrier ahead of another that still reads.
+  template <class Softmax>
+  XENT_DEVICE void join(const Task& task, Softmax& softmax, Softmax* exchange, uint32_t round) const {
+    join_lanes(softmax, kWarp);
     if constexpr (team == Team::kWarp) {
       barrier();
     } else {
-      S* const mine = exchange + (round % 2) * kWarps;
+      Softmax* const mine = exchange + (round % 2) * kWarps;
       const int lane = thread % kWarp;
-      if (lane == 0) mine[thread / kWarp] = statistics;
+      if (lane == 0) mine[thread / kWarp] = softmax;
       barrier();
-      statistics = S::of_nothing(task);
+      softmax = Softmax::of_nothing(task);
       for (int i = lane; i < blocks * kWarps; i += kWarp) {
-        statistics.merge(*in_block(mine + i % kWarps, uint32_t(i / kWarps)));
+        softmax.merge(*in_block(mine + i % kWarps, uint32_t(i / kWarps)));
       }
-      join_lanes(statistics, kWarp);
+      join_lanes(softmax, kWarp);
     }
   }
 };
 
-// One block's part of a row: its vectors in global memory, and each thread's copies of its own.
+// One block's part of a row: its vectors in global memory, and the copies that each thread makes of its own.
 template <class T, Team team, bool kCopied, bool kLongUse>
 struct Slice {
   static constexpr int kStages = team == Team::kWarp ? 2 : 4;       // of copies
@@ -103,7 +103,7 @@ struct Slice {
   const T* row;
   unsigned char* copies;
   Vectors shape;
-  int64_t first;  // of the row's vectors
+  int64_t first;  // among the row's vectors
   int count, stage_size;
 
   XENT_DEVICE Slice(const T* row, int64_t classes, unsigned char* copies, const Members<team>& members)
@@ -116,8 +116,8 @@ struct Slice {
   XENT_DEVICE int64_t class_of(int i) const { return shape.head + (first + i) * kPerVector<T>; }
   XENT_DEVICE int stage_end(int stage) const { return min((stage + 1) * stage_size, count); }
 
-  // Of the row and, if it is not null, of a twin: a row that lies in memory as this one does. The copy of its class c
-  // is at (returned pointer)[c].
+  // Copies the row and, if it is not null, a twin: a row that lies in memory as this one does. The copy of the twin's
+  // class c is at (returned pointer)[c].
   XENT_DEVICE const T* start_copies(int thread, const T* twin, unsigned char* copies_of_twin) const {
 #pragma unroll 1
     for (int stage = 0; stage < kStages; ++stage) {
@@ -131,7 +131,7 @@ struct Slice {
   }
 
   static XENT_DEVICE void wait_for(int stage) {
-    switch (kStages - 1 - stage) {  // as many may be under way
+    switch (kStages - 1 - stage) {  // stages that may be under way
       case 3: wait_for_copies<3>(); break;
       case 2: wait_for_copies<2>(); break;
       case 1: wait_for_copies<1>(); break;
@@ -139,7 +139,7 @@ struct Slice {
     }
   }
 
-  // Whether a class is in one of this thread's vectors, and its logit.
+  // Returns true where a class is in one of this thread's vectors; and that class's logit.
   XENT_DEVICE bool has(int64_t c, int thread) const {
     const int64_t element = c - class_of(0);
     return uint64_t(element) < uint64_t(int64_t(count) * kPerVector<T>) &&
@@ -174,7 +174,7 @@ struct Slice {
           raw[k] = load_vector(row + class_of(at));
         }
       }
-      if constexpr (kLongUse) {  // too long to be unrolled
+      if constexpr (kLongUse) {  // `use` is too long to be unrolled
 #pragma unroll 1
         for (int k = 0; k < kTogether && i + k * kThreads < end; ++k) use(class_of(i + k * kThreads), pick(raw, k));
       } else {
@@ -187,13 +187,13 @@ struct Slice {
   }
 };
 
-// A position's elements of a target of every class.
+// A position of a target of every class.
 template <class T>
 struct TargetRow {
   using A = Arithmetic<T>;
   const Task& task;
   int64_t offset;
-  const T* twin = nullptr;  // where they lie as the logits do: read as vectors, or from their copies
+  const T* twin = nullptr;  // its elements or their copies, where they lie as the logits do: read as vectors
 
   XENT_DEVICE TargetRow(const Task& task, int64_t position, const T* row)
       : task(task), offset(offset_of(task, task.target, position)) {
@@ -202,7 +202,7 @@ struct TargetRow {
     if (alike && phase_of(start) == phase_of(row)) twin = start;
   }
 
-  // Of N classes from c on: one, or a vector of the logits.
+  // Loads N classes from c on: one, or as many as a vector of the logits.
   template <int N>
   XENT_DEVICE void load(int64_t c, A (&q)[N]) const {
     if constexpr (N == kPerVector<T>) {
@@ -260,13 +260,13 @@ struct Coefficients<T, Objective::kGeneral> {
   const Task& task;
   DenseTarget<A> dense;
   TargetRow<T> target;
-  bool skipped = false;  // a teacher's: all are zero
+  bool skipped = false;  // all are zero: a teacher's, in the first pass of a divergence
 
   XENT_DEVICE Coefficients(const Task& task, int64_t position, const T* row)
       : task(task), dense(task, position), target(task, position, row) {}
 
-  // Calls use(logits as the loss is of them, their terms) for one class, or use(..., begin) for each part of a vector
-  // of neighbours from class c on.
+  // Calls use(transformed logits, their terms) for one class, or use(..., begin) for each part of a vector of
+  // neighbours from class c on.
   template <class Use>
   XENT_DEVICE void for_class(int64_t c, A logit, const Use& use) const {
     A x[1] = {logit};
@@ -288,7 +288,7 @@ struct Coefficients<T, Objective::kGeneral> {
     }
   }
 
-  // Calls use(logit, teacher's logit), both as they were given, for each class of a vector of neighbours from c on.
+  // Calls use(logit, teacher's logit), not transformed, for each class of a vector of neighbours from c on.
   template <class Use>
   XENT_DEVICE void for_given(int64_t c, uint4 raw, const Use& use) const {
 #pragma unroll 1
@@ -301,7 +301,7 @@ struct Coefficients<T, Objective::kGeneral> {
     }
   }
 
-  // From the elements of a dense target, where there is one.
+  // Transforms logits, and turns the elements of a dense target in terms.a into coefficients.
   template <int N>
   XENT_DEVICE void finish(int64_t c, A (&x)[N], Terms<A, N>& terms) const {
     terms.first = c;
@@ -319,7 +319,7 @@ struct Coefficients<T, Objective::kGeneral> {
   }
 };
 
-// The gradient of a position that has none: ignored, or with a target that is no class.
+// Writes the gradient of a position that is ignored, or has a bad target.
 template <class T, Team team>
 XENT_DEVICE void write_zeros(T* out, int64_t classes, const Members<team>& members) {
   const Vectors shape = Vectors::of(out, classes);
@@ -333,7 +333,7 @@ template <class T, Objective objective, Team team, bool kCopied>
 __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), objective, team, kCopied))
     rows(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
-  using S = StatisticsOf<objective, A, !kCopied>;
+  using Softmax = SoftmaxOf<objective, A, !kCopied>;
   using RowSlice = Slice<T, team, kCopied, objective == Objective::kGeneral>;
   constexpr int N = kPerVector<T>;
   constexpr bool kGeneral = objective == Objective::kGeneral;
@@ -341,15 +341,15 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
   let_next_kernel_begin();
 
   XENT_DYNAMIC_SHARED(shared);
-  XENT_SHARED_ARRAY(S, exchange, 2 * Members<team>::kWarps);
+  XENT_SHARED_ARRAY(Softmax, exchange, 2 * Members<team>::kWarps);
   const Members<team> members;
-  unsigned char* const copies = shared + int64_t(threadIdx.x / members.kThreads) * task.copy_bytes;
+  unsigned char* const copies = shared + int64_t(threadIdx.x / members.kThreads) * task.division.copy_bytes;
   A scale_of_all = 0;
   const bool forward = task.pass != Pass::kBackward, backward = task.pass != Pass::kForward;
   Sums sums{0, 0};
   uint32_t round = 0;
 
-  // Whether a row is copied depends on its label, which is therefore read one row ahead.
+  // A row is copied only if its label counts, so labels are read one row ahead.
   const auto label_at = [&](int64_t position) {
     return position < task.positions
                ? read_label<objective, kWarp>(task, offset_of(task, labels_of<objective>(task), position))
@@ -370,9 +370,9 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     A edge_logit[1] = {A(0)}, edge_coefficient[1] = {A(0)}, target_logit = 0;
     if constexpr (kCopied && (objective == Objective::kProbabilities || kGeneral)) {
       const T*& twin = coefficients.target.twin;
-      const T* const to_copy = task.twin_target ? twin : nullptr;
+      const T* const to_copy = task.division.twin_target ? twin : nullptr;
       const T* const copied =
-          counts ? slice.start_copies(members.thread, to_copy, copies + task.copy_bytes / 2) : nullptr;
+          counts ? slice.start_copies(members.thread, to_copy, copies + task.division.copy_bytes / 2) : nullptr;
       if (copied) twin = copied;
     } else if (kCopied && counts) {
       slice.start_copies(members.thread, nullptr, nullptr);
@@ -383,9 +383,9 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       if constexpr (!kGeneral) edge_coefficient[0] = coefficients.at(edge);
     }
 
-    S statistics = S::of_nothing(task);
-    const auto add_general = [&](const auto& x, const auto& terms, int = 0) { add_logits(task, x, terms, statistics); };
-    FoundOf<objective, A> found;
+    Softmax softmax = Softmax::of_nothing(task);
+    const auto add_general = [&](const auto& x, const auto& terms, int = 0) { add_logits(task, x, terms, softmax); };
+    ResultOf<objective, A> result;
     if (forward) {
       if constexpr (kGeneral) coefficients.skipped = task.kl;
       if (task.is_here(label) && members.leads()) target_logit = read_logit<objective>(task, row, label);
@@ -393,7 +393,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
         for (int stage = 0; stage < RowSlice::kStages; ++stage) {
           const int begin = stage * slice.stage_size, end = slice.stage_end(stage);
           if constexpr (kCopied) slice.wait_for(stage);
-          if constexpr (kCopied && !kGeneral) statistics.raise(slice.largest(begin, end, members.thread));
+          if constexpr (kCopied && !kGeneral) softmax.raise(slice.largest(begin, end, members.thread));
           slice.for_each(begin, end, members.thread, [&](int64_t c, uint4 raw) {
             if constexpr (kGeneral) {
               coefficients.for_parts(c, raw, add_general);
@@ -402,9 +402,9 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
               widen_vector<T>(raw, x);
               const auto add = [&](const auto& a) {
                 if constexpr (kCopied) {
-                  statistics.add_up_to_max(x, a);
+                  softmax.add_up_to_max(x, a);
                 } else {
-                  statistics.add(x, a);
+                  softmax.add(x, a);
                 }
               };
               if (is_uniform<objective>(task)) return add(numbers<A>(task).share);
@@ -417,18 +417,18 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       }
       if constexpr (kGeneral) {
         if (has_edge) coefficients.for_class(edge, edge_logit[0], add_general);
-        if (counts) add_pairs(task, position, row, members.index(), members.count(), statistics);
+        if (counts) add_pairs(task, position, row, members.index(), members.count(), softmax);
       } else {
-        if (has_edge) statistics.add(edge_logit, edge_coefficient);
+        if (has_edge) softmax.add(edge_logit, edge_coefficient);
       }
-      members.join(task, statistics, exchange, kGeneral && task.kl ? 2 * round : round);
-      found = FoundOf<objective, A>::of(task, statistics);
+      members.join(task, softmax, exchange, kGeneral && task.kl ? 2 * round : round);
+      result = ResultOf<objective, A>::of(task, softmax);
       if constexpr (kGeneral) {
         coefficients.skipped = false;
         if (task.kl) {
-          const Divergence<A> divergence(task, coefficients.dense, found.max, found.log_sum);
-          statistics = divergence.template of_nothing<S>(task);
-          const auto add = [&](A x, A z) { divergence.add(x, z, statistics); };
+          const Divergence<A> divergence(task, coefficients.dense, result.max, result.log_sum);
+          softmax = divergence.template of_nothing<Softmax>(task);
+          const auto add = [&](A x, A z) { divergence.add(x, z, softmax); };
           if (counts) {
             slice.for_each(0, slice.count, members.thread,
                            [&](int64_t c, uint4 raw) { coefficients.for_given(c, raw, add); });
@@ -438,17 +438,17 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
             coefficients.target.load(edge, z);
             add(edge_logit[0], z[0]);
           }
-          members.join(task, statistics, exchange, 2 * round + 1);
-          set_divergence(found, statistics);
+          members.join(task, softmax, exchange, 2 * round + 1);
+          set_divergence(result, softmax);
         }
       }
       if (members.leads()) {
-        finish_loss<objective>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
-        if constexpr (kGeneral) finish_statistics(task, position, label, row, target_logit, found);
+        finish_loss<objective>(task, Destination<A>::of(task, position, target), label, target_logit, result, sums);
+        if constexpr (kGeneral) finish_statistics(task, position, label, row, target_logit, result);
       }
     } else {
       if constexpr (kCopied) wait_for_copies<0>();
-      found = SavedOf<objective>::template at<A>(task, position);
+      result = SavedResult<objective>::template at<A>(task, position);
       if (label == kBad && members.leads()) report_bad_target<objective>(task, position, target);
     }
     if (!backward) continue;
@@ -463,7 +463,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
       continue;
     }
     Gradient<objective, A> gradient;
-    gradient.set(task, position, label, found, scale_of_all * grad_output_of<A>(task, position));
+    gradient.set(task, position, label, result, scale_of_all * grad_output_of<A>(task, position));
     const auto gradient_of = [&](int) -> const auto& { return gradient; };
     const bool aligned = phase_of(out) == phase_of(row);
     const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
@@ -481,8 +481,8 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
         if (out && aligned) stream_vector(out + c, narrowed);
       });
     } else {
-      // An index target's own class, once, rather than looked for in each vector. Its thread writes it after the
-      // vector.
+      // The gradient of an index target's own class is made once, rather than looked for in each vector, and written by
+      // the same thread after the vector.
       const bool has_own = objective != Objective::kProbabilities && slice.has(label, members.thread);
       const A own = has_own ? gradient.own(slice.logit_of(label)) : A(0);
       const auto write = [&](auto as_vectors) {
@@ -524,7 +524,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, rows_resident(sizeof(T), 
     }
     if constexpr (kGeneral) {
       if (task.target_kind != TargetKind::kPairs) continue;
-      members.barrier();  // whoever has a pair's class has written it
+      members.barrier();  // the threads that have the pairs' classes have written them
       gradient.write_pairs(task, position, row, out, members.index(), members.count());
     }
   }

@@ -1,16 +1,14 @@
 // Small rows: positions with few classes, in any layout that the spatial kernel does not take.
 //
-// Each warp works on a tile of positions that it brings into shared memory; a thread, or 2 to 32 neighbouring ones,
-// then has a position to itself. In contiguous rows (N, C) or channels_last a tile is one run of memory, moved 16 bytes
-// at a time however few classes there are: 1 read + 1 write of the logits, forward with gradient or backward alone.
+// Each warp copies a tile of positions into shared memory; a thread, or 2 to 32 neighbouring ones, then has a position
+// to itself. In contiguous rows (N, C) or channels_last a tile is one run of memory, moved 16 bytes at a time however
+// few classes there are: 1 read + 1 write of the logits, forward with gradient or backward alone. A warp has room for
+// two tiles: the next one loads while this one is worked on.
 //
-// A warp has two places for tiles: the next one is on its way while this one is worked on.
-//
-// Why so: a row of 10 floats is no multiple of 16 bytes, and a warp that read rows directly would use a third of each
-// transaction. From shared memory threads take single elements, once, into registers: maximum, exponentials and
-// gradient are made there, each exponential once. With so few elements what is done once for a row counts, too; so a
-// thread has up to 32 classes, and a row as few threads as that allows, unless they all met in the same banks
-// (plan.cpp).
+// Why: a row of 10 floats is no multiple of 16 bytes, and a warp that read rows directly would use a third of each
+// transaction. From shared memory, threads take single elements, once, into registers; maximum, exponentials and
+// gradient are made there, each exponential once. With so few classes the work per row counts, too: so a thread has up
+// to 32 classes, and a row as few threads as that allows, unless they all met in the same banks (plan.cpp).
 #pragma once
 
 #include "position.cuh"
@@ -19,12 +17,12 @@
 
 namespace xent::gpu {
 
-// Where a tile's rows are neighbours in memory, and so is what is written.
+// Returns true where the rows of a tile are one run of memory.
 XENT_DEVICE bool is_one_run(const Task& task, const View& view) {
   return task.dims == 1 && view.class_stride == 1 && view.stride[0] == task.classes;
 }
 
-// A tile in shared memory, at the same place within 16 bytes as in global memory.
+// A tile in shared memory, with the alignment within 16 bytes that it has in global memory.
 template <class T>
 struct Tile {
   unsigned char* memory;
@@ -44,14 +42,14 @@ struct Tile {
     }
   }
 
-  // Returns where the tile's elements are going to be, when one group of copies has ended and the warp has met.
+  // Returns where the tile's elements are once a group of copies has ended and the warp has met.
   XENT_DEVICE T* start_load(const Task& task, int lane) const {
     const int count = rows * classes;
     if (!is_one_run(task, task.logits)) {
       T* const elements = reinterpret_cast<T*>(memory);
       for_elements(task, task.logits, lane,
                    [&](int e, int64_t offset) { elements[e] = static_cast<const T*>(task.logits.data)[offset]; });
-      commit_copies();  // of none
+      commit_copies();  // an empty group
       return elements;
     }
     const T* const from = source(task, task.logits);
@@ -94,14 +92,15 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
 
   XENT_DYNAMIC_SHARED(shared);
   const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  const int lanes = task.lanes_per_row, held_classes = task.classes_per_lane, classes = int(task.classes);
+  const int lanes = task.division.lanes_per_row, held_classes = task.division.classes_per_lane,
+            classes = int(task.classes);
   const int first_class = lane % lanes * held_classes;
-  const int own_classes = max(0, min(held_classes, classes - first_class));  // none, where fewer threads would do
+  const int own_classes = max(0, min(held_classes, classes - first_class));  // zero, where fewer threads would do
   A scale_of_all = 0;
   const bool forward = task.pass != Pass::kBackward, backward = task.pass != Pass::kForward;
   Sums sums{0, 0};
 
-  // Calls use(k), for a thread's classes and for as many more as make it the same for all threads.
+  // Calls use(k) for a thread's classes, and for as many more as make all threads call it as often.
   const auto for_held = [&](const auto& use) {
 #pragma unroll
     for (int begin = 0; begin < kMostHeld; begin += kTogether) {
@@ -112,12 +111,13 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
     }
   };
 
-  const int64_t tiles = (task.positions + task.rows_per_tile - 1) / task.rows_per_tile;
+  const int64_t tiles = (task.positions + task.division.rows_per_tile - 1) / task.division.rows_per_tile;
   const int64_t step = int64_t(gridDim.x) * (kSmallRowsThreads / kWarp);
   const int64_t first_tile = int64_t(blockIdx.x) * (kSmallRowsThreads / kWarp) + warp;
   const auto tile_at = [&](int64_t t, int place) {
-    Tile<T> tile{shared + int64_t(2 * warp + place) * task.copy_bytes, t * task.rows_per_tile, 0, classes};
-    tile.rows = int(max(int64_t(0), min(int64_t(task.rows_per_tile), task.positions - tile.first)));
+    Tile<T> tile{shared + int64_t(2 * warp + place) * task.division.copy_bytes, t * task.division.rows_per_tile, 0,
+                 classes};
+    tile.rows = int(max(int64_t(0), min(int64_t(task.division.rows_per_tile), task.positions - tile.first)));
     return tile;
   };
   Tile<T> next = tile_at(first_tile, 0);
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
     T* const elements = next_elements;
     place ^= 1;
     next = tile_at(t + step, place);
-    next_elements = next.start_load(task, lane);  // of nothing, after the last one
+    next_elements = next.start_load(task, lane);  // loads nothing after the last tile
 
     const auto label_at = [&](int r) {
       return r < tile.rows ? read_label<objective>(task, offset_of(task, task.target, tile.first + r))
@@ -140,7 +140,8 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
     __syncwarp();
     if (t == first_tile) scale_of_all = gradient_scale<A>(task);
 
-    for (int r = lane / lanes; r < task.rows_per_tile; r += kWarp / lanes) {  // as often for every thread
+    for (int r = lane / lanes; r < task.division.rows_per_tile;
+         r += kWarp / lanes) {  // every thread goes round as often
       const bool exists = r < tile.rows, leads = exists && first_class == 0;
       const int64_t position = tile.first + (exists ? r : 0);
       T* const row = elements + int64_t(exists ? r : 0) * classes + first_class;
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
       A held[kMostHeld];  // logits, then powers of two
       for_held([&](int k) { held[k] = k < own ? widen<A>(row[k]) : A(-INFINITY); });
 
-      Found<A> found;
+      Result<A> result;
       Gradient<objective, A> gradient;
       const A grad_output = backward ? scale_of_all * grad_output_of<A>(task, position) : A(0);
       const int64_t of_label = counts ? label : 0;
@@ -181,15 +182,15 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
         for_held([&](int k) { held[k] = known.add(held[k]); });
         known.ties = lanes_sum(known.ties, lanes);
         known.rest = lanes_sum(known.rest, lanes);
-        found = {known.max, known.log_sum(), known.spread, known.mass};
+        result = {known.max, known.log_sum(), known.spread, known.mass};
         if (leads) {
           const A target_logit = counts && !kSoft ? widen<A>(row[label]) : A(0);
-          finish_loss<objective>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
+          finish_loss<objective>(task, Destination<A>::of(task, position, target), label, target_logit, result, sums);
         }
-        gradient.set(task, position, of_label, found, grad_output);
+        gradient.set(task, position, of_label, result, grad_output);
       } else {
-        found = SavedOf<objective>::template at<A>(task, position);
-        gradient.set(task, position, of_label, found, grad_output);
+        result = SavedResult<objective>::template at<A>(task, position);
+        gradient.set(task, position, of_label, result, grad_output);
         if (leads && label == kBad) report_bad_target<objective>(task, position, target);
         if (kSoft && task.grad_target) {
           const int64_t grad_target = offset_of(task, task.grad_target, position);
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
 
       const bool has_label = uint32_t(own_label) < uint32_t(own);
       const A own_gradient = !kSoft && has_label ? gradient.own(widen<A>(row[own_label])) : A(0);
-      __syncwarp();  // the target's logit has been read
+      __syncwarp();  // all threads have read the target's logit
       if (is_uniform<objective>(task)) {
         bool careful = false;
         for_held([&](int k) { held[k] = gradient.of_power(held[k], numbers<A>(task).share, careful); });
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kSmallRowsThreads, small_rows_resident(sizeof(
     }
     __syncwarp();
     if (backward && task.grad_logits) tile.store(task, elements, lane);
-    __syncwarp();  // before another tile takes this one's place
+    __syncwarp();  // all threads have read the tile; another may take its place
   }
   wait_for_copies<0>();
   leave_sums(task, sums);

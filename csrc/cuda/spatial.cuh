@@ -5,13 +5,13 @@
 //   positions in vectors, classes fit shared memory    1 read + 1 write (forward with gradient; backward alone)
 //   otherwise                                          2 reads + 1 write, the second from a cache where it can
 //
-// Why so: a thread has as many neighbouring positions as 16 bytes hold, so each class is one transaction, and every
+// Why: a thread has as many neighbouring positions as 16 bytes hold, so each class is one transaction, and every
 // position's sums are its own: nothing to shuffle. Copies into shared memory are asynchronous, and each thread waits
 // for its own alone. Where there are many classes, several threads share them (`slices`), so that a tile is narrow
 // enough for several blocks on a multiprocessor; they exchange maxima and sums through shared memory.
 //
 // The maximum is found first, from shared memory, and the sums after it without a branch: with few classes, the online
-// sum of rows.cuh would meet a new maximum all the time.
+// sum would meet a new maximum all the time.
 #pragma once
 
 #include "position.cuh"
@@ -20,7 +20,7 @@
 
 namespace xent::gpu {
 
-// Where a thread's N neighbouring positions are: on a run along the last dimension.
+// The place of a thread's N neighbouring positions: a run along the last dimension, and the first one's index in it.
 struct Place {
   int64_t run, inner;
 
@@ -29,7 +29,7 @@ struct Place {
   }
 };
 
-// What N elements of one class are, at a time.
+// N elements of one class: a single one, or a vector.
 template <class T, int N>
 struct Pack {
   using A = Arithmetic<T>;
@@ -56,7 +56,7 @@ struct Pack {
       stream_vector(p, narrow_vector<T>(x));
     }
   }
-  // Zero where the mask is.
+  // Stores zero where the mask is zero.
   static XENT_DEVICE void store(T* p, const A (&x)[N], const Mask& mask) {
     if constexpr (N == 1) {
       *p = mask ? narrow<T>(x[0]) : T{};
@@ -66,14 +66,13 @@ struct Pack {
   }
 };
 
-// Adds up, or finds the maximum, over the slices: `mine(j)` is a number of the thread's position j. All threads of the
-// block call it.
+// Joins a number of each position over the slices: mine(j) is the thread's own for its position j, and becomes the
+// joined one. All threads of the block call it.
 template <int N, class A, class Mine, class Join>
 XENT_DEVICE void join_slices(A* exchange, int x, int y, int width, int slices, const Mine& mine, const Join& join) {
-  __syncthreads();  // what was exchanged before has been read
+  __syncthreads();  // all threads have read what was exchanged before
 #pragma unroll
-  for (int j = 0; j < N; ++j)
-    exchange[j * kSpatialThreads + y * width + x] = mine(j);  // neighbours in banks of their own
+  for (int j = 0; j < N; ++j) exchange[j * kSpatialThreads + y * width + x] = mine(j);
   __syncthreads();
 #pragma unroll
   for (int j = 0; j < N; ++j) {
@@ -89,7 +88,7 @@ template <class T, Objective objective, int N, bool kCopied>
 __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), objective, N > 1, kCopied))
     spatial(const __grid_constant__ Task task) {
   using A = Arithmetic<T>;
-  using S = Statistics<A, objective != Objective::kIndex, true>;
+  using Softmax = OnlineSoftmax<A, objective != Objective::kIndex, true>;
   static_assert(!kCopied || N == kPerVector<T>);
   constexpr bool kSoft = objective == Objective::kProbabilities;
   constexpr int kTogether = N == 8 ? 2 : 4;                  // classes
@@ -99,7 +98,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
 
   XENT_DYNAMIC_SHARED(shared);
   XENT_SHARED_ARRAY(A, exchange, kSpatialThreads * N);
-  const int slices = task.slices, width = kSpatialThreads / slices;
+  const int slices = task.division.slices, width = kSpatialThreads / slices;
   const int x_index = int(threadIdx.x) % width, y_index = int(threadIdx.x) / width;
   const auto slice_of = [&](int c) { return c & (slices - 1); };
   const int last = task.dims - 1;
@@ -120,7 +119,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
     const int own_classes = exists ? classes : 0;  // where this thread's loops end
     const int64_t first = run * inner_size + place.inner;
     const T* const logits = static_cast<const T*>(task.logits.data) + (exists ? place.offset(task, task.logits) : 0);
-    // Calls use(class, place of its copy) for this thread's classes.
+    // Calls use(class, its copy) for this thread's classes.
     const auto for_classes = [&](const auto& use) {
       unsigned char* copy = copies;
       for (int c = y_index; c < own_classes; c += slices, copy += kNextCopy) use(c, copy);
@@ -149,7 +148,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
     const auto load_coefficients = [&](int c, A(&a)[N]) {
       if constexpr (kSoft) {
         const int64_t at = target + c * task.target.class_stride;
-        if (task.twin_target) {
+        if (task.division.twin_target) {
           Pack<T, N>::load(static_cast<const T*>(task.target.data) + at, a);
         } else {
 #pragma unroll
@@ -170,7 +169,7 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
     if constexpr (kCopied) wait_for_copies<0>();
 
     // ---- sums
-    Found<A> found[N];
+    Result<A> result[N];
     const auto larger = [](A a, A b) { return maximum(a, b); };
     const auto sum = [](A a, A b) { return a + b; };
     const auto join = [&](const auto& mine, const auto& how) {
@@ -223,12 +222,12 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
 #pragma unroll
         for (int j = 0; j < N; ++j) {
           const A mass = kSoft ? known[j].mass : objective == Objective::kIndex ? A(0) : smoothed_total<A>(task);
-          found[j] = {known[j].max, known[j].log_sum(), known[j].spread, mass};
+          result[j] = {known[j].max, known[j].log_sum(), known[j].spread, mass};
         }
       } else {
-        S statistics[N];
+        Softmax softmax[N];
 #pragma unroll
-        for (int j = 0; j < N; ++j) statistics[j] = S::of_nothing(task);
+        for (int j = 0; j < N; ++j) softmax[j] = Softmax::of_nothing(task);
         for (int c = y_index; c < own_classes; c += slices * kTogether) {
           A x[kTogether][N], a[kTogether][N];
 #pragma unroll
@@ -247,24 +246,24 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
             A of_position[kTogether], coefficients[kTogether];
 #pragma unroll
             for (int k = 0; k < kTogether; ++k) of_position[k] = x[k][j], coefficients[k] = a[k][j];
-            statistics[j].add(of_position, coefficients);
+            softmax[j].add(of_position, coefficients);
           }
         }
         if (slices > 1) {
 #pragma unroll
-          for (int j = 0; j < N; ++j) largest[j] = statistics[j].max;
+          for (int j = 0; j < N; ++j) largest[j] = softmax[j].max;
           join([&](int j) -> A& { return largest[j]; }, larger);
 #pragma unroll
-          for (int j = 0; j < N; ++j) statistics[j].raise(largest[j]), statistics[j].settle();
-          join([&](int j) -> A& { return statistics[j].ties; }, sum);
-          join([&](int j) -> A& { return statistics[j].rest.sum; }, sum);
+          for (int j = 0; j < N; ++j) softmax[j].raise(largest[j]), softmax[j].settle();
+          join([&](int j) -> A& { return softmax[j].ties; }, sum);
+          join([&](int j) -> A& { return softmax[j].rest.sum; }, sum);
           if constexpr (objective != Objective::kIndex) {
-            join([&](int j) -> A& { return statistics[j].spread.sum; }, sum);
-            join([&](int j) -> A& { return statistics[j].mass.sum; }, sum);
+            join([&](int j) -> A& { return softmax[j].spread.sum; }, sum);
+            join([&](int j) -> A& { return softmax[j].mass.sum; }, sum);
           }
         }
 #pragma unroll
-        for (int j = 0; j < N; ++j) found[j] = Found<A>::of(task, statistics[j]);
+        for (int j = 0; j < N; ++j) result[j] = Result<A>::of(task, softmax[j]);
       }
       const int64_t loss = exists ? place.offset(task, task.loss) : 0;
 #pragma unroll
@@ -276,12 +275,12 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
         }
         const Destination<A> to{first + j, target + j * target_stride, loss + j * task.loss.stride[last],
                                 sample_weight(j)};
-        finish_loss<objective>(task, to, label[j], target_logit, found[j], sums);
+        finish_loss<objective>(task, to, label[j], target_logit, result[j], sums);
       }
     } else if (exists) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        found[j] = SavedOf<objective>::template at<A>(task, first + j);
+        result[j] = SavedResult<objective>::template at<A>(task, first + j);
         if (label[j] == kBad && slice_of(j) == y_index)
           report_bad_target<objective>(task, first + j, target + j * target_stride);
       }
@@ -294,18 +293,19 @@ __global__ void __launch_bounds__(kSpatialThreads, spatial_resident(sizeof(T), o
     T* const out =
         task.grad_logits ? static_cast<T*>(task.grad_logits.data) + place.offset(task, task.grad_logits) : nullptr;
     Gradient<objective, A> gradient[N];
-    A own[N];  // of an index target's own class, which is dear: once, and not for each class
+    A own[N];  // the gradient of an index target's own class: dear, so made once and not for each class
     bool counts[N];
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       own[j] = 0;
       counts[j] = is_counted(label[j]);
       gradient[j].set(
-          task, first + j, counts[j] ? label[j] : 0, found[j],
+          task, first + j, counts[j] ? label[j] : 0, result[j],
           scale_of_all * read_grad_output<A>(task, grad_output + j * task.grad_output.stride[last]) * sample_weight(j));
       if (kSoft || !counts[j] || slice_of(label[j]) != y_index) continue;
-      const T* const from = kCopied ? reinterpret_cast<const T*>(copies + (label[j] >> task.slice_bits) * kNextCopy) + j
-                                    : logits + label[j] * class_stride + j * task.logits.stride[last];
+      const T* const from =
+          kCopied ? reinterpret_cast<const T*>(copies + (label[j] >> task.division.slice_bits) * kNextCopy) + j
+                  : logits + label[j] * class_stride + j * task.logits.stride[last];
       own[j] = gradient[j].own(widen<A>(*from));
     }
     const auto write = [&](auto masked) {

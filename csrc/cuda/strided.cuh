@@ -1,6 +1,6 @@
 // Any layout and any mixture of types: classes at any stride, double arithmetic for half logits with float64
-// probabilities. A warp or a block has a position to itself and reads its classes twice, 2 reads + 1 write, the second
-// time from a cache where they fit one. Nothing is copied or made contiguous.
+// probabilities. A warp or a block has a position to itself and reads its classes twice, the second time from a cache
+// where they fit one: 2 reads + 1 write. Makes no copies.
 #pragma once
 
 #include "rows.cuh"
@@ -17,7 +17,7 @@ struct ElementsOfTarget {
   const Task& task;
   int64_t offset;
   std::conditional_t<kGeneral, DenseTarget<A>, Nothing> dense;
-  bool skipped = false;  // a teacher's: all are zero
+  bool skipped = false;  // all are zero: a teacher's, in the first pass of a divergence
 
   XENT_DEVICE ElementsOfTarget(const Task& task, int64_t position)
       : task(task), offset(offset_of(task, task.target, position)), dense(task, position) {}
@@ -53,13 +53,13 @@ struct ElementsOfTarget {
 template <class T, class A, Objective objective, Team team>
 __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A), team))
     strided(const __grid_constant__ Task task) {
-  using S = StatisticsOf<objective, A, true>;
+  using Softmax = SoftmaxOf<objective, A, true>;
   constexpr int kTogether = 4;
   constexpr bool kGeneral = objective == Objective::kGeneral;
   if (nothing_to_do(task)) return;
   let_next_kernel_begin();
 
-  XENT_SHARED_ARRAY(S, exchange, 2 * Members<team>::kWarps);
+  XENT_SHARED_ARRAY(Softmax, exchange, 2 * Members<team>::kWarps);
   const Members<team> members;
   const A scale_of_all = gradient_scale<A>(task);
   const bool forward = task.pass != Pass::kBackward, backward = task.pass != Pass::kForward;
@@ -73,8 +73,8 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
     const bool counts = is_counted(label);
     ElementsOfTarget<objective, A> elements(task, position);
 
-    S statistics = S::of_nothing(task);
-    FoundOf<objective, A> found;
+    Softmax softmax = Softmax::of_nothing(task);
+    ResultOf<objective, A> result;
     if (forward) {
       A target_logit = 0;
       elements.skipped = kGeneral && task.kl;
@@ -89,32 +89,32 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
             x[k] = at < task.classes ? read_logit<objective, T, A>(task, logits, at) : A(-INFINITY);
           }
           elements.load(c, members.kThreads, a);
-          add_logits(task, x, a, statistics);
+          add_logits(task, x, a, softmax);
         }
       }
       if constexpr (kGeneral) {
-        if (counts) add_pairs(task, position, logits, members.index(), members.count(), statistics);
+        if (counts) add_pairs(task, position, logits, members.index(), members.count(), softmax);
       }
-      members.join(task, statistics, exchange, joins++);
-      found = FoundOf<objective, A>::of(task, statistics);
+      members.join(task, softmax, exchange, joins++);
+      result = ResultOf<objective, A>::of(task, softmax);
       elements.skipped = false;
       if constexpr (kGeneral) {
         if (task.kl) {
-          const Divergence<A> divergence(task, elements.dense, found.max, found.log_sum);
-          statistics = divergence.template of_nothing<S>(task);
+          const Divergence<A> divergence(task, elements.dense, result.max, result.log_sum);
+          softmax = divergence.template of_nothing<Softmax>(task);
           for (int64_t c = members.thread; counts && c < task.classes; c += members.kThreads) {
-            divergence.add(widen<A>(logits[c * task.logits.class_stride]), elements.element(c), statistics);
+            divergence.add(widen<A>(logits[c * task.logits.class_stride]), elements.element(c), softmax);
           }
-          members.join(task, statistics, exchange, joins++);
-          set_divergence(found, statistics);
+          members.join(task, softmax, exchange, joins++);
+          set_divergence(result, softmax);
         }
       }
       if (members.leads()) {
-        finish_loss<objective>(task, Destination<A>::of(task, position, target), label, target_logit, found, sums);
-        if constexpr (kGeneral) finish_statistics(task, position, label, logits, target_logit, found);
+        finish_loss<objective>(task, Destination<A>::of(task, position, target), label, target_logit, result, sums);
+        if constexpr (kGeneral) finish_statistics(task, position, label, logits, target_logit, result);
       }
     } else {
-      found = SavedOf<objective>::template at<A>(task, position);
+      result = SavedResult<objective>::template at<A>(task, position);
       if (label == kBad && members.leads()) report_bad_target<objective>(task, position, target);
     }
     if (!backward) continue;
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
                        : nullptr;
     const int64_t grad_target = task.grad_target ? offset_of(task, task.grad_target, position) : 0;
     Gradient<objective, A> gradient;
-    if (counts) gradient.set(task, position, label, found, scale_of_all * grad_output_of<A>(task, position));
+    if (counts) gradient.set(task, position, label, result, scale_of_all * grad_output_of<A>(task, position));
     if (kGeneral && !counts) write_target_zeros(task, position, members.index(), members.count());
     const auto gradient_of = [&](int) -> const auto& { return gradient; };
     for (int64_t c = members.thread; c < task.classes; c += members.kThreads) {
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kBlockThreads<team>, strided_resident(sizeof(A
     }
     if constexpr (kGeneral) {
       if (task.target_kind != TargetKind::kPairs || !counts) continue;
-      members.barrier();  // whoever has a pair's class has written it
+      members.barrier();  // the threads that have the pairs' classes have written them
       gradient.write_pairs(task, position, logits, out, members.index(), members.count());
     }
   }

@@ -1,6 +1,6 @@
-// The numbers by which launch decisions are made (plan.cpp), in one table. They are for the time alone: whatever they
-// are, results are the same. `python -m benchmarks.tune` measures others on a GPU; these were chosen from the
-// compiler's report of registers, the shared memory there is, and the bytes that have to be under way.
+// The constants of launch decisions (plan.cpp), in one table. They change the time alone, never a result. They were
+// chosen from the compiler's report of registers, the shared memory there is, and the bytes that have to be under way;
+// `python -m benchmarks.tune` measures others on a GPU.
 #pragma once
 
 #include <cstdint>
@@ -10,23 +10,23 @@
 namespace xent::gpu {
 
 struct Tuning {
-  // Rows of fewer bytes are staged many at a time; up to the second, a warp each; above, a block or a cluster.
+  // Rows up to the first are small rows; up to the second, a warp has a row; above, a block or a cluster.
   int64_t small_row_bytes = 1 << 10;
   int64_t warp_row_bytes = 8 << 10;
 
-  // Small rows: what a warp stages at a time, about, and how many rows each thread, or few of them, then has.
+  // Small rows: the bytes of a tile, about, and the rows of a thread in it, at most.
   int64_t small_tile_bytes = 4 << 10;
   int64_t small_rows_of_thread = 8;
 
-  // Blocks on a multiprocessor, at least, for one to load while another computes and a third stores: a longer row gets
-  // a cluster, an image's position more threads.
+  // Blocks wanted on a multiprocessor, for one to load while another computes and a third stores: a longer row gets a
+  // cluster, an image's position more threads.
   int64_t row_blocks = 3;
   int64_t spatial_blocks = 5;
 
-  int64_t short_run = 8;           // fewer neighbouring positions are not worth threads along them
-  int64_t most_slices = 32;        // threads that share the classes of a position, at most: a power of two
-  int64_t classes_of_thread = 64;  // where they are read twice
-  int64_t warp_classes = 2048;     // strided: up to which a warp has a position, above, a block
+  int64_t short_run = 8;           // spatial: neighbouring positions, at least
+  int64_t most_slices = 32;        // spatial: threads that share the classes of a position, at most; a power of two
+  int64_t classes_of_thread = 64;  // spatial: where classes are read twice, about
+  int64_t warp_classes = 2048;     // strided: up to here a warp has a position, above, a block
 };
 
 struct Tunable {
@@ -46,10 +46,10 @@ constexpr Tunable kTunables[] = {
     {"warp_classes", &Tuning::warp_classes},
 };
 
-// Of this process.
+// This process's.
 inline Tuning tuning;
 
-// By name, for measurements and tests, while nothing else runs. Returns what it was.
+// Sets a constant by name and returns its former value: for measurements and tests, while nothing else runs.
 inline int64_t tune(std::string_view name, int64_t value) {
   for (const Tunable& tunable : kTunables) {
     if (tunable.name != name) continue;

@@ -1,4 +1,4 @@
-// Elements as they lie in memory, 16 bytes at a time, and as arithmetic wants them.
+// Vectors of 16 bytes of elements, and their elements in the type of arithmetic.
 #pragma once
 
 #include "portable.cuh"
@@ -39,8 +39,8 @@ XENT_DEVICE uint4 narrow_vector(const Arithmetic<T> (&x)[kPerVector<T>]) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// A part of a vector that is short enough for arithmetic that needs many registers: all of it, or four elements from
-// `begin` on.
+// A part of a vector, for arithmetic that needs many registers: four elements from `begin` on, or all where there are
+// fewer.
 template <class T>
 constexpr int kPerPart = kPerVector<T> < 4 ? kPerVector<T> : 4;
 
@@ -55,7 +55,7 @@ XENT_DEVICE void widen_part(uint4 raw, int begin, Arithmetic<T> (&x)[kPerPart<T>
   }
 }
 
-// Into a vector that is made part by part.
+// Writes a part of a vector.
 template <class T>
 XENT_DEVICE void narrow_part(const Arithmetic<T> (&x)[kPerPart<T>], int begin, uint4& raw) {
   if constexpr (kPerPart<T> == kPerVector<T>) {
@@ -80,7 +80,7 @@ XENT_DEVICE uint4 max_vector(uint4 a, uint4 b) {
   }
 }
 
-// The largest element of a vector; a NaN is not seen.
+// The largest element of a vector; ignores NaN.
 template <class T>
 XENT_DEVICE Arithmetic<T> largest_of(uint4 raw) {
   if constexpr (sizeof(T) == 2) {
@@ -95,7 +95,7 @@ XENT_DEVICE Arithmetic<T> largest_of(uint4 raw) {
   }
 }
 
-// All bits of the elements that `keep` names, none of the others.
+// A mask with all bits of the elements to keep, none of the others.
 template <class T>
 XENT_DEVICE uint4 mask_of(const bool (&keep)[kPerVector<T>]) {
   uint32_t words[4] = {0, 0, 0, 0};
@@ -115,9 +115,9 @@ XENT_DEVICE uint4 operator&(uint4 a, uint4 b) { return {a.x & b.x, a.y & b.y, a.
 
 // How `count` neighbours divide into vectors at addresses that are multiples of 16, and single elements around them.
 struct Vectors {
-  int64_t head = 0;  // elements before the first vector: more than there are, where there is none
+  int64_t head = 0;  // elements before the first vector; may exceed `count`, where there is none
   int64_t vectors = 0;
-  int64_t tail = 0;  // where the elements after the last vector begin
+  int64_t tail = 0;  // first element after the last vector
   int edges = 0;     // elements outside the vectors: fewer than two vectors hold
 
   template <class T>

@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -70,6 +71,35 @@ Options saved_options(AutogradContext* ctx, std::vector<at::Tensor> tensors) {
   return Options::of({packed & 0xff, ignore_index, (packed >> 8 & 0xff) - 1, packed >> 16, 0, 0}, plain.numbers());
 }
 
+// Autograd is given the tensors that there are, and does not look into this list of all of them.
+struct Arguments {
+  variable_list all;
+
+  variable_list present() const {
+    variable_list defined;
+    std::copy_if(all.begin(), all.end(), std::back_inserter(defined),
+                 [](const auto& tensor) { return tensor.defined(); });
+    return defined;
+  }
+};
+
+// Returns the place of an argument among those that there are.
+size_t place_of(size_t argument, at::TensorList all) {
+  return size_t(std::count_if(all.begin(), all.begin() + std::ptrdiff_t(argument),
+                              [](const auto& tensor) { return tensor.defined(); }));
+}
+
+// Returns the gradients of the arguments that there are, and none for the `others` arguments of a function.
+variable_list gradients_of_present(const variable_list& gradients, at::TensorList all, size_t others) {
+  variable_list result;
+  result.reserve(all.size() + others);
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (all[i].defined()) result.push_back(gradients[i]);
+  }
+  result.resize(result.size() + others);
+  return result;
+}
+
 bool has_tangent(const at::Tensor& tensor) { return tensor.defined() && tensor._fw_grad(0).defined(); }
 bool needs_graph(const at::Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
@@ -104,13 +134,14 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
   // Tensors of the backward: these, and then the call's in the order of Slot.
   enum Argument : size_t { kGradOutput, kGradStatistics, kLse, kDenominatorOfMean, kFirstSlot };
 
-  static variable_list forward(AutogradContext* ctx, at::TensorList tensors, const Options& options,
-                               std::array<bool, 2> wanted) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList /*present*/, const Arguments& arguments,
+                               const Options& options, std::array<bool, 2> wanted) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    const at::TensorList tensors = arguments.all;
     const auto [grad_logits, grad_target] =
         xent::backward({tensors[kGradOutput], tensors[kGradStatistics], tensors[kLse], tensors[kDenominatorOfMean]},
                        inputs_of(tensors.slice(kFirstSlot)), options, wanted);
-    variable_list saved = tensors.vec();
+    variable_list saved = arguments.all;
     saved[kLse].reset();
     saved[kDenominatorOfMean].reset();
     ctx->save_for_backward(std::move(saved));
@@ -165,12 +196,14 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
     if (logits_wanted) differentiate(in.logits, grads[0]);
     if (target_wanted) differentiate(in.differentiable_target(options), grads[1]);
 
-    variable_list result(kFirstSlot + kSlots + 2);  // for every argument of forward
-    if (firsts.empty() || inputs.empty()) return result;
+    variable_list result(saved.size());
+    variable_list present = saved;
+    present[kLse] = present[kDenominatorOfMean] = grad_output;  // which were not saved
+    if (firsts.empty() || inputs.empty()) return gradients_of_present(result, present, 3);
     const auto seconds = torch::autograd::grad(firsts, inputs, of_firsts, /*retain_graph=*/again,
                                                /*create_graph=*/again, /*allow_unused=*/true);
     for (size_t i = 0; i < seconds.size(); ++i) result[places[i]] = seconds[i];
-    return result;
+    return gradients_of_present(result, present, 3);
   }
 };
 
@@ -278,8 +311,8 @@ variable_list fused_gradients(AutogradContext* ctx, const Inputs& inputs, const 
   return {of_input, of_weight, of_bias};
 }
 
-}  // namespace
-
+// Returns the gradients of lse, target_log_prob and entropy, which follow that of the loss in `grads`, as a backward takes
+// them; undefined where there are none.
 at::Tensor gradients_of_statistics(at::TensorList grads, const at::Tensor& lse) {
   variable_list rows;
   bool any = false;
@@ -291,15 +324,15 @@ at::Tensor gradients_of_statistics(at::TensorList grads, const at::Tensor& lse) 
   return any ? at::stack(rows) : at::Tensor();
 }
 
-namespace {
-
 // ---- the loss -------------------------------------------------------------------------------------------------------
 
 struct LossFunction : torch::autograd::Function<LossFunction> {
   static constexpr bool is_traceable = true;
 
-  static variable_list forward(AutogradContext* ctx, at::TensorList slots, const Options& options, bool fuse) {
+  static variable_list forward(AutogradContext* ctx, at::TensorList /*present*/, const Arguments& arguments,
+                               const Options& options, bool fuse) {
     const at::AutoDispatchBelowADInplaceOrView below;
+    const at::TensorList slots = arguments.all;
     const Inputs inputs = inputs_of(slots);
     save_options(ctx, options);
     // Hooks may lose precision, which lse cannot spare: the backward makes it anew, from the tensors that they return.
@@ -331,17 +364,23 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     const Options options = saved_options(ctx, numbers_of(slots));
     const bool graph = c10::GradMode::is_enabled();
     if (graph && slots.size() > kLayerWeight && slots[kLayerWeight].defined()) {
-      return through_all_logits(slots, options, grads);
+      return gradients_of_present(through_all_logits(slots, options, grads), slots, 3);
     }
     // Nothing is differentiated again: past one turn of the dispatcher.
     std::optional<at::AutoDispatchBelowADInplaceOrView> below;
     if (!graph && std::none_of(grads.begin(), grads.end(), has_tangent)) below.emplace();
     const Inputs inputs = inputs_of(slots);
     const at::Tensor &lse = saved[kSavedLse], &denominator = saved[kSavedDenominator];
-    variable_list result(kSlots + 2);  // for every argument of forward
-    inputs.has_layer() ? of_layer(ctx, result, grads, inputs, options, lse, denominator)
-                       : of_logits(ctx, result, grads, inputs, options, lse, denominator);
-    return result;
+    variable_list result(kSlots);
+    if (inputs.has_layer()) {
+      of_layer(ctx, result, grads, inputs, options, lse, denominator);
+    } else {
+      const auto wanted = [&](Slot slot) {
+        return slot < slots.size() && slots[slot].defined() && ctx->needs_input_grad(place_of(slot, slots));
+      };
+      of_logits(ctx, result, grads, inputs, options, lse, denominator, wanted);
+    }
+    return gradients_of_present(result, slots, 3);
   }
 
  private:
@@ -364,13 +403,14 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
     return gradients;
   }
 
+  template <class Wanted>
   static void of_logits(AutogradContext* ctx, variable_list& result, const variable_list& grads, const Inputs& inputs,
-                        const Options& options, at::Tensor lse, at::Tensor denominator) {
+                        const Options& options, at::Tensor lse, at::Tensor denominator, const Wanted& is_wanted) {
     if (!lse.defined()) find_lse(lse, denominator, inputs, options);
     const at::Tensor& logits = inputs.logits;
     const Slot target = options.target_kind == TargetKind::kPairs ? kCompanion : kTarget;
-    const bool wanted_logits = ctx->needs_input_grad(kLogits), wanted_target = ctx->needs_input_grad(target);
-    const bool wanted_weight = inputs.weight.defined() && ctx->needs_input_grad(kWeight);
+    const bool wanted_logits = is_wanted(kLogits), wanted_target = is_wanted(target),
+               wanted_weight = is_wanted(kWeight);
     const bool wanted_scale = scale_needs_graph(options);
     const std::optional<Gradients> given = gradients_for(grads, inputs, options, lse, denominator);
     if (!given) return;
@@ -483,7 +523,7 @@ struct LossFunction : torch::autograd::Function<LossFunction> {
       of.push_back(outputs[i]);
       for_outputs.push_back(grads[i]);
     }
-    variable_list result(kSlots + 2);
+    variable_list result(kSlots);
     if (of.empty() || inputs.empty()) return result;
     const auto made = torch::autograd::grad(of, inputs, for_outputs, /*retain_graph=*/true, /*create_graph=*/true,
                                             /*allow_unused=*/true);
@@ -511,8 +551,10 @@ Outputs loss_autograd(const Inputs& given, const Options& asked) {
     return outputs;
   }
   if (options.inplace) options.inplace = is_eager(given.logits) && !are_of_a_leaf(given.logits);
-  const variable_list slots = to_slots(inputs, options);
-  Outputs outputs = Outputs::of(LossFunction::apply(at::TensorList(slots), options, fuse_backward(given, options)));
+  const Arguments arguments{to_slots(inputs, options)};
+  const variable_list present = arguments.present();
+  Outputs outputs =
+      Outputs::of(LossFunction::apply(at::TensorList(present), arguments, options, fuse_backward(given, options)));
   if (options.statistics) correct_target_log_prob(outputs, given, options);
   return outputs;
 }
@@ -537,10 +579,11 @@ BackwardResult backward_autograd(const Gradients& gradients, const Inputs& input
     return {wanted[0] ? at::_make_dual(for_logits, logits_tangent, 0) : for_logits,
             wanted[1] ? at::_make_dual(for_target, target_tangent, 0) : for_target};
   }
-  variable_list tensors{gradients.grad_output, gradients.grad_statistics, gradients.lse, gradients.denominator};
+  Arguments arguments{{gradients.grad_output, gradients.grad_statistics, gradients.lse, gradients.denominator}};
   const variable_list slots = to_slots(inputs, options);
-  tensors.insert(tensors.end(), slots.begin(), slots.end());
-  const auto results = BackwardFunction::apply(at::TensorList(tensors), options, wanted);
+  arguments.all.insert(arguments.all.end(), slots.begin(), slots.end());
+  const variable_list present = arguments.present();
+  const auto results = BackwardFunction::apply(at::TensorList(present), arguments, options, wanted);
   return {results[0], results[1]};
 }
 

@@ -53,10 +53,6 @@ ForwardResult forward_backward_(const Inputs& inputs, const Options& options);
 // of two, but memory that is taken earlier.
 bool fusing_pays(const at::Tensor& logits, int64_t reduction);
 
-// Returns the gradients of lse, target_log_prob and entropy, which follow that of the loss in `grads`, as a backward
-// takes them; undefined where there are none.
-at::Tensor gradients_of_statistics(at::TensorList grads, const at::Tensor& lse);
-
 // _backward -> gradients of the logits, and of probabilities or the teacher's logits; empty where `wanted` says no.
 BackwardResult backward(const Gradients& gradients, const Inputs& inputs, const Options& options,
                         std::array<bool, 2> wanted);

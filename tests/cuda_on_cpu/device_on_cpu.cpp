@@ -29,6 +29,6 @@ bool DeviceScope::is_capturing() const { return false; }
 BadTarget* DeviceScope::bad_target() const { return &bad_target_word; }
 int32_t* DeviceScope::bad_targets() const { return &bad_targets_begun; }
 std::vector<c10::Device> synchronized_devices() { return {c10::Device(c10::kCPU)}; }
-void check(int status, const char* what) { TORCH_CHECK(status == 0, what); }
+void check_cuda(int status, const char* what) { TORCH_CHECK(status == 0, what); }
 
 }  // namespace xent::gpu

@@ -55,6 +55,7 @@ pybind11::dict plan(const at::Tensor& logits, const at::Tensor& target, bool gen
   xent::make_problem(task, inputs, options, {}, xent::arithmetic_type(inputs, options), logits);
   task.grad_logits = task.logits;
   xent::merge_dimensions(task, {&task.logits, &task.target, &task.grad_logits});
+  xent::gpu::prepare(task);
   const xent::gpu::Plan plan = xent::gpu::plan(task, xent::gpu::emulated_device());
   const char* const families[] = {"small_rows", "rows", "spatial", "strided"};
   const char* const teams[] = {"warp", "block", "cluster"};
@@ -66,10 +67,10 @@ pybind11::dict plan(const at::Tensor& logits, const at::Tensor& target, bool gen
   result["blocks"] = plan.shape.blocks;
   result["cluster"] = plan.shape.cluster;
   result["shared_bytes"] = plan.shape.shared_bytes;
-  result["lanes_per_row"] = task.lanes_per_row;
-  result["classes_per_lane"] = task.classes_per_lane;
-  result["rows_per_tile"] = task.rows_per_tile;
-  result["slices"] = task.slices;
+  result["lanes_per_row"] = plan.division.lanes_per_row;
+  result["classes_per_lane"] = plan.division.classes_per_lane;
+  result["rows_per_tile"] = plan.division.rows_per_tile;
+  result["slices"] = plan.division.slices;
   return result;
 }
 

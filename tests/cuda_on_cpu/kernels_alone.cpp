@@ -139,6 +139,8 @@ void run(const Shape& shape, Objective objective, bool in_place, bool misaligned
                      : objective == Objective::kProbabilities ? TargetKind::kProbabilities
                                                               : TargetKind::kIndices;
   task.label_smoothing = smoothing;
+  task.keep = 1 - smoothing;
+  task.share = smoothing / double(shape.classes);
   task.ignore_index = -100;
   task.logits = view(logits, ElementType::kFloat32, shape);
   task.weight = weight.data();
@@ -187,6 +189,7 @@ void run(const Shape& shape, Objective objective, bool in_place, bool misaligned
     task.counted_blocks = counting;
   }
   task.pass = Pass::kForwardBackward;
+  prepare(task);
   Plan how = plan(task, shape.device);
   std::vector<Sums> partial(static_cast<size_t>(how.shape.blocks));
   task.partial_sums = partial.data();

@@ -1,13 +1,12 @@
-// What one read of a position's logits has to find out, wherever they come from and however many threads share them:
-// the maximum and the sum of exponentials, online; and for label smoothing and probabilities the sums that the loss is
-// made of.
+// The sums that one read of a position's logits forms online, wherever they come from and however many threads share
+// them: the maximum, the sum of exponentials and, for label smoothing and probabilities, the sums of the loss.
 //
-// Sums are kept so that nothing is lost at confidence: logits that equal the maximum are counted (`ties`), and `rest`
-// sums the exponentials of the others, which may be 1e-9. See log_of_sum in online_softmax.h.
+// Nothing is lost at confidence: `ties` counts the logits that equal the maximum, `rest` sums the exponentials of the
+// others, which may be 1e-9. See log_of_sum in kernel/online_softmax.h.
 //
-// An element costs a maximum, a multiply-add, an ex2 and an addition. Powers of two save the multiplication by log2(e)
-// after the subtraction of the maximum: 2^(x l - m l), l = log2(e), with m l rounded once to `reference`. That rounding
-// shifts all exponents alike, and is taken back where sums meet.
+// An element costs a maximum, a multiply-add, an ex2 and an addition. With powers of two, 2^(x l - m l) for
+// l = log2(e), log2(e) needs no multiplication after the subtraction of the maximum. `reference` is m l, rounded once:
+// that shifts all exponents alike, and log_sum takes it back.
 #pragma once
 
 #include "portable.cuh"
@@ -25,7 +24,7 @@ XENT_DEVICE A select(bool condition, A yes, A no) {
   return condition ? yes : no;
 }
 
-// expm1 where exp - 1 would cancel; a branch that few threads take.
+// Takes expm1 where exp - 1 would cancel: a branch of few threads.
 template <class A>
 XENT_DEVICE void exp_and_expm1(A x, A& exp_x, A& expm1_x) {
   exp_x = exp2_fast(x * kLog2E<A>);
@@ -36,7 +35,7 @@ XENT_DEVICE void exp_and_expm1(A x, A& exp_x, A& expm1_x) {
 
 #undef XENT_INLINE
 
-// A sum of a few terms, as a tree: short chains of additions are faster and lose less.
+// Sums a few terms as a tree: short chains of additions are faster and lose less.
 template <int N, class A>
 XENT_DEVICE A tree_sum(A (&terms)[N]) {
 #pragma unroll
@@ -47,7 +46,7 @@ XENT_DEVICE A tree_sum(A (&terms)[N]) {
   return terms[0];
 }
 
-// x[j] of an array in registers, which have no addresses: for loops that would be too long unrolled.
+// Returns x[j] of an array in registers, which have no addresses: for loops that would be too long unrolled.
 template <int N, class A>
 XENT_DEVICE A pick(const A (&x)[N], int j) {
   A picked = x[0];
@@ -56,13 +55,13 @@ XENT_DEVICE A pick(const A (&x)[N], int j) {
   return picked;
 }
 
-// Beyond, neighbouring numbers are so far apart that beside the maximum every other logit's exponential is zero.
+// Beyond this, neighbouring numbers are so far apart that every logit but the maximum has an exponential of zero.
 template <class A>
 XENT_DEVICE bool is_huge(A x) {
   return abs(x) > (sizeof(A) == 4 ? A(0x1p30) : A(0x1p62));
 }
 
-// A sum of numbers >= 0. One of many terms in a row remembers what rounding has lost (Dekker's fast two-sum).
+// A sum of numbers >= 0. A long one, of hundreds of terms, remembers what rounding lost (Dekker's fast two-sum).
 template <class A, bool kLong>
 struct Sum {
   A sum, lost;
@@ -73,24 +72,23 @@ struct Sum {
     if constexpr (kLong) lost += term - (sum - before);
   }
   XENT_DEVICE void set(A value) { sum = value, lost = A(0); }
-  XENT_DEVICE A value() const { return kLong && lost == lost ? sum + lost : sum; }  // of infinity nothing is lost
+  XENT_DEVICE A value() const { return kLong && lost == lost ? sum + lost : sum; }  // an infinite sum has lost nothing
 };
 
-// `kLong`: a thread adds up hundreds of terms.
 template <class A, bool kWithCoefficients, bool kLong = false>
-struct Statistics {
+struct OnlineSoftmax {
   A max;
   A reference;           // max * log2(e), rounded; infinity where the maximum is huge
-  A ties;                // how many are the maximum
-  Sum<A, kLong> rest;    // of 2^(x log2(e) - reference) over the others
-  Sum<A, kLong> spread;  // of a (max - x), with the coefficients a >= 0 of the loss: nothing cancels
-  Sum<A, kLong> mass;    // of a
+  A ties;                // logits that equal the maximum
+  Sum<A, kLong> rest;    // sum of 2^(x log2(e) - reference) over the others
+  Sum<A, kLong> spread;  // sum of a (max - x), with the coefficients a >= 0 of the loss: nothing cancels
+  Sum<A, kLong> mass;    // sum of a
 
-  static XENT_DEVICE Statistics of_nothing(const Problem&) {
+  static XENT_DEVICE OnlineSoftmax of_nothing(const Problem&) {
     return {A(-INFINITY), A(-INFINITY), A(0), {A(0), A(0)}, {A(0), A(0)}, {A(0), A(0)}};
   }
 
-  // Makes `to` the maximum that sums refer to.
+  // Makes `to` the maximum that the sums refer to, if it is larger.
   XENT_DEVICE void raise(A to) {
     if (!(to > max)) return;
     const A new_reference = is_huge(to) ? A(INFINITY) : to * kLog2E<A>;
@@ -105,13 +103,12 @@ struct Statistics {
     ties = 0;
   }
 
-  // N logits and their coefficients (an array of them, or one for all), in any order: most are below what has been the
-  // largest so far.
+  // Adds N logits and their coefficients: an array, or one for all. Most logits are below the maximum so far.
   template <int N, class Coefficients>
   XENT_DEVICE void add(const A (&x)[N], const Coefficients& a) {
     A largest = x[0];
 #pragma unroll
-    for (int j = 1; j < N; ++j) largest = maximum(largest, x[j]);  // a NaN is not seen here; it is in the sum
+    for (int j = 1; j < N; ++j) largest = maximum(largest, x[j]);  // does not see a NaN; the sum does
     if (largest >= max) {
       raise(largest);
       add_up_to_max(x, a);
@@ -124,7 +121,7 @@ struct Statistics {
     }
   }
 
-  // The same where none exceeds the maximum: no branch, and of two predicated additions each logit makes one.
+  // The same where no logit exceeds the maximum: no branch, two predicated additions of which each logit makes one.
   template <int N, class Coefficients>
   XENT_DEVICE void add_up_to_max(const A (&x)[N], const Coefficients& a) {
     A sums[2] = {A(0), A(0)};  // two short chains
@@ -152,7 +149,7 @@ struct Statistics {
       }
       A sum = tree_sum(terms);
       if (sum != sum) {
-        // Nothing for a = 0, even at x = -inf; nor for the maximum itself, even where that is -inf so far.
+        // Zero for a = 0, even at x = -inf; and for the maximum itself, even where that is -inf so far.
 #pragma unroll
         for (int j = 0; j < N; ++j) terms[j] = a[j] == A(0) || x[j] == max ? A(0) : a[j] * (max - x[j]);
         sum = tree_sum(terms);
@@ -162,7 +159,7 @@ struct Statistics {
     }
   }
 
-  // One coefficient for all, not zero: label smoothing without class weights.
+  // One coefficient for all, which is not zero: label smoothing without class weights.
   template <int N>
   XENT_DEVICE void add_coefficients(const A (&x)[N], A a) {
     if constexpr (kWithCoefficients) {
@@ -180,7 +177,7 @@ struct Statistics {
     }
   }
 
-  XENT_DEVICE void merge(Statistics other) {
+  XENT_DEVICE void merge(OnlineSoftmax other) {
     raise(other.max);
     other.raise(max);
     ties += other.ties;
@@ -191,14 +188,14 @@ struct Statistics {
     }
   }
 
-  // Puts what rounding has lost back into the sums.
+  // Puts what rounding lost back into the sums.
   XENT_DEVICE void settle() {
     rest.set(rest.value());
     spread.set(spread.value());
     mass.set(mass.value());
   }
 
-  // log of the sum of exp(x - max). An infinite maximum makes it NaN, and with it everything, as natively.
+  // log of the sum of exp(x - max). An infinite maximum makes it NaN, and with it the loss, as natively.
   XENT_DEVICE A log_sum() const {
     const A others = rest.value();
     const A shift = others == A(0) ? A(1) : exp2_fast(-fused(max, kLog2E<A>, -reference));
@@ -206,47 +203,46 @@ struct Statistics {
   }
 };
 
-// ---- and what else can be asked for ---------------------------------------------------------------------------------
+// ---- the sums of a kGeneral target ----------------------------------------------------------------------------------
 
-// What N logits mean for the loss: coefficients a_c, and which classes they are.
+// The coefficients of N logits in the loss, and their classes.
 template <class A, int N>
 struct Terms {
-  A a[N], log[N];  // log a_c, for a divergence's gradient; else zero
+  A a[N], log[N];  // a_c; log a_c for a divergence's gradient, else zero
   int64_t first, step;
 
   XENT_DEVICE int64_t class_of(int j) const { return first + j * step; }
 };
 
-// Statistics of a kGeneral target.
 template <class A, bool kLong>
-struct AllStatistics : Statistics<A, true, kLong> {
-  using Base = Statistics<A, true, kLong>;
+struct GeneralSums : OnlineSoftmax<A, true, kLong> {
+  using Base = OnlineSoftmax<A, true, kLong>;
   using Class = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
   using Base::max, Base::reference, Base::ties, Base::rest, Base::spread, Base::mass;
   static constexpr Class kNoClass = sizeof(A) == 4 ? Class(INT32_MAX) : Class(INT64_MAX), kNaN = -kNoClass - 1;
 
-  // Of a temperature for labels: sums 2^((x - max) slope), as `rest` does. Without one (slope zero), e^(x - max)
-  // (max - x), for the entropy: every term >= 0.
-  Sum<A, kLong> second;
+  // With labels besides a teacher: the sum of 2^((x - max) slope) over all but the ties, as `rest`. For statistics
+  // (slope = 0): the sum of e^(x - max) (max - x), every term >= 0. No target has both.
+  Sum<A, kLong> label_rest_or_entropy;
   A slope;
-  Class argmax;  // the first class that is the maximum; that of a NaN counts from kNaN, which comes before all others
+  Class argmax;  // the first class that is the maximum; a NaN's class counts from kNaN, which precedes all others
 
-  static XENT_DEVICE AllStatistics of_nothing(const Problem& problem) {
+  static XENT_DEVICE GeneralSums of_nothing(const Problem& problem) {
     const A slope = problem.labels ? A(problem.temperature) * kLog2E<A> : A(0);
     return {Base::of_nothing(problem), {A(0), A(0)}, slope, kNoClass};
   }
 
   XENT_DEVICE void raise(A to) {
     if (!(to > max)) return;
-    const A from = max, before = reference, all = ties + second.value();
+    const A from = max, before = reference, all = ties + label_rest_or_entropy.value();
     Base::raise(to);
     if (slope != A(0)) {
-      if (all != A(0)) second.set(all * exp2_fast((from - to) * slope));
+      if (all != A(0)) label_rest_or_entropy.set(all * exp2_fast((from - to) * slope));
     } else {
-      A moved = second.value();
+      A moved = label_rest_or_entropy.value();
       if (moved != A(0)) moved *= exp2_fast(before - reference);
       if (rest.value() != A(0)) moved += rest.value() * (to - from);
-      second.set(moved);
+      label_rest_or_entropy.set(moved);
     }
     if (argmax >= 0) argmax = kNoClass;
   }
@@ -267,7 +263,7 @@ struct AllStatistics : Statistics<A, true, kLong> {
     if (slope != A(0)) {
 #pragma unroll
       for (int j = 0; j < N; ++j) others[j] = x[j] == max ? A(0) : exp2_fast((x[j] - max) * slope);
-      second.add(tree_sum(others));
+      label_rest_or_entropy.add(tree_sum(others));
     } else if (problem.statistics) {
 #pragma unroll
       for (int j = 0; j < N; ++j) {
@@ -276,13 +272,13 @@ struct AllStatistics : Statistics<A, true, kLong> {
         if (x[j] == max) argmax = min(argmax, c);
         if (x[j] != x[j]) argmax = min(argmax, Class(kNaN + c));
       }
-      second.add(tree_sum(others));
+      label_rest_or_entropy.add(tree_sum(others));
     }
     ties += tree_sum(equal);
     rest.add(tree_sum(powers));
   }
 
-  // The same for the loss. Of these logits none exceeds the maximum.
+  // Adds the terms of the loss. None of these logits exceeds the maximum.
   template <int N>
   XENT_DEVICE void add_terms(const A (&x)[N], const Terms<A, N>& terms) {
     A losses[N], masses[N];
@@ -296,31 +292,31 @@ struct AllStatistics : Statistics<A, true, kLong> {
     mass.add(tree_sum(masses));
   }
 
-  XENT_DEVICE void merge(AllStatistics other) {
+  XENT_DEVICE void merge(GeneralSums other) {
     raise(other.max);
     other.raise(max);
     Base::merge(other);
-    second.add(other.second.value());
+    label_rest_or_entropy.add(other.label_rest_or_entropy.value());
     argmax = min(argmax, other.argmax);
   }
 
   // log of the sum of exp(T (x - max)).
-  XENT_DEVICE A label_log_sum() const { return log_of_sum(ties, second.value()) + (max - max); }
+  XENT_DEVICE A label_log_sum() const { return log_of_sum(ties, label_rest_or_entropy.value()) + (max - max); }
 
   XENT_DEVICE A entropy() const {
     const A shift = rest.value() == A(0) ? A(1) : exp2_fast(-fused(max, kLog2E<A>, -reference));
-    return Base::log_sum() + second.value() * shift / (ties + rest.value() * shift);
+    return Base::log_sum() + label_rest_or_entropy.value() * shift / (ties + rest.value() * shift);
   }
 };
 
-// The same for kernels that find the maximum first: no branch, a comparison and an addition less for each logit.
+// The sums of kernels that find the maximum first: no branch, a comparison and an addition less for each logit.
 template <class A>
 struct KnownMaximum {
   A max, slope, reference;     // exponentials are 2^(x slope - reference)
-  A ties, rest, spread, mass;  // as in Statistics
+  A ties, rest, spread, mass;  // as in OnlineSoftmax
 
   static XENT_DEVICE KnownMaximum of(A max) {
-    // Where the maximum is huge any slope will do that keeps it: all others come out as zero.
+    // Where the maximum is huge, any slope will do that keeps it: all other exponentials are zero.
     const A slope = is_huge(max) ? A(1) : kLog2E<A>;
     return {max, slope, rounded_product(max, slope), A(0), A(0), A(0), A(0)};
   }
@@ -335,12 +331,12 @@ struct KnownMaximum {
     }
     return power;
   }
-  // With the coefficient, for the loss. At max - x = inf one of zero makes a NaN: then the sum is made again, by
-  // add_careful_spread.
+  // Adds a coefficient's term of the loss. A coefficient of zero at x = -inf makes a NaN: then the sum is made again,
+  // by add_careful_spread.
   XENT_DEVICE void add_spread(A x, A a) { spread = fused(a, max - x, spread); }
   XENT_DEVICE void add_careful_spread(A x, A a) { spread += a == A(0) || x == max ? A(0) : a * (max - x); }
 
-  // What rounding lost of the reference.
+  // The part of the reference that rounding lost.
   XENT_DEVICE A lost() const { return fused(max, slope, -reference); }
   XENT_DEVICE A log_sum() const { return log_of_sum(ties, rest * exp2_fast(-lost())) + (max - max); }
 };
@@ -358,31 +354,31 @@ XENT_DEVICE A lanes_max(A x, int lanes) {
   return x;
 }
 
-// In an order that is the same for every lane, so all get the same bits.
+// Adds in the same order for every lane, so all get the same bits.
 template <class A>
 XENT_DEVICE A lanes_sum(A x, int lanes) {
   for (int o = lanes / 2; o > 0; o /= 2) x += shuffle_xor(x, o);
   return x;
 }
 
-// The statistics of `lanes` neighbouring threads (a power of two), for each of them. All threads of the warp call it.
+// Joins the sums of `lanes` neighbouring threads (a power of two), for each of them. All threads of the warp call it.
 template <class A, bool kWithCoefficients, bool kLong>
-XENT_DEVICE void join_lanes(Statistics<A, kWithCoefficients, kLong>& statistics, int lanes) {
-  statistics.raise(lanes_max(statistics.max, lanes));
-  statistics.ties = lanes_sum(statistics.ties, lanes);
-  statistics.rest.set(lanes_sum(statistics.rest.value(), lanes));
+XENT_DEVICE void join_lanes(OnlineSoftmax<A, kWithCoefficients, kLong>& softmax, int lanes) {
+  softmax.raise(lanes_max(softmax.max, lanes));
+  softmax.ties = lanes_sum(softmax.ties, lanes);
+  softmax.rest.set(lanes_sum(softmax.rest.value(), lanes));
   if constexpr (kWithCoefficients) {
-    statistics.spread.set(lanes_sum(statistics.spread.value(), lanes));
-    statistics.mass.set(lanes_sum(statistics.mass.value(), lanes));
+    softmax.spread.set(lanes_sum(softmax.spread.value(), lanes));
+    softmax.mass.set(lanes_sum(softmax.mass.value(), lanes));
   }
 }
 
 template <class A, bool kLong>
-XENT_DEVICE void join_lanes(AllStatistics<A, kLong>& statistics, int lanes) {
-  statistics.raise(lanes_max(statistics.max, lanes));
-  join_lanes(static_cast<Statistics<A, true, kLong>&>(statistics), lanes);
-  statistics.second.set(lanes_sum(statistics.second.value(), lanes));
-  for (int o = lanes / 2; o > 0; o /= 2) statistics.argmax = min(statistics.argmax, shuffle_xor(statistics.argmax, o));
+XENT_DEVICE void join_lanes(GeneralSums<A, kLong>& softmax, int lanes) {
+  softmax.raise(lanes_max(softmax.max, lanes));
+  join_lanes(static_cast<OnlineSoftmax<A, true, kLong>&>(softmax), lanes);
+  softmax.label_rest_or_entropy.set(lanes_sum(softmax.label_rest_or_entropy.value(), lanes));
+  for (int o = lanes / 2; o > 0; o /= 2) softmax.argmax = min(softmax.argmax, shuffle_xor(softmax.argmax, o));
 }
 
 }  // namespace xent::gpu
