@@ -98,6 +98,8 @@ void make_problem(Problem& problem, const Inputs& inputs, const Options& options
                                                                           : Objective::kIndex;
   problem.arithmetic_in_double = arithmetic == at::kDouble;
   problem.label_smoothing = problem.target_kind == TargetKind::kTeacher ? 0 : options.label_smoothing;
+  problem.keep = 1 - problem.label_smoothing;
+  problem.share = problem.label_smoothing / double(problem.all_classes());
   problem.z_loss = options.z_loss;
   problem.ignore_index = options.ignore_index;
   problem.logits = view_with_classes(logits);

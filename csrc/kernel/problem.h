@@ -32,6 +32,9 @@ enum class Objective : uint8_t {
   kGeneral,        // any form of target, transformed logits, statistics, a shard of the classes
 };
 
+// What stands in the place of a class: its target is ignore_index, or no class at all.
+constexpr int kIgnored = -1, kBad = -2;
+
 // The kind of target.
 enum class TargetKind : uint8_t {
   kNone,           // nothing but lse is asked for
@@ -89,6 +92,8 @@ struct Problem {
   Lanes lanes = Lanes::kClasses;
   bool arithmetic_in_double = false;
   double label_smoothing = 0;  // e
+  double keep = 1;             // 1 - e
+  double share = 0;            // e / C, with the classes of all shards
   double smoothed_total = 0;   // e / C times the sum of the class weights
   double z_loss = 0;           // each position that counts adds z_loss lse^2
   int64_t ignore_index = 0;
