@@ -1,4 +1,5 @@
-// Everything that is compiled for each instruction set, in the order in which one builds on the other.
+// Everything that is compiled for an instruction set, in the order in which one file builds on the other; the choice of
+// a kernel; and the table of them.
 #include "simd.inl"
 #include "kernel/online_softmax.h"
 #include "load_store.inl"
@@ -8,66 +9,68 @@
 #include "nll.inl"
 #include "halves.inl"
 
+// Calls use with the objective as a template argument.
+template <class Use>
+XENT_INLINE void with_objective(Objective objective, const Use& use) {
+  switch (objective) {
+    case Objective::kIndex: return use.template operator()<Objective::kIndex>();
+    case Objective::kSmoothedIndex: return use.template operator()<Objective::kSmoothedIndex>();
+    case Objective::kProbabilities: return use.template operator()<Objective::kProbabilities>();
+    case Objective::kGeneral: return use.template operator()<Objective::kGeneral>();
+  }
+}
+
 template <class T>
 static void forward_rows(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
-  switch (problem.objective) {
-    case Objective::kIndex:
-      return problem.grad_logits ? forward_backward_rows<T>(problem, begin, end, sums)
-                                 : forward_rows_of<T, Objective::kIndex>(problem, begin, end, sums);
-    case Objective::kSmoothedIndex: return forward_rows_of<T, Objective::kSmoothedIndex>(problem, begin, end, sums);
-    case Objective::kProbabilities: return forward_rows_of<T, Objective::kProbabilities>(problem, begin, end, sums);
-    case Objective::kGeneral: return forward_general_rows<T>(problem, begin, end, sums);
-  }
+  with_objective(problem.objective, [&]<Objective objective>() {
+    if constexpr (objective == Objective::kGeneral) {
+      forward_general_rows<T>(problem, begin, end, sums);
+    } else if (objective == Objective::kIndex && problem.grad_logits) {
+      forward_backward_rows<T>(problem, begin, end, sums);
+    } else {
+      forward_rows_of<T, objective>(problem, begin, end, sums);
+    }
+  });
 }
 
 template <class T>
 static void backward_rows(const Backward& problem, int64_t begin, int64_t end) {
-  switch (problem.objective) {
-    case Objective::kIndex: return backward_rows_of<T, Objective::kIndex>(problem, begin, end);
-    case Objective::kSmoothedIndex: return backward_rows_of<T, Objective::kSmoothedIndex>(problem, begin, end);
-    case Objective::kProbabilities: return backward_rows_of<T, Objective::kProbabilities>(problem, begin, end);
-    case Objective::kGeneral: return backward_general_rows<T>(problem, begin, end);
-  }
+  with_objective(problem.objective, [&]<Objective objective>() {
+    if constexpr (objective == Objective::kGeneral) {
+      backward_general_rows<T>(problem, begin, end);
+    } else {
+      backward_rows_of<T, objective>(problem, begin, end);
+    }
+  });
 }
 
 template <class T>
 static void forward_tiles(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
-  const int64_t width = width_of_tile<T>(problem);
-  Cursor cursor(problem, begin);
-  for (int64_t first = begin; first < end; first += width) {
-    const int64_t count = std::min(width, end - first);
-    switch (problem.objective) {
-      case Objective::kIndex:
-        problem.grad_logits ? forward_tile<T, Objective::kIndex, true>(problem, cursor, first, count, sums)
-                            : forward_tile<T, Objective::kIndex, false>(problem, cursor, first, count, sums);
-        break;
-      case Objective::kSmoothedIndex:
-        problem.grad_logits ? forward_tile<T, Objective::kSmoothedIndex, true>(problem, cursor, first, count, sums)
-                            : forward_tile<T, Objective::kSmoothedIndex, false>(problem, cursor, first, count, sums);
-        break;
-      case Objective::kProbabilities:
-        forward_tile<T, Objective::kProbabilities, false>(problem, cursor, first, count, sums);
-        break;
-      case Objective::kGeneral: forward_general_tile<T>(problem, cursor, first, count, sums); break;
-    }
-    cursor.skip(count);
-  }
+  for_tiles(problem, begin, end, width_of_tile<T>(problem), [&](const Cursor& cursor, int64_t first, int64_t count) {
+    with_objective(problem.objective, [&]<Objective objective>() {
+      constexpr bool one_pass = objective != Objective::kProbabilities;
+      if constexpr (objective == Objective::kGeneral) {
+        forward_general_tile<T>(problem, cursor, first, count, sums);
+      } else if (one_pass && problem.grad_logits) {
+        forward_tile<T, objective, one_pass>(problem, cursor, first, count, sums);
+      } else {
+        forward_tile<T, objective, false>(problem, cursor, first, count, sums);
+      }
+    });
+  });
 }
 
 template <class T>
 static void backward_tiles(const Backward& problem, int64_t begin, int64_t end) {
-  const int64_t width = width_of_tile<T>(problem);
-  Cursor cursor(problem, begin);
-  for (int64_t first = begin; first < end; first += width) {
-    const int64_t count = std::min(width, end - first);
-    switch (problem.objective) {
-      case Objective::kIndex: backward_tile<T, Objective::kIndex>(problem, cursor, first, count); break;
-      case Objective::kSmoothedIndex: backward_tile<T, Objective::kSmoothedIndex>(problem, cursor, first, count); break;
-      case Objective::kProbabilities: backward_tile<T, Objective::kProbabilities>(problem, cursor, first, count); break;
-      case Objective::kGeneral: backward_general_tile<T>(problem, cursor, first, count); break;
-    }
-    cursor.skip(count);
-  }
+  for_tiles(problem, begin, end, width_of_tile<T>(problem), [&](const Cursor& cursor, int64_t first, int64_t count) {
+    with_objective(problem.objective, [&]<Objective objective>() {
+      if constexpr (objective == Objective::kGeneral) {
+        backward_general_tile<T>(problem, cursor, first, count);
+      } else {
+        backward_tile<T, objective>(problem, cursor, first, count);
+      }
+    });
+  });
 }
 
 template <class T>
@@ -83,18 +86,28 @@ static void backward_positions(const Backward& problem, int64_t begin, int64_t e
   if (problem.stream) SIMD_FENCE();
 }
 
-// The sum of the weights of the targets that count: what a mean divides by.
-template <class T>
-static void sum_target_weights(const Problem& problem, int64_t begin, int64_t end, Sums& sums) {
-  const T* weight = problem.target_kind == TargetKind::kIndices ? static_cast<const T*>(problem.weight) : nullptr;
-  Cursor cursor(problem, begin);
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t count = std::min(kTile, end - first);
-    int64_t y[kTile + kLanes<T>];
-    T sample_weights[kTile + kLanes<T>];
-    read_labels(y, problem, cursor, first, count);
-    if (problem.sample_weight) read_sample_weights(sample_weights, problem, cursor, count);
-    sums.weight += sum_of_target_weights(weight, problem.sample_weight ? sample_weights : nullptr, y, count);
-    cursor.skip(count);
-  }
+// ---- the table ------------------------------------------------------------------------------------------------------
+
+static void forward(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
+  problem.arithmetic_in_double ? forward_positions<double>(problem, begin, end, sums)
+                               : forward_positions<float>(problem, begin, end, sums);
 }
+
+static void backward(const Backward& problem, int64_t begin, int64_t end) {
+  problem.arithmetic_in_double ? backward_positions<double>(problem, begin, end)
+                               : backward_positions<float>(problem, begin, end);
+}
+
+static void sum_weights(const Problem& problem, int64_t begin, int64_t end, Sums& sums) {
+  problem.arithmetic_in_double ? sum_target_weights<double>(problem, begin, end, sums)
+                               : sum_target_weights<float>(problem, begin, end, sums);
+}
+
+static void nll_forward(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
+  problem.arithmetic_in_double ? forward_nll<double>(problem, begin, end, sums)
+                               : forward_nll<float>(problem, begin, end, sums);
+}
+
+constexpr Kernels kKernels{SIMD_NAME,    SIMD_BYTES,    forward,
+                           backward,     sum_weights,   nll_forward,
+                           backward_nll, add_to_halves, add_scaled_to_halves};

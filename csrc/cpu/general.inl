@@ -1,90 +1,67 @@
-// Whatever is more than the plain loss: any form of target, transformed logits, statistics, and the gradient of any
-// mixture of them. As in rows.inl and spatial.inl vector lanes are classes or positions, in blocks that stay in the
-// first-level cache; logits are transformed and coefficients made there, so that nothing of the logits' size is ever
-// stored but the gradient.
+// Kernels of everything that is more than the plain loss: any form of target, transformed logits, statistics, and the
+// gradient of any mixture of them.
 //
-// A position's sums are those of rows.inl and two more; its gradient is
+// forward_general_rows, forward_general_tile      read the logits from memory once, and write lse, loss and statistics;
+//                                                 a teacher's divergence may need a second read (kFarDivergence)
+// backward_general_rows, backward_general_tile    read the logits and what was saved, and write the gradients
+//
+// Vector lanes are classes in rows and positions in tiles, as in rows.inl and spatial.inl. Logits are transformed and
+// coefficients made in blocks that stay in the first-level cache: nothing of the logits' size is stored but gradients.
+// A label is a pair of probability one. Options are asked for once for each vector or position, never by element.
+//
+// The gradient of a position is, times the derivative of the transform,
 //
 //   d/dx_c = softmax_c (P + E log softmax_c) - D a_c      less at the class of a label or of a pair
 //
-// times the derivative of the transform. A label is a pair of probability one. Options are asked for once for each
-// vector or position, never by element.
-//
-// Of a shard (Problem::total_classes) the forward's sums are of its own classes alone, and so are the pairs that they
-// know of; the backward's P is of all pairs, wherever their classes are.
-
-// Calls function(i, count) for each vector of n elements, of which the last has fewer than all its lanes.
-template <class T, class Function>
-XENT_INLINE void for_vectors(int64_t n, const Function& function) {
-  for (int64_t i = 0; i < n; i += kLanes<T>) function(i, std::min<int64_t>(kLanes<T>, n - i));
-}
-
-template <class T>
-XENT_INLINE Vector<T> load_some(const T* p, int64_t i, int64_t count) {
-  if (!p) return Vector<T>{};
-  return count == kLanes<T> ? load(p + i) : load_partial(p + i, count, T(0));
-}
+// The forward of a shard (Problem::total_classes) sums over its own classes and the pairs of these alone. The
+// backward's P is of all pairs, wherever their classes are.
 
 // ---- coefficients ---------------------------------------------------------------------------------------------------
 
-// Of a block: those that every class may have, or null where they are zero; for a teacher their logarithms, too.
+// The coefficients a of a block's classes, or null where they are zero; for a teacher their logarithms, too. They do
+// not contain what a label or pairs add to their own classes.
 template <class T>
 struct Coefficients {
   const T* a = nullptr;
   const T* log_q = nullptr;
 };
 
+// Reads those of the classes [c, c + n) of a position; `buffers` may take them.
 template <class T>
-class CoefficientReader {
- public:
-  explicit CoefficientReader(const Problem& problem) : problem_(problem) {}
-
-  // For the classes [c, c + n) of the position whose target is at `offset`.
-  XENT_INLINE_MEMBER Coefficients<T> read(int64_t position, int64_t offset, int64_t c, int64_t n) {
-    switch (problem_.target_kind) {
-      case TargetKind::kNone: return {};
-      case TargetKind::kTeacher: return softmax_of_teacher(position, offset + c * problem_.target.class_stride, n);
-      case TargetKind::kProbabilities: return {dense_coefficients(buffers_[0], problem_, offset, c, n)};
-      default:
-        if (problem_.label_smoothing == 0) return {};
-        return {dense_coefficients(buffers_[0], problem_, offset, c, n)};
-    }
-  }
-
- private:
-  XENT_INLINE_MEMBER Coefficients<T> softmax_of_teacher(int64_t position, int64_t offset, int64_t n) {
-    const T rounded = saved_row<T>(problem_, saved::kTeacherLse)[position];
-    const T lost = saved_row<T>(problem_, saved::kTeacherLseLost)[position];
-    const T* z = read_or_point(buffers_[1], problem_.target, offset, problem_.target.class_stride, n);
-    for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-      const Vector<T> log_q = (transformed<T>(problem_, load_some(z, i, count)) - rounded) - lost;
-      store_partial(buffers_[1] + i, log_q, count);
-      store_partial(buffers_[0] + i, exp(log_q), count);
-    });
-    return {buffers_[0], buffers_[1]};
-  }
-
-  const Problem& problem_;
-  alignas(64) T buffers_[2][kBlock<T>];
-};
+XENT_INLINE Coefficients<T> read_coefficients(T (&buffers)[2][kBlock<T>], const Problem& problem, const Row& row,
+                                              int64_t c, int64_t n) {
+  if (problem.target_kind == TargetKind::kNone) return {};
+  if (!is_dense(problem.target_kind) && problem.label_smoothing == 0) return {};
+  if (problem.target_kind != TargetKind::kTeacher) return {dense_coefficients(buffers[0], problem, row.target, c, n)};
+  const T rounded = saved_row<T>(problem, saved::kTeacherLse)[row.position];
+  const T lost = saved_row<T>(problem, saved::kTeacherLseLost)[row.position];
+  const int64_t stride = problem.target.class_stride;
+  const T* z = read_or_point(buffers[1], problem.target, row.target + c * stride, stride, n);
+  for_vectors<T>(n, [&](int64_t i, int64_t count) XENT_INLINE_LAMBDA {
+    const Vector<T> log_q = (transformed<T>(problem, load_partial(z + i, count)) - rounded) - lost;
+    store_partial(buffers[1] + i, log_q, count);
+    store_partial(buffers[0] + i, exp(log_q), count);
+  });
+  return {buffers[0], buffers[1]};
+}
 
 // ---- sums -----------------------------------------------------------------------------------------------------------
 
-// Which sums are asked for besides those of rows.inl.
+// The sums that are needed besides those of rows.inl.
 template <class T>
-struct Wanted {
+struct WantedSums {
   bool energy;    // for the entropy
-  T temperature;  // of the logits, where labels want them without it; else zero
+  T temperature;  // of the logits, where labels need them without it; else zero
 };
 
-// `energy`: sum of exp(x - max) (max - x). `label_rest`: of exp(T (x - max)), without the ties.
+// energy = sum_c exp(x_c - max) (max - x_c);  label_rest = sum_c exp(T (x_c - max)) without the ties.
 template <class T>
 struct GeneralLaneSums : LaneSums<T, true> {
   Vector<T> energy{}, label_rest{};
 
-  // Of a teacher's divergence log_q is not zero, and its spread sum of q (max - x + log q): where the distributions are
-  // nearly the same, its terms are nearly log_sum each, and do not cancel.
-  XENT_INLINE_MEMBER void add(Vector<T> x, Vector<T> max, Vector<T> a, Vector<T> log_q, const Wanted<T>& wanted) {
+  // For a teacher's divergence log_q is not zero, and spread = sum_c q_c (max - x_c + log q_c): where the distributions
+  // are nearly the same, its terms are nearly log_sum each, and do not cancel.
+  XENT_INLINE_MEMBER void add(Vector<T> x, Vector<T> max, Vector<T> a, Vector<T> log_q, const WantedSums<T>& wanted) {
     const Vector<T> zero{}, difference = x - max, exponential = exp(difference);
     const auto other = difference != zero;
     this->rest = select(other, this->rest + exponential, this->rest);
@@ -109,7 +86,7 @@ template <class T>
 struct GeneralRowSums : RowSums<T> {
   double energy = 0, label_rest = 0;
 
-  XENT_INLINE_MEMBER void raise_max(T to, const Wanted<T>& wanted) {
+  XENT_INLINE_MEMBER void raise_max(T to, const WantedSums<T>& wanted) {
     if (this->ties != 0) {
       const double raised = double(to) - double(this->max);
       energy = (energy + raised * (this->rest + this->ties)) * ::exp(-raised);
@@ -127,7 +104,7 @@ struct GeneralRowSums : RowSums<T> {
 
 template <class T>
 static GeneralLaneSums<T> sum_general_block(const Block<T>& block, T row_max, const Coefficients<T>& coefficients,
-                                            bool kl, const Wanted<T>& wanted) {
+                                            bool kl, const WantedSums<T>& wanted) {
   constexpr int W = kLanes<T>;
   const Vector<T> max = broadcast(row_max), zero{};
   const T *const x = block.x, *const a = coefficients.a, *const log_q = kl ? coefficients.log_q : nullptr;
@@ -148,8 +125,8 @@ static GeneralLaneSums<T> sum_general_block(const Block<T>& block, T row_max, co
   return sums;
 }
 
-// log softmax = (x - origin) / T - rest, for logits x as they were given: the difference has no rounding to speak of,
-// of whatever magnitude the logits are. Where origin is T lse, rest is what rounding has lost.
+// log softmax = (x - origin) / T - rest, for logits x as they were given. origin is T lse, and rest is what rounding
+// lost of it. The difference has next to no rounding, however large the logits are.
 template <class T>
 struct Origin {
   Vector<T> origin, rest;
@@ -163,11 +140,11 @@ struct Origin {
   }
 };
 
-// The terms of a teacher's divergence that do not cancel. They need the student's lse, and so a second read of the
-// logits. It is made where the sum of the first read is below `kFarDivergence`. The first read's sum is off by a few
-// roundings of the logits, as native's is: above the bound that is little beside the divergence itself.
+// Below this divergence, found in the first read of the logits, a second read sums up DivergenceTerms. The first read
+// is off by a few roundings of the logits, as native's loss is: above the bound that is little beside the divergence.
 constexpr double kFarDivergence = 0.125;
 
+// The terms of a teacher's divergence that do not cancel. They need the student's lse.
 template <class T>
 struct DivergenceTerms {
   using V = Vector<T>;
@@ -180,7 +157,7 @@ struct DivergenceTerms {
         student(problem, lse, lse_lost),
         teacher(problem, of_teacher, of_teacher_lost) {}
 
-  // Logits as they were given; -inf where there is no class.
+  // Adds the terms of logits as they were given; -inf where there is no class.
   XENT_INLINE_MEMBER void add(V x, V z, V& excess, V& change, V& mass) const {
     V of_x, of_z, lost_of_x, lost_of_z, term, of_change;
     student.subtract_from(x, of_x, lost_of_x);
@@ -213,9 +190,9 @@ static double divergence_of_row(const Problem& problem, const Row& row, int64_t 
     for (int64_t first = 0; first < n; first += kTermsOfASum * W) {
       Vector<T> part{}, part_of_change{}, part_of_mass{};
       for (int64_t i = first; i < std::min(first + kTermsOfASum * W, n); i += W) {
-        const bool whole = i + W <= n;
-        terms.add(whole ? load(x + i) : load_partial(x + i, n - i, kNone),
-                  whole ? load(z + i) : load_partial(z + i, n - i, kNone), part, part_of_change, part_of_mass);
+        const int64_t count = std::min<int64_t>(W, n - i);
+        terms.add(load_partial(x + i, count, kNone), load_partial(z + i, count, kNone), part, part_of_change,
+                  part_of_mass);
       }
       excess += sum_of_lanes<T>(part);
       change += sum_of_lanes<T>(part_of_change);
@@ -225,7 +202,7 @@ static double divergence_of_row(const Problem& problem, const Row& row, int64_t 
   return divergence_of<double>(excess, change, mass);
 }
 
-// ---- what a position's sums say -------------------------------------------------------------------------------------
+// ---- from sums to the loss ------------------------------------------------------------------------------------------
 //
 // V is double, for one position of many classes, or a vector of positions of few.
 
@@ -238,19 +215,20 @@ XENT_INLINE V constant(double x) {
   }
 }
 
+// The sums over all classes of a position.
 template <class V>
 struct Totals {
   V max, ties, rest, spread, mass, energy, label_rest;
 };
 
-// Of a position's pairs, or of its label: the sums of w p (max - x), w p, p (max - x) and p.
+// The sums over a position's pairs, or of its label: of w p (max - x), w p, p (max - x) and p.
 template <class V>
-struct Own {
+struct OwnSums {
   V weighted_gap{}, weight{}, gap{}, mass{};
 
   template <class T>
-  XENT_INLINE_MEMBER void add(T w, T p, T gap_of_class) {  // of numbers
-    if (p == 0) return;                                    // which adds nothing, even at a logit of -inf
+  XENT_INLINE_MEMBER void add(T w, T p, T gap_of_class) {
+    if (p == 0) return;  // adds nothing, even at a logit of -inf
     if (w != 0) weighted_gap += w * p * gap_of_class;
     weight += w * p;
     gap += p * gap_of_class;
@@ -258,19 +236,21 @@ struct Own {
   }
 };
 
+// What the forward finds out about a position.
 template <class V>
 struct Found {
   V log_sum{}, label_log_sum{};
   V loss{}, entropy{}, target_log_prob{};
-  V saved{};  // in the row kMass, where there is one
+  V saved_mass{};  // for the row kMass
 };
 
-template <class V>
-XENT_INLINE Found<V> find(const Problem& problem, const Totals<V>& sums, const Own<V>& own) {
+// `sums`: Totals or GeneralRowSums.
+template <class V, class AllSums>
+XENT_INLINE Found<V> find(const Problem& problem, const AllSums& sums, const OwnSums<V>& own) {
   Found<V> found;
   const V zero{};
   V log_sum = log_of_sum(sums.ties, sums.rest);
-  if (problem.is_shard()) log_sum = select(sums.ties + sums.rest == zero, zero, log_sum);  // see below
+  if (problem.is_shard()) log_sum = select(sums.ties + sums.rest == zero, zero, log_sum);  // `nothing` below
   found.log_sum = log_sum;
   const V dense = sums.spread + sums.mass * log_sum;
   found.entropy = log_sum + sums.energy / (sums.ties + sums.rest);
@@ -278,21 +258,20 @@ XENT_INLINE Found<V> find(const Problem& problem, const Totals<V>& sums, const O
     case TargetKind::kNone: break;
     case TargetKind::kIndices:
     case TargetKind::kPairs: {
-      const V keep = constant<V>(1 - problem.label_smoothing);
-      const double share = problem.label_smoothing / double(problem.all_classes());
+      const V keep = constant<V>(problem.keep);
       found.loss = keep * select(own.weight == zero, own.weighted_gap, own.weighted_gap + own.weight * log_sum);
-      if (share != 0) found.loss += constant<V>(share) * dense;
+      if (problem.share != 0) found.loss += constant<V>(problem.share) * dense;
       found.target_log_prob = -(own.gap + own.mass * log_sum);
-      if (problem.is_shard()) found.saved = keep * own.weight + constant<V>(share) * sums.mass;
+      if (problem.is_shard()) found.saved_mass = keep * own.weight + constant<V>(problem.share) * sums.mass;
       break;
     }
     case TargetKind::kProbabilities:
       found.loss = dense;
       found.target_log_prob = -dense;
-      found.saved = sums.mass;
+      found.saved_mass = sums.mass;
       break;
     case TargetKind::kTeacher:
-      found.saved = dense;
+      found.saved_mass = dense;
       found.loss = constant<V>(problem.teacher_scale) * dense;
       if (!problem.labels) break;
       found.label_log_sum = log_of_sum(sums.ties, sums.label_rest);
@@ -303,22 +282,22 @@ XENT_INLINE Found<V> find(const Problem& problem, const Totals<V>& sums, const O
       break;
   }
   if (problem.z_loss != 0) {
-    const V lse = sums.max + log_sum;
+    const V lse = V(sums.max) + log_sum;
     found.loss += constant<V>(problem.z_loss) * lse * lse;
   }
   if (problem.is_shard()) {
-    // All logits may be -inf, as long as another shard's are not: it has nothing of the softmax, and is infinitely far
-    // from whatever it has of the target.
+    // All logits of a shard may be -inf, as long as another shard's are not: it has nothing of the softmax, and the
+    // loss of any part of the target that it has is infinite.
     const auto nothing = sums.ties + sums.rest == zero;
     const V infinity = constant<V>(std::numeric_limits<double>::infinity());
     found.log_sum = select(nothing, -infinity, found.log_sum);
-    found.loss = select(nothing, select(found.saved > zero, infinity, zero), found.loss);
+    found.loss = select(nothing, select(found.saved_mass > zero, infinity, zero), found.loss);
     found.entropy = select(nothing, zero, found.entropy);
   }
   return found;
 }
 
-// Calls use(class, probability, number of the pair) for each pair of a position that is not ignored, with classes
+// Calls use(class, probability, number of the pair) for each pair of a position that is not ignored. Classes are
 // counted from here.
 template <class T, class Use>
 XENT_INLINE void for_pairs(const Problem& problem, const Cursor& cursor, const Use& use) {
@@ -338,7 +317,7 @@ XENT_INLINE void for_pairs(const Problem& problem, const Cursor& cursor, const U
   }
 }
 
-// The same of the label of a position, as its only pair, where it has one.
+// The same for any target. The label of a position is its only pair.
 template <class T, class Use>
 XENT_INLINE void for_own(const Problem& problem, const Cursor& cursor, int64_t y, const Use& use) {
   if (problem.target_kind == TargetKind::kPairs) return for_pairs<T>(problem, cursor, use);
@@ -352,37 +331,40 @@ XENT_INLINE T weight_of_class(const Problem& problem, int64_t c) {
 
 // ---- the terms of a gradient ----------------------------------------------------------------------------------------
 
-// Lanes are positions, or all the same one.
+// The constants of the gradient of a vector of positions, or of one position in every lane.
 template <class T>
 struct GeneralTerms {
   using V = Vector<T>;
-  V rounded, lost;                  // lse
-  V label_max{}, label_log_sum{};   // of the logits at temperature 1
-  V softmax, entropy{}, dense;      // P, E, D
-  V hit{}, rest;                    // P = hit + rest
-  V of_loss, of_target_log_prob{};  // the gradients of the results
-  V label{};                        // what multiplies softmax(T x) - [c = y]
-  V saved_mass{};
+  V rounded, lost;                // lse
+  V label_max, label_log_sum;     // of the logits at temperature 1
+  V softmax, entropy, dense;      // P, E, D
+  V hit, rest;                    // P = hit + rest
+  V of_loss, of_target_log_prob;  // the gradients of the results
+  V label;                        // the factor of softmax(T x) - [c = y]
+  V saved_mass;
 
-  // `saved_at(row)`, `grad_at(row)`: of what the forward saved, and of the gradients of statistics. `scale`:
-  // grad_output / denominator, times the position's weight. `weight` and `mass`: of Own.
+  GeneralTerms() = default;
+
+  // `saved_at(row)` reads what the forward saved, `grad_at(row)` the gradients of statistics. `scale`: grad_output /
+  // denominator, times the position's factor. `weight` and `mass`: of OwnSums.
   template <class SavedAt, class GradAt>
   XENT_INLINE_MEMBER GeneralTerms(const Problem& problem, V scale, V weight, V mass, bool statistics,
                                   const SavedAt& saved_at, const GradAt& grad_at)
       : rounded(saved_at(saved::kLse)), lost(saved_at(saved::kLseLost)), of_loss(scale) {
     V of_lse{};
+    label_max = label_log_sum = entropy = hit = of_target_log_prob = label = saved_mass = V{};
     if (problem.z_loss != 0) of_lse = scale * T(2 * problem.z_loss) * (rounded + lost);
     if (statistics) {
       of_target_log_prob = grad_at(kGradTargetLogProb);
       entropy = -grad_at(kGradEntropy);
       of_lse += grad_at(kGradLse) + entropy * saved_at(saved::kEntropy);
     }
-    dense = scale * T(problem.label_smoothing / double(problem.all_classes()));
+    dense = scale * T(problem.share);
     rest = of_lse + scale * T(problem.smoothed_total);
     switch (problem.target_kind) {
       case TargetKind::kNone: break;
       case TargetKind::kIndices:
-      case TargetKind::kPairs: hit = scale * T(1 - problem.label_smoothing) * weight - of_target_log_prob * mass; break;
+      case TargetKind::kPairs: hit = scale * T(problem.keep) * weight - of_target_log_prob * mass; break;
       case TargetKind::kProbabilities:
         saved_mass = saved_at(saved::kMass);
         dense = scale - of_target_log_prob;
@@ -411,7 +393,7 @@ struct GeneralTerms {
     return is_transformed(problem) ? gradient * slope_of_transform<T>(problem, x) : gradient;
   }
 
-  // `careful`: among the classes is one whose softmax is near one, as its coefficient may be.
+  // `careful`: one of the classes may have a softmax near one, and a coefficient near A.
   template <bool careful>
   XENT_INLINE_MEMBER V gradient(const Backward& problem, V x, V a) const {
     const V log_p = log_softmax(x);
@@ -420,12 +402,12 @@ struct GeneralTerms {
     return complete(problem, result, x, log_p);
   }
 
-  // What pairs of one class, of weight w and of probabilities that add up to p, have of `hit`.
+  // Returns the part of `hit` of the pairs of one class. w: its weight, p: the sum of their probabilities.
   XENT_INLINE_MEMBER V hit_of(const Problem& problem, V w, V p) const {
-    return (of_loss * T(1 - problem.label_smoothing) * w - of_target_log_prob) * p;
+    return (of_loss * T(problem.keep) * w - of_target_log_prob) * p;
   }
 
-  // Of a class that a label or pairs give `own` of `hit`, besides its coefficient a.
+  // The gradient of a class whose label or pairs have the part `own` of `hit`, besides its coefficient a.
   XENT_INLINE_MEMBER V own_gradient(const Backward& problem, V x, V own, V a) const {
     const V log_p = log_softmax(x), zero{};
     V result = problem.target_kind == TargetKind::kTeacher ? soft_gradient(softmax, log_p, dense * a)
@@ -434,11 +416,10 @@ struct GeneralTerms {
     return complete(problem, result, x, log_p);
   }
 
-  // Of a probability, or of the teacher's logit.
+  // The gradient of a probability, or of a teacher's logit.
   XENT_INLINE_MEMBER V of_target_class(const Problem& problem, V x, V a, V log_q, V weight) const {
     const V minus_log_p = -log_softmax(x);
-    if (problem.target_kind == TargetKind::kProbabilities)
-      return dense * T(1 - problem.label_smoothing) * weight * minus_log_p;
+    if (problem.target_kind == TargetKind::kProbabilities) return dense * T(problem.keep) * weight * minus_log_p;
     return dense * T(problem.logit_scale) *
            teacher_gradient(a, problem.kl ? log_q + minus_log_p : minus_log_p, saved_mass);
   }
@@ -446,29 +427,29 @@ struct GeneralTerms {
 
 // ---- rows: forward --------------------------------------------------------------------------------------------------
 
-// What a position leaves behind. An ignored one leaves zeros, and no class.
+// Writes what a position leaves behind. An ignored one leaves zeros, and an argmax of -1.
 template <class T>
 struct GeneralResult : PositionResult<T> {
-  T label_max = 0, label_log_sum = 0;
-  T entropy = 0, target_log_prob = 0;
+  T max = 0;
+  Found<double> found;
   Int<T> argmax = -1;
 
   XENT_INLINE_MEMBER void write(const Forward& problem, int64_t p, Sums& sums) const {
     PositionResult<T>::write(problem, p, sums);
     if (is_dense(problem.target_kind) || problem.is_shard()) saved_row<T>(problem, saved::kMass)[p] = this->mass;
     if (problem.statistics) {
-      saved_row<T>(problem, saved::kEntropy)[p] = entropy;
-      saved_row<T>(problem, saved::kTargetLogProb)[p] = target_log_prob;
+      saved_row<T>(problem, saved::kEntropy)[p] = T(found.entropy);
+      saved_row<T>(problem, saved::kTargetLogProb)[p] = T(found.target_log_prob);
       std::memcpy(saved_row<T>(problem, saved::kArgmax) + p, &argmax, sizeof argmax);
     }
     if (problem.labels) {
-      saved_row<T>(problem, saved::kLabelMax)[p] = label_max;
-      saved_row<T>(problem, saved::kLabelLogSum)[p] = label_log_sum;
+      saved_row<T>(problem, saved::kLabelMax)[p] = max;
+      saved_row<T>(problem, saved::kLabelLogSum)[p] = T(found.label_log_sum);
     }
   }
 };
 
-// The first class from c on whose logit is `value`, or NaN; -1 where there is none.
+// Returns the first class from c on whose logit is `value`, which may be NaN, or -1.
 template <class T>
 static int64_t find_class(const Problem& problem, const Row& row, int64_t c, T value) {
   T buffer[kBlock<T>];
@@ -484,12 +465,12 @@ static int64_t find_class(const Problem& problem, const Row& row, int64_t c, T v
 
 template <class T>
 static void forward_general_rows(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
-  const Wanted<T> wanted{problem.statistics, T(problem.labels ? problem.temperature : 0)};
+  const WantedSums<T> wanted{problem.statistics, T(problem.labels ? problem.temperature : 0)};
   BlockReader<T> blocks(problem);
-  CoefficientReader<T> coefficients(problem);
+  alignas(64) T coefficient_buffers[2][kBlock<T>];
   Cursor cursor(problem, begin);
   for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
-    const Row row = row_at(problem, cursor, p);
+    const Row row = row_at<Objective::kGeneral>(problem, cursor, p);
     GeneralResult<T> result;
     if (row.y < 0) {
       result.write(problem, p, sums);
@@ -503,7 +484,7 @@ static void forward_general_rows(const Forward& problem, int64_t begin, int64_t 
         of_row.raise_max(block.max, wanted);
         block_of_maximum = c;
       }
-      const auto a = coefficients.read(p, row.target, c, block.n);
+      const auto a = read_coefficients(coefficient_buffers, problem, row, c, block.n);
       of_row.add(sum_general_block(block, of_row.max, a, problem.kl, wanted), block.n);
     }
     const double log_sum = log_of_sum(of_row.ties, of_row.rest);
@@ -512,24 +493,19 @@ static void forward_general_rows(const Forward& problem, int64_t begin, int64_t 
       of_row.spread = divergence_of_row(problem, row, p, lse.rounded, lse.lost);
       of_row.mass = 0;
     }
-    Own<double> own;
+    OwnSums<double> own;
     for_own<T>(problem, cursor, row.y, [&](int64_t y, T probability, int64_t) {
       if (!problem.is_here(y)) return;
       const T logit = read_logit<T>(problem, row.logits + y * problem.logits.class_stride);
       own.add(double(weight_of_class<T>(problem, y)), double(probability), double(of_row.max) - double(logit));
     });
-    const Found<double> found = find<double>(
-        problem,
-        {double(of_row.max), of_row.ties, of_row.rest, of_row.spread, of_row.mass, of_row.energy, of_row.label_rest},
-        own);
+    const Found<double> found = find(problem, of_row, own);
     result.lse = Lse<T>::of(double(of_row.max), found.log_sum);
     if (result.lse.rounded == -std::numeric_limits<T>::infinity()) result.lse.lost = 0;  // of a shard
-    result.label_max = of_row.max;
-    result.label_log_sum = T(found.label_log_sum);
-    result.mass = T(found.saved);
-    result.entropy = T(found.entropy);
-    result.target_log_prob = T(found.target_log_prob);
+    result.mass = T(found.saved_mass);
     result.loss = found.loss * row.sample_weight;
+    result.max = of_row.max;
+    result.found = found;
     if (problem.statistics) {
       int64_t argmax = -1;  // an infinite maximum makes a NaN of the sum, too
       if (of_row.rest != of_row.rest) argmax = find_class(problem, row, 0, std::numeric_limits<T>::quiet_NaN());
@@ -558,49 +534,48 @@ static void zero_target_gradient(const Backward& problem, int64_t offset) {
 template <class T>
 static void backward_general_rows(const Backward& problem, int64_t begin, int64_t end) {
   alignas(64) T logits_buffer[kBlock<T>], gradient_buffer[kBlock<T>];
-  T of_class[kBlock<T>] = {};  // the probabilities that a position's pairs have for it
-  CoefficientReader<T> coefficients(problem);
-  const T *const weight = static_cast<const T*>(problem.weight), *const grads =
-                                                                     static_cast<const T*>(problem.grad_statistics);
+  T of_class[kBlock<T>] = {};  // for each class, the sum of its pairs' probabilities
+  alignas(64) T coefficient_buffers[2][kBlock<T>];
+  const T* const weight = static_cast<const T*>(problem.weight);
+  const T* const grads = static_cast<const T*>(problem.grad_statistics);
   const bool dense = is_dense(problem.target_kind);
   Cursor cursor(problem, begin);
   for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
-    const int64_t logits = cursor.offset(problem.logits), target = cursor.offset(problem.target);
-    const int64_t dx = cursor.offset(problem.grad_logits), dq = cursor.offset(problem.grad_target);
-    int64_t y;
-    read_labels(&y, problem, cursor, p, 1);
+    const Row row = row_at<Objective::kGeneral>(problem, cursor, p);
+    const int64_t y = row.y, dq = cursor.offset(problem.grad_target);
     if (y < 0) {
-      zero_gradient<T>(problem, problem.grad_logits, dx, problem.stream);
+      zero_gradient<T>(problem, problem.grad_logits, row.gradient, problem.stream);
       zero_target_gradient<T>(problem, dq);
       continue;
     }
-    Own<T> own;
+    OwnSums<T> own;
     for_own<T>(problem, cursor, y,
                [&](int64_t c, T probability, int64_t) { own.add(weight_of_class<T>(problem, c), probability, T(0)); });
     const GeneralTerms<T> terms(
-        problem, broadcast(T(scale_at(problem, cursor))), broadcast(own.weight), broadcast(own.mass), grads != nullptr,
-        [&](int row) { return broadcast(saved_row<T>(problem, row)[p]); },
-        [&](int row) { return broadcast(grads[row * problem.positions + p]); });
+        problem, broadcast(T(scale_at(problem, cursor, row))), broadcast(own.weight), broadcast(own.mass),
+        grads != nullptr, [&](int of) { return broadcast(saved_row<T>(problem, of)[p]); },
+        [&](int of) { return broadcast(grads[of * problem.positions + p]); });
     for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
       const int64_t n = std::min(kBlock<T>, problem.classes - c);
-      const T* const x = read_logits(logits_buffer, problem, logits + c * problem.logits.class_stride, n);
-      const auto [a, log_q] = coefficients.read(p, target, c, n);
+      const T* const x = read_logits(logits_buffer, problem, row.logits + c * problem.logits.class_stride, n);
+      const auto [a, log_q] = read_coefficients(coefficient_buffers, problem, row, c, n);
       if (dense && problem.grad_target) {
-        for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-          const Vector<T> w = weight ? load_some(weight + c, i, count) : broadcast(T(1));
-          const Vector<T> of_target = terms.of_target_class(problem, load_some(x, i, count), load_some(a, i, count),
-                                                            load_some(log_q, i, count), w);
+        for_vectors<T>(n, [&](int64_t i, int64_t count) XENT_INLINE_LAMBDA {
+          const Vector<T> w = weight ? load_partial(weight + c + i, count) : broadcast(T(1));
+          const Vector<T> log = log_q ? load_partial(log_q + i, count) : Vector<T>{};
+          const Vector<T> of_target =
+              terms.of_target_class(problem, load_partial(x + i, count), load_partial(a + i, count), log, w);
           store_partial(gradient_buffer + i, of_target, count);
         });
         const int64_t stride = problem.grad_target.class_stride;
         write_from(gradient_buffer, problem.grad_target, dq + c * stride, stride, n, problem.stream);
       }
       if (!problem.grad_logits) continue;
-      const int64_t stride = problem.grad_logits.class_stride, out = dx + c * stride;
+      const int64_t stride = problem.grad_logits.class_stride, out = row.gradient + c * stride;
       T* const result = write_or_point(gradient_buffer, problem.grad_logits, out, stride, problem.buffered);
-      const bool careful = dense && block_maximum(x, n) - terms.rounded[0] > T(-0.7);
-      for_vectors<T>(n, [&](int64_t i, int64_t count) __attribute__((always_inline)) {
-        const Vector<T> logit = load_some(x, i, count), coefficient = load_some(a, i, count);
+      const bool careful = dense && block_maximum(x, n) - terms.rounded[0] > kNearOne<T>;
+      for_vectors<T>(n, [&](int64_t i, int64_t count) XENT_INLINE_LAMBDA {
+        const Vector<T> logit = load_partial(x + i, count), coefficient = a ? load_partial(a + i, count) : Vector<T>{};
         const Vector<T> of_logit = careful ? terms.template gradient<true>(problem, logit, coefficient)
                                            : terms.template gradient<false>(problem, logit, coefficient);
         store_partial(result + i, of_logit, count);
@@ -623,10 +598,10 @@ static void backward_general_rows(const Backward& problem, int64_t begin, int64_
       }
     }
     if (problem.target_kind != TargetKind::kPairs || !problem.grad_target) continue;
-    zero_target_gradient<T>(problem, dq);  // of pairs that are ignored, or elsewhere
+    zero_target_gradient<T>(problem, dq);  // for pairs that are ignored or another shard's
     for_own<T>(problem, cursor, y, [&](int64_t at, T, int64_t j) {
       if (!problem.is_here(at)) return;
-      const T logit = read_logit<T>(problem, logits + at * problem.logits.class_stride);
+      const T logit = read_logit<T>(problem, row.logits + at * problem.logits.class_stride);
       const Vector<T> hit = terms.hit_of(problem, broadcast(weight_of_class<T>(problem, at)), broadcast(T(1)));
       const T gradient = -(hit * terms.log_softmax(broadcast(logit)))[0];
       write_from(&gradient, problem.grad_target, dq + j * problem.grad_target.class_stride, 1, 1);
@@ -638,19 +613,19 @@ static void backward_general_rows(const Backward& problem, int64_t begin, int64_
 //
 // A tile has all classes of its positions (choose_lanes).
 
-// What a tile of positions is worked on with.
+// A tile of positions: its logits and its target.
 template <class T>
 struct GeneralTile {
   Tile<T> x;      // logits, transformed
-  Tile<T> q;      // probabilities, or the teacher's, or a place for the gradient of pairs
-  Tile<T> log_q;  // of a teacher; of pairs the probability of each class
+  Tile<T> q;      // the coefficients of a dense target; or room for the gradient of logits that have pairs
+  Tile<T> log_q;  // a teacher's log q; or the sum of the probabilities that each class has in pairs
   int64_t lanes;
-  int64_t y[kTile + kLanes<T>];  // as read_labels has them
+  int64_t y[kTile + kLanes<T>];  // as of read_labels
 
   GeneralTile(const Problem& problem, const Cursor& cursor, int64_t first, int64_t count)
       : x(problem), q(problem), log_q(problem), lanes(whole_groups<T>(count)) {
     read_labels(y, problem, cursor, first, count);
-    std::fill(y + count, y + lanes, int64_t{-1});
+    std::fill(y + count, y + lanes, int64_t{kIgnored});
     read_tile(x, cursor, count, problem.logits, 0, problem.classes);
     if (is_transformed(problem)) {
       for_cells(problem,
@@ -658,7 +633,7 @@ struct GeneralTile {
     }
     if (problem.target_kind == TargetKind::kProbabilities) {
       read_tile(q, cursor, count, problem.target, 0, problem.classes);
-      const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.all_classes()));
+      const T keep = T(problem.keep), share = T(problem.share);
       if (keep == 1 && !problem.weight) return;
       for_cells(problem, [&](int64_t c, int64_t v) {
         store(q.row(c) + v, weight_of_class<T>(problem, c) * (load(q.row(c) + v) * keep + share));
@@ -696,8 +671,8 @@ struct GeneralTile {
   }
 };
 
-// The j-th pairs of a tile's positions, or their labels: no class, and a probability of zero, where they are ignored;
-// or, with `only_here`, elsewhere.
+// The j-th pairs of a tile's positions, or their labels. Where they are ignored, or with `only_here` another shard's,
+// they are kIgnored and have the probability zero.
 template <class T>
 struct PairOfTile {
   alignas(64) int64_t y[kTile];
@@ -706,45 +681,35 @@ struct PairOfTile {
   PairOfTile(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t count, int64_t j,
              bool only_here) {
     const bool pairs = problem.target_kind == TargetKind::kPairs;
-    int64_t ignored = -1;
+    int64_t ignored = kIgnored;
     if (pairs) {
       read_positions(y, cursor, count, problem.target, j);
       read_positions(probability, cursor, count, problem.probs, j);
       ignored = count_from_here(y, problem, count);
     }
     for (int64_t i = 0; i < tile.lanes; ++i) {
-      const bool counts = tile.y[i] >= 0 && !(pairs && y[i] == ignored);
-      y[i] = !counts ? -1 : pairs ? y[i] : tile.y[i];
+      const int64_t c = pairs ? y[i] : tile.y[i];
+      const bool counts = tile.y[i] >= 0 && !(pairs && c == ignored) && (!only_here || problem.is_here(c));
+      y[i] = counts ? c : kIgnored;
       probability[i] = !counts ? T(0) : pairs ? probability[i] : T(1);
-    }
-    for (int64_t i = 0; i < tile.lanes && only_here && problem.is_shard(); ++i) {
-      if (problem.is_here(y[i])) continue;
-      y[i] = -1;
-      probability[i] = 0;
     }
   }
 };
 
-XENT_INLINE int64_t count_of_own(const Problem& problem) {
-  return problem.target_kind == TargetKind::kPairs                       ? problem.pairs
-         : problem.target_kind == TargetKind::kIndices || problem.labels ? 1
-                                                                         : 0;
-}
-
-// Own, of each position. `max`: of its logits, or null where gaps are not asked for, and every pair counts, wherever
-// its class is.
+// The OwnSums of each position. `max`: of its logits; or null, for no gaps and the pairs of all shards.
 template <class T>
-struct OwnOfTile {
+struct OwnSumsOfTile {
   alignas(64) T weighted_gap[kTile], weight[kTile], gap[kTile], mass[kTile];
 
-  OwnOfTile(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t count, const T* max) {
+  OwnSumsOfTile(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t count, const T* max) {
     for (T* sums : {weighted_gap, weight, gap, mass}) std::fill_n(sums, tile.lanes, T(0));
-    for (int64_t j = 0; j < count_of_own(problem); ++j) {
+    const bool labelled = problem.target_kind == TargetKind::kIndices || problem.labels;
+    for (int64_t j = 0; j < (labelled ? 1 : problem.pairs); ++j) {
       const PairOfTile<T> pair(problem, tile, cursor, count, j, max != nullptr);
       for (int64_t i = 0; i < count; ++i) {
         const int64_t c = pair.y[i];
         if (c < 0) continue;
-        Own<T> own{weighted_gap[i], weight[i], gap[i], mass[i]};
+        OwnSums<T> own{weighted_gap[i], weight[i], gap[i], mass[i]};
         own.add(weight_of_class<T>(problem, c), pair.probability[i], max ? max[i] - tile.x.row(c)[i] : T(0));
         weighted_gap[i] = own.weighted_gap;
         weight[i] = own.weight;
@@ -754,18 +719,12 @@ struct OwnOfTile {
     }
   }
 
-  XENT_INLINE_MEMBER Own<Vector<T>> at(int64_t v) const {
+  XENT_INLINE_MEMBER OwnSums<Vector<T>> at(int64_t v) const {
     return {load(weighted_gap + v), load(weight + v), load(gap + v), load(mass + v)};
   }
 };
 
-// Of n positions from p on.
-template <class T>
-XENT_INLINE void save(const Problem& problem, int row, int64_t p, Vector<T> value, int64_t n) {
-  store_partial(saved_row<T>(problem, row) + p, value, n);
-}
-
-// The first class of the largest logit, or of a NaN.
+// Returns the first class of a NaN, or else of the largest logit.
 template <class T>
 static Ints<T> argmax_of_tile(const Problem& problem, const Tile<T>& x, Vector<T> max, int64_t v) {
   Ints<T> index{}, of_nan = index - 1;
@@ -779,7 +738,7 @@ static Ints<T> argmax_of_tile(const Problem& problem, const Tile<T>& x, Vector<T
 
 template <class T>
 static Totals<Vector<T>> sum_general_tile(const Problem& problem, const GeneralTile<T>& tile, Vector<T> max, int64_t v,
-                                          const Wanted<T>& wanted) {
+                                          const WantedSums<T>& wanted) {
   GeneralLaneSums<T> sums;
   for (int64_t first = 0; first < problem.classes; first += kTermsOfASum) {
     GeneralLaneSums<T> part;
@@ -794,7 +753,7 @@ static Totals<Vector<T>> sum_general_tile(const Problem& problem, const GeneralT
           sums.energy, sums.label_rest};
 }
 
-// Both logits of a tile as they were given.
+// The student's and the teacher's logits of a tile, as they were given.
 template <class T>
 struct GivenTile {
   Tile<T> x, z;
@@ -819,7 +778,7 @@ static Vector<T> divergence_of_tile(const Problem& problem, const GivenTile<T>& 
   return divergence_of<T>(sums[0] + lost[0], sums[1] + lost[1], sums[2] + lost[2]);
 }
 
-// Puts the divergences of near softmaxes in the place of the sums that cancel.
+// Replaces the sums of near softmaxes, which cancel, by their divergences.
 template <class T>
 static void refine_divergences(const Problem& problem, const GeneralTile<T>& tile, const Cursor& cursor, int64_t first,
                                int64_t count, Totals<Vector<T>>* totals) {
@@ -838,7 +797,7 @@ static void refine_divergences(const Problem& problem, const GeneralTile<T>& til
   const GivenTile<T> given(problem, cursor, count);
   for (int64_t v = 0; v < count; v += W) {
     const int64_t n = std::min(W, count - v), p = first + v;
-    const auto of_teacher = [&](int row) { return load_some(saved_row<T>(problem, row) + p, 0, n); };
+    const auto of_teacher = [&](int row) { return load_partial(saved_row<T>(problem, row) + p, n); };
     Totals<V>& sums = totals[v / W];
     V lse, lse_lost;
     two_sum(sums.max, log_of_sum(sums.ties, sums.rest), lse, lse_lost);
@@ -854,7 +813,7 @@ template <class T>
 static void forward_general_tile(const Forward& problem, const Cursor& cursor, int64_t first, int64_t count,
                                  Sums& sums) {
   using V = Vector<T>;
-  const Wanted<T> wanted{problem.statistics, T(problem.labels ? problem.temperature : 0)};
+  const WantedSums<T> wanted{problem.statistics, T(problem.labels ? problem.temperature : 0)};
   const GeneralTile<T> tile(problem, cursor, first, count);
   alignas(64) T maxima[kTile], sample_weights[kTile + kGroupLanes<T>], losses[kTile + kGroupLanes<T>];
   read_sample_weights(sample_weights, problem, cursor, count);
@@ -864,7 +823,7 @@ static void forward_general_tile(const Forward& problem, const Cursor& cursor, i
     for (int64_t c = 0; c < problem.classes; ++c) max = maximum(load(tile.x.row(c) + v), max);
     store(maxima + v, max);
   }
-  const OwnOfTile<T> own(problem, tile, cursor, count, maxima);
+  const OwnSumsOfTile<T> own(problem, tile, cursor, count, maxima);
   Totals<V> totals[kTile / kLanes<T>];
   for (int64_t v = 0; v < count; v += kLanes<T>) {
     totals[v / kLanes<T>] = sum_general_tile(problem, tile, load(maxima + v), v, wanted);
@@ -874,22 +833,24 @@ static void forward_general_tile(const Forward& problem, const Cursor& cursor, i
     const int64_t n = std::min<int64_t>(kLanes<T>, count - v), p = first + v;
     const V zero{}, max = load(maxima + v);
     const auto counts = tile.counts_at(v) != Ints<T>{};
-    const auto keep = [&](V value) { return select(counts, value, zero); };
-    const Found<V> found = find<V>(problem, totals[v / kLanes<T>], own.at(v));
-    store(losses + v, keep(found.loss * load(sample_weights + v)));
+    const auto save = [&](saved::Row row, V value) {
+      store_partial(saved_row<T>(problem, row) + p, select(counts, value, zero), n);
+    };
+    const Found<V> found = find(problem, totals[v / kLanes<T>], own.at(v));
+    store(losses + v, select(counts, found.loss * load(sample_weights + v), zero));
     V rounded, lost;
     two_sum(max, found.log_sum, rounded, lost);
-    save<T>(problem, saved::kLse, p, keep(rounded), n);
     lost = select(rounded == -std::numeric_limits<T>::infinity(), zero, lost);  // of a shard
-    save<T>(problem, saved::kLseLost, p, keep(lost), n);
-    if (is_dense(problem.target_kind) || problem.is_shard()) save<T>(problem, saved::kMass, p, keep(found.saved), n);
+    save(saved::kLse, rounded);
+    save(saved::kLseLost, lost);
+    if (is_dense(problem.target_kind) || problem.is_shard()) save(saved::kMass, found.saved_mass);
     if (problem.labels) {
-      save<T>(problem, saved::kLabelMax, p, keep(max), n);
-      save<T>(problem, saved::kLabelLogSum, p, keep(found.label_log_sum), n);
+      save(saved::kLabelMax, max);
+      save(saved::kLabelLogSum, found.label_log_sum);
     }
     if (problem.statistics) {
-      save<T>(problem, saved::kEntropy, p, keep(found.entropy), n);
-      save<T>(problem, saved::kTargetLogProb, p, keep(found.target_log_prob), n);
+      save(saved::kEntropy, found.entropy);
+      save(saved::kTargetLogProb, found.target_log_prob);
       const Ints<T> argmax = counts ? argmax_of_tile(problem, tile.x, max, v) : Ints<T>{} - 1;
       std::memcpy(saved_row<T>(problem, saved::kArgmax) + p, &argmax, size_t(n) * sizeof(T));
     }
@@ -900,20 +861,8 @@ static void forward_general_tile(const Forward& problem, const Cursor& cursor, i
   if (problem.loss) write_from(losses, problem.loss, first, 1, count);
 }
 
-// One element for each of `count` positions, run by run.
-template <class T>
-static void write_positions(const T* in, Cursor cursor, int64_t count, const View& view, int64_t offset) {
-  const int64_t inner = view.stride[cursor.problem.dims - 1];
-  for (int64_t done = 0; done < count;) {
-    const int64_t run = cursor.run(count - done);
-    write_from(in + done, view, cursor.offset(view) + offset, inner, run);
-    done += run;
-    cursor.advance(run);
-  }
-}
-
-// A class may come more than once among a position's pairs: `log_q` becomes the sum of its probabilities, in the order
-// in which OwnOfTile adds up, so that no rounding is left of a class that has all there is.
+// Sums up in `log_q` the probabilities that each class has in a position's pairs, in the order of OwnSumsOfTile: a
+// class that has all of them then has exactly the same sum.
 template <class T>
 static void add_up_classes(const Problem& problem, GeneralTile<T>& tile, const Cursor& cursor, int64_t count) {
   tile.for_cells(problem, [&](int64_t c, int64_t v) { store(tile.log_q.row(c) + v, Vector<T>{}); });
@@ -925,7 +874,7 @@ static void add_up_classes(const Problem& problem, GeneralTile<T>& tile, const C
   }
 }
 
-// The gradients of the j-th pairs of a tile: of their logits, into `out`, and of their probabilities.
+// Writes the gradients of the j-th pairs of a tile: of their logits to `out`, and of their probabilities.
 template <class T>
 static void backward_pairs(const Backward& problem, const GeneralTile<T>& tile, Tile<T>& out, const Cursor& cursor,
                            int64_t count, int64_t j, const GeneralTerms<T>* terms) {
@@ -949,7 +898,7 @@ static void backward_pairs(const Backward& problem, const GeneralTile<T>& tile, 
     store(of_probability + v, select(load_classes<T>(pair.y + v) >= 0, -of_one, zero));
   }
   if (problem.grad_target) {
-    write_positions(of_probability, cursor, count, problem.grad_target, j * problem.grad_target.class_stride);
+    write_positions(of_probability, cursor, count, problem.grad_target, j);
   }
 }
 
@@ -961,21 +910,17 @@ static void backward_general_tile(const Backward& problem, const Cursor& cursor,
   const T* const grads = static_cast<const T*>(problem.grad_statistics);
   GeneralTile<T> tile(problem, cursor, first, count);
   Tile<T>& out = pairs ? tile.q : tile.x;  // the gradient of pairs needs the logits again
-  const OwnOfTile<T> own(problem, tile, cursor, count, nullptr);
+  const OwnSumsOfTile<T> own(problem, tile, cursor, count, nullptr);
   alignas(64) T scale[kTile + kGroupLanes<T>] = {}, sample_weights[kTile];
   read_scales(scale, problem, cursor, count);
   read_sample_weights(sample_weights, problem, cursor, count);
   for (int64_t i = 0; i < count; ++i) scale[i] *= sample_weights[i];
-  alignas(64) unsigned char memory[(kTile / W) * sizeof(GeneralTerms<T>)];
-  auto* const terms = reinterpret_cast<GeneralTerms<T>*>(memory);
-
+  GeneralTerms<T> terms[kTile / W];
   for (int64_t v = 0; v < tile.lanes; v += W) {
     const int64_t n = std::min<int64_t>(W, count - v);
     const auto counts = tile.counts_at(v) != Ints<T>{};
-    const auto at = [&](const T* row) {
-      return n <= 0 ? V{} : n == W ? load(row + first + v) : load_partial(row + first + v, n, T(0));
-    };
-    const GeneralTerms<T>& of = *new (terms + v / W) GeneralTerms<T>(
+    const auto at = [&](const T* row) { return load_partial(row + first + v, n); };
+    const GeneralTerms<T>& of = terms[v / W] = GeneralTerms<T>(
         problem, load(scale + v), load(own.weight + v), load(own.mass + v), grads != nullptr,
         [&](int row) { return at(saved_row<T>(problem, row)); },
         [&](int row) { return at(grads + row * problem.positions); });

@@ -18,7 +18,7 @@ constexpr size_t kWorthHugePages = size_t{512} << 10;
 constexpr size_t kWorthGivingBack = size_t{16} << 20;
 const size_t kPage = size_t(sysconf(_SC_PAGESIZE));
 
-// Of the addresses that a buffer spans, only the pages in use by the last gradient in it take memory.
+// A mapping of `capacity` bytes. Only its first `resident` bytes, those of the last gradient in it, take memory.
 struct Buffer {
   void* data;
   size_t capacity;
@@ -48,7 +48,7 @@ class GradientMemory final : public c10::Allocator {
   }
 
  private:
-  // The smallest kept buffer that fits, else a new one.
+  // Returns the smallest kept buffer that fits, else a new one.
   void* take(size_t bytes) {
     bytes = round_up(bytes, bytes < kWorthHugePages ? kPage : kHugePage);
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -85,14 +85,14 @@ class GradientMemory final : public c10::Allocator {
     live_.erase(it);
     live_bytes_ -= buffer.resident;
 #if defined(MADV_FREE)
-    // The pages stay, unless the system needs them before the next step does.
+    // The pages stay until the system needs them.
     if (buffer.resident >= kWorthGivingBack) madvise(buffer.data, buffer.resident, MADV_FREE);
 #endif
     kept_.push_back(buffer);
     kept_bytes_ += buffer.resident;
   }
 
-  // The longest unused go first.
+  // Unmaps kept buffers, the longest unused first, and returns how many bytes they took.
   size_t shrink_kept_to(size_t limit) {
     size_t freed = 0;
     auto it = kept_.begin();
@@ -106,7 +106,7 @@ class GradientMemory final : public c10::Allocator {
   }
 
   static void* map(size_t bytes) {
-    // Huge pages need a start at their boundary: room for it, of which the rest is given back.
+    // Huge pages begin at multiples of their size: maps one more, and gives back what is not needed.
     const bool huge = bytes >= kHugePage;
     const size_t room = huge ? bytes + kHugePage : bytes;
     void* mapped = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -132,8 +132,8 @@ class GradientMemory final : public c10::Allocator {
   size_t kept_bytes_ = 0, live_bytes_ = 0, peak_bytes_ = 0;
 };
 
-// Never destroyed: a gradient may outlive every static. A child must not inherit a lock that some thread of its parent
-// was holding when it forked.
+// Never destroyed: a gradient may outlive every static. The lock is taken around a fork, for a child must not inherit
+// it from another thread of its parent.
 GradientMemory& instance() {
   static auto* memory = [] {
     pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },

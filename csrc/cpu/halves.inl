@@ -1,5 +1,8 @@
-// A sum of bfloat16 numbers in float32, whose upper halves are where the sum is to be, as bfloat16, and whose lower
-// halves are apart: for as long as it is added up, it takes no more memory than that of float32, and afterwards none.
+// Sums of bfloat16 numbers in float32. The upper halves are stored in the bfloat16 result and the lower halves apart,
+// so the sums take no more memory than the result and the lower halves, which are freed afterwards.
+//
+// add_products            adds one array to another; `first` ignores what was there, `last` rounds to bfloat16
+// add_scaled_to_halves    adds factor * x
 
 template <bool first, bool last>
 static void add_products(uint16_t* upper, uint16_t* lower, const uint16_t* products, int64_t count) {
@@ -26,7 +29,6 @@ static void add_to_halves(uint16_t* upper, uint16_t* lower, const uint16_t* prod
               : add_products<false, false>(upper, lower, products, count);
 }
 
-// The same of factor * x, for one row.
 static void add_scaled_to_halves(uint16_t* upper, uint16_t* lower, const uint16_t* x, float factor, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const float product = factor * std::bit_cast<float>(uint32_t{x[i]} << 16);

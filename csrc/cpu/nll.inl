@@ -1,7 +1,10 @@
-// The negative log likelihood: the forward reads one element for each position; the backward writes each element of the
-// gradient once, all zero but one for each position. That is done by copies from a block of zeros in the first-level
-// cache, in which a few are something else while they are copied: so stores that go past the caches never meet a line
-// that has to come back for its one element.
+// Kernels of the negative log likelihood.
+//
+// forward_nll     reads one element for each position, and writes or sums the losses
+// backward_nll    writes each element of the gradient once, all zero but one for each position
+//
+// The backward copies from a block of zeros in the first-level cache, and puts the few other numbers into the block
+// while they are copied: a line that was stored past the caches never comes back for its one element.
 
 constexpr int64_t kZeroBytes = 24576;
 
@@ -14,33 +17,22 @@ XENT_INLINE void gather_elements(T* out, const S* in, int64_t stride, int64_t cl
   }
 }
 
-// The element of each position's own class; zero where it has none.
+// Reads the element of each position's own class; zero where it has none.
 template <class T>
-static void gather_targets(T* out, const Problem& problem, Cursor cursor, const int64_t* y, int64_t count) {
+static void gather_targets(T* out, const Problem& problem, const Cursor& cursor, const int64_t* y, int64_t count) {
   const View& view = problem.logits;
   const int64_t stride = view.stride[problem.dims - 1], class_stride = view.class_stride;
-  for (int64_t done = 0; done < count;) {
-    const int64_t run = cursor.run(count - done), offset = cursor.offset(view);
-    const auto gather = [&](auto* in) {
-      gather_elements(out + done, in + offset, stride, class_stride, y + done, run);
-    };
-    switch (view.type) {
-      case ElementType::kFloat16: gather(static_cast<const Float16*>(view.data)); break;
-      case ElementType::kBFloat16: gather(static_cast<const BFloat16*>(view.data)); break;
-      case ElementType::kFloat32: gather(static_cast<const float*>(view.data)); break;
-      default: gather(static_cast<const double*>(view.data));
-    }
-    done += run;
-    cursor.advance(run);
-  }
+  for_runs(cursor, count, view, [&](int64_t done, int64_t offset, int64_t run) XENT_INLINE_LAMBDA {
+    with_numbers(view, offset, [&](const auto* in) XENT_INLINE_LAMBDA {
+      gather_elements(out + done, in, stride, class_stride, y + done, run);
+    });
+  });
 }
 
 template <class T>
 static void forward_nll(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
   const T* weight = static_cast<const T*>(problem.weight);
-  Cursor cursor(problem, begin);
-  for (int64_t first = begin; first < end; first += kTile) {
-    const int64_t count = std::min(kTile, end - first);
+  for_tiles(problem, begin, end, kTile, [&](const Cursor& cursor, int64_t first, int64_t count) {
     int64_t y[kTile];
     T loss[kTile];
     read_labels(y, problem, cursor, first, count);
@@ -55,8 +47,7 @@ static void forward_nll(const Forward& problem, int64_t begin, int64_t end, Sums
       sums.loss += sum_of(loss, count);
       sums.weight += sum_of_target_weights<T>(weight, nullptr, y, count);
     }
-    cursor.skip(count);
-  }
+  });
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
@@ -80,12 +71,12 @@ static void copy_bytes(void* to, const void* from, int64_t n, bool stream) {
 XENT_INLINE void narrow(double x, Float16& out) { narrow(float(x), out); }
 XENT_INLINE void narrow(double x, BFloat16& out) { narrow(float(x), out); }
 
-// What a tile of positions writes, and of which classes.
+// The element other than zero that each position of a tile has in its gradient, and its class.
 template <class S>
 struct NllTile {
   int64_t count = 0;
   int64_t y[kTile];
-  S value[kTile];  // of class y
+  S value[kTile];
 
   template <class T>
   void read(const Backward& problem, const Cursor& cursor, int64_t first, int64_t positions) {
@@ -110,11 +101,11 @@ struct NllTile {
   }
 };
 
-// Memory is [outer positions][classes][inner positions]; a slab is one of the outer ones.
+// The gradient, as it lies in memory: [outer positions][classes][inner positions]. A slab is one of the outer ones.
 template <class S>
 struct NllGradient {
   static constexpr int64_t kZeros = kZeroBytes / int64_t(sizeof(S));
-  alignas(64) S zeros[kZeros + 1];  // the last is for those that are not to be written
+  alignas(64) S zeros[kZeros + 1];  // the last takes the values that belong to no class
   S* const out;
   const int64_t classes, inner;
   const bool stream;
@@ -127,7 +118,7 @@ struct NllGradient {
     std::fill_n(zeros, std::min(kZeros, positions * classes), S{});
   }
 
-  // How many positions can be written together from `position` on: whole slabs, or some of one slab.
+  // Returns how many positions are written together from `position` on: whole slabs, or some of one slab.
   int64_t together(int64_t position, int64_t most) const {
     const int64_t at = position % inner;
     if (at != 0 || classes * inner > kZeros || inner > most) return std::min(inner - at, most);
@@ -159,7 +150,7 @@ struct NllGradient {
     put([](int64_t) { return S{}; });
   }
 
-  // As many classes at a time as there are zeros for.
+  // Writes some positions of one slab: as many classes at a time as there are zeros for.
   void write_part(const NllTile<S>& tile, S* to) {
     const int64_t count = tile.count, most = kZeros / count;
     for (int64_t first = 0; first < classes; first += most) {
@@ -195,10 +186,8 @@ static void backward_nll_of(const Backward& problem, int64_t begin, int64_t end)
 }
 
 static void backward_nll(const Backward& problem, int64_t begin, int64_t end) {
-  switch (problem.grad_logits.type) {
-    case ElementType::kFloat16: return backward_nll_of<float, Float16>(problem, begin, end);
-    case ElementType::kBFloat16: return backward_nll_of<float, BFloat16>(problem, begin, end);
-    case ElementType::kFloat32: return backward_nll_of<float, float>(problem, begin, end);
-    default: return backward_nll_of<double, double>(problem, begin, end);
-  }
+  with_numbers(problem.grad_logits, 0, [&](auto* out) XENT_INLINE_LAMBDA {
+    using S = std::remove_pointer_t<decltype(out)>;
+    backward_nll_of<std::conditional_t<sizeof(S) == 8, double, float>, S>(problem, begin, end);
+  });
 }

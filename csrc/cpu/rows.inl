@@ -1,26 +1,27 @@
 // Kernels whose vector lanes are classes: one position after the other, its logits in blocks of kBlock. For logits that
-// are contiguous along the class dimension ((N, C), channels_last, a transposed (B, V, T)) and, through the staging
-// buffer, for any other stride.
+// are contiguous along the class dimension ((N, C), channels_last, a transposed (B, V, T)) and, copied to a buffer
+// first, for any other stride.
 //
-// The forward reads the logits from memory once: a block's maximum and then its sum of exponentials are taken while the
-// block is in the first-level cache, and the sums so far are rescaled when a block raises the maximum. The maximum is
-// taken one block ahead, while the sums before it make their way from lanes to a number, which is all waiting. The
-// backward reads the logits once more and writes the gradient, softmax(x) = exp(x - lse).
+// forward_rows_of            reads the logits from memory once, and writes lse and loss
+// forward_backward_rows      the same for rows of one block, and writes the gradient
+// backward_rows_of           reads the logits and lse, and writes the gradient, softmax(x) = exp(x - lse)
+//
+// The forward passes over each block twice, for its maximum and for its sum of exponentials, while the block is in the
+// first-level cache. It rescales the sums so far when a block raises the maximum. The next block's maximum is taken
+// while this block's sums are reduced from lanes to a number, which is all waiting.
 
 template <class T>
 constexpr int64_t kBlock = kBlockVectors * kLanes<T>;
 
 // ---- sums over classes ----------------------------------------------------------------------------------------------
 
-// Sums over the classes seen so far, relative to their maximum. `max` starts at the least finite number rather than at
-// -inf: a leading block of masked logits then sums to zero instead of to NaN.
+// The sums of online_softmax.h over the classes seen so far, relative to their maximum. `max` starts at the least
+// finite number, not at -inf: a leading block of masked logits then sums to zero instead of to NaN.
 template <class T>
 struct RowSums {
   T max = std::numeric_limits<T>::lowest();
-  double ties = 0;    // logits equal to the maximum
-  double rest = 0;    // sum of exp(x - max) of the others
-  double spread = 0;  // sum of a (max - x)
-  double mass = 0;    // sum of a
+  double ties = 0, rest = 0;
+  double spread = 0, mass = 0;
 
   XENT_INLINE_MEMBER void raise_max(T new_max) {
     const double raised = double(new_max) - double(max);
@@ -30,7 +31,7 @@ struct RowSums {
     max = new_max;
   }
 
-  // Of n classes, in whole vectors.
+  // Adds the sums of n classes, in whole vectors. Lanes past the last class hold -inf and are among the others.
   template <class Lanes>
   XENT_INLINE_MEMBER void add(const Lanes& lanes, int64_t n) {
     const int64_t counted = (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
@@ -61,7 +62,7 @@ XENT_INLINE T block_maximum(const T* x, int64_t n) {
   return maximum_of_lanes<T>(maximum(maximum(m0, m1), maximum(m2, m3)));
 }
 
-// Of an infinite sum, nothing is lost.
+// Adds `term` to `sum`, and what rounding lost to `lost`: nothing, where the sum is infinite.
 template <class V>
 XENT_INLINE void add_keeping_lost(V& sum, V term, V& lost) {
   V total, rounding;
@@ -70,15 +71,16 @@ XENT_INLINE void add_keeping_lost(V& sum, V term, V& lost) {
   sum = total;
 }
 
+// The same sums, lane by lane. `dense`: every class has a coefficient, and so spread and mass are summed.
 template <class T, bool dense>
 struct LaneSums {
   static constexpr bool kDense = dense;
-  typename VectorOf<T>::ints others{};   // how many logits are not equal to the maximum: integers are cheaper
+  Ints<T> others{};                      // counts the logits that are no tie, as integers, which is cheaper
   Vector<T> rest{}, spread{}, mass{};    // as in RowSums
-  Vector<T> spread_lost{}, mass_lost{};  // what adding up parts of them lost
+  Vector<T> spread_lost{}, mass_lost{};  // what rounding lost where parts were added up
 
-  // A coefficient of zero adds nothing, even at a logit of -inf; nor does the maximum itself, even at a coefficient of
-  // infinity.
+  // Adds a vector of logits with coefficients `a`; returns the exponentials. A coefficient of zero adds nothing, even
+  // at a logit of -inf. The maximum itself adds nothing to the spread, even at an infinite coefficient.
   XENT_INLINE_MEMBER Vector<T> add(Vector<T> x, Vector<T> max, Vector<T> a) {
     const Vector<T> zero{};
     const Vector<T> difference = x - max;
@@ -105,16 +107,17 @@ struct LaneSums {
   }
 };
 
-// Long sums of equal terms round the same way each time: no more than this many before the sum goes one level up.
+// Long sums of equal terms round the same way each time, so a lane adds up this many terms before they are added to a
+// sum one level up.
 constexpr int64_t kTermsOfASum = 8;
 
-// The last vector of a block, whose other lanes hold `fill`.
+// Loads the last vector of a block of n elements; the lanes without an element of its own hold `fill`.
 template <class T>
 XENT_INLINE Vector<T> load_last(const T* p, int64_t n, T fill) {
   return n >= kLanes<T> ? load_rest(p, n, fill) : load_partial(p, n, fill);
 }
 
-// A part of a row, in memory or staged.
+// A part of a row, in memory or in a buffer.
 template <class T>
 struct Block {
   const T* x = nullptr;
@@ -129,7 +132,7 @@ XENT_INLINE void add_vector(LaneSums<T, dense>& sums, const T* x, Vector<T> max,
   sums.add(load(x + i), max, dense ? load(a + i) : Vector<T>{});
 }
 
-// The sums of a block, relative to `row_max`. `a` holds its coefficients where they are dense.
+// Returns the sums of a block relative to `row_max`. `a` holds its coefficients where they are dense.
 template <class T, bool dense>
 XENT_INLINE LaneSums<T, dense> sum_block(const Block<T>& block, T row_max, const T* a) {
   constexpr int W = kLanes<T>;
@@ -152,15 +155,15 @@ XENT_INLINE LaneSums<T, dense> sum_block(const Block<T>& block, T row_max, const
   return sums;
 }
 
-// The dense part of the coefficients, for the classes [c, c + n) of a position:
-// w_c for a smoothed index (its share of e / C is applied to the sums), w_c ((1 - e) q_c + e / C) for a soft target.
+// Returns the coefficients that every class has, for the classes [c, c + n) of a position: w_c ((1 - e) q_c + e / C)
+// for probabilities, w_c for an index target, whose factor e / C is applied to the sums.
 template <class T>
 XENT_INLINE const T* dense_coefficients(T* buffer, const Problem& problem, int64_t target_offset, int64_t c,
                                         int64_t n) {
   const T* weight = static_cast<const T*>(problem.weight);
   if (problem.target_kind == TargetKind::kProbabilities) {
     const int64_t stride = problem.target.class_stride;
-    const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.all_classes()));
+    const T keep = T(problem.keep), share = T(problem.share);
     const T* q = read_or_point(buffer, problem.target, target_offset + c * stride, stride, n);
     if (keep == 1 && !weight) return q;
     for (int64_t i = 0; i < n; ++i) buffer[i] = (weight ? weight[c + i] : T(1)) * (keep * q[i] + share);
@@ -178,7 +181,7 @@ XENT_INLINE T one_target_gradient(T hit, T rest_of_total, T smoothed, T log_soft
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-// The gradient of an ignored position.
+// Writes the gradient of an ignored position.
 template <class T>
 static void zero_gradient(const Problem& problem, const View& view, int64_t offset, bool stream) {
   if (!view) return;
@@ -189,18 +192,19 @@ static void zero_gradient(const Problem& problem, const View& view, int64_t offs
   }
 }
 
-// Where a position's logits, target and gradient begin, its class (-1 where it is ignored), and its weight.
+// Where a position's logits, target and gradient begin; its label, as of read_labels; and the factor of its loss.
 struct Row {
   int64_t position, logits, target, gradient, y;
   double sample_weight;
 };
 
-XENT_INLINE Row row_at(const Forward& problem, const Cursor& cursor, int64_t position) {
+template <Objective objective, class ForwardOrBackward>
+XENT_INLINE Row row_at(const ForwardOrBackward& problem, const Cursor& cursor, int64_t position) {
   const int64_t target = cursor.offset(problem.target);
   int64_t y = 0;
-  if (problem.objective == Objective::kGeneral) {
+  if constexpr (objective == Objective::kGeneral) {
     read_labels(&y, problem, cursor, position, 1);
-  } else if (problem.objective != Objective::kProbabilities) {
+  } else if constexpr (objective != Objective::kProbabilities) {
     read_into(&y, problem.target, target, 1, 1);
     check_targets(&y, problem, position, 1);
   }
@@ -208,7 +212,7 @@ XENT_INLINE Row row_at(const Forward& problem, const Cursor& cursor, int64_t pos
           y,        sample_weight_at(problem, cursor)};
 }
 
-// The blocks of rows, each valid until the next but one is read.
+// Reads the blocks of rows. Each is valid until the next but one is read.
 template <class T>
 struct BlockReader {
   const Forward& problem;
@@ -224,12 +228,7 @@ struct BlockReader {
   }
 };
 
-template <class T>
-XENT_INLINE T* saved_row(const Problem& problem, int row) {
-  return static_cast<T*>(problem.lse) + row * problem.positions;
-}
-
-// A logarithm of a sum, as two numbers.
+// The lse, as an unevaluated sum of two numbers.
 template <class T>
 struct Lse {
   T rounded = 0, lost = 0;
@@ -242,7 +241,7 @@ struct Lse {
   }
 };
 
-// What a position leaves behind: its lse, and its loss. An ignored one leaves zeros.
+// Writes what a position leaves behind: its lse and its loss. An ignored one leaves zeros.
 template <class T>
 struct PositionResult {
   Lse<T> lse;
@@ -261,7 +260,7 @@ struct PositionResult {
   }
 };
 
-// A position's loss from that of its target.
+// Completes a position's loss.
 XENT_INLINE double finish_loss(const Problem& problem, const Row& row, double of_target, double lse) {
   if (problem.z_loss != 0) of_target += problem.z_loss * lse * lse;
   return of_target * row.sample_weight;
@@ -272,18 +271,17 @@ static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, 
   constexpr bool dense = objective != Objective::kIndex;
   alignas(64) T coefficient_buffer[kBlock<T>];
   const T* weight = static_cast<const T*>(problem.weight);
-  const double share = problem.label_smoothing / double(problem.classes);
   BlockReader<T> blocks(problem);
   Cursor cursor(problem, begin);
-  Row next_row = row_at(problem, cursor, begin);
+  Row next_row = row_at<objective>(problem, cursor, begin);
   Block<T> next;
   if (next_row.y >= 0) next = blocks.read(next_row, 0);
   for (int64_t p = begin; p < end; ++p) {
     const Row here = next_row;
-    next_row.y = -1;
+    next_row.y = kIgnored;
     if (p + 1 < end) {
       cursor.advance(1);
-      next_row = row_at(problem, cursor, p + 1);
+      next_row = row_at<objective>(problem, cursor, p + 1);
     }
     PositionResult<T> result;
     if (here.y >= 0) {
@@ -310,7 +308,7 @@ static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, 
         if (weight) w = double(weight[here.y]);
         const int64_t own = here.logits + here.y * problem.logits.class_stride;
         const double gap = double(row.max) - double(read_one<T>(problem.logits, own));
-        loss = index_loss((1 - problem.label_smoothing) * w, share, gap, row.spread, row.mass, log_sum);
+        loss = index_loss(problem.keep * w, problem.share, gap, row.spread, row.mass, log_sum);
       }
       result.loss = finish_loss(problem, here, loss, double(row.max) + log_sum);
       sums.weight += w * here.sample_weight;
@@ -324,27 +322,30 @@ static void forward_rows_of(const Forward& problem, int64_t begin, int64_t end, 
 // ---- forward with gradient ------------------------------------------------------------------------------------------
 //
 // For rows of one block, whose exponentials are all at hand when their sum is known: the gradient is exp(x - max) times
-// one factor for the row, but for the target's class. Three rows are under way in one loop: while the exponentials of
-// one are summed, the gradient of the row two before it is stored and the maximum of the row two after it is taken. One
-// after the other, the three would leave the units idle that they do not need; and two rows apart, nothing waits for
-// lanes to become a number (a maximum, a sum, its reciprocal), which takes as long as a dozen vectors.
+// one factor for the row, but for the target's class.
+//
+// Three rows are under way in one loop: it sums the exponentials of a row, stores the gradient of the row two before it
+// and takes the maximum of the row two after it. One after the other, each of the three would leave idle the units that
+// it does not need. Two rows apart, nothing waits for lanes to become a number (a maximum, a sum, its reciprocal),
+// which takes as long as a dozen vectors.
 
+// How a row's exponentials become its gradient.
 template <class T>
 struct RowGradient {
-  T* out;  // in memory, or staged
+  T* out;  // in memory, or a buffer
   T factor = 0, own = 0;
-  int64_t offset = 0, y = -1;  // no class: there is no such row, and whatever is stored is of no use
+  int64_t offset = 0, y = kIgnored;  // kIgnored: there is no such row, and what is stored for it is never read
 
-  XENT_INLINE_MEMBER void finish(const Forward& problem, const T* staged) const {
+  XENT_INLINE_MEMBER void finish(const Forward& problem, const T* buffer) const {
     if (y < 0) return;
     out[y] = own;
-    if (out != staged) return;
+    if (out != buffer) return;
     const View& view = problem.grad_logits;
-    write_from(staged, view, offset, view.class_stride, problem.classes, problem.stream);
+    write_from(buffer, view, offset, view.class_stride, problem.classes, problem.stream);
   }
 };
 
-// One vector of each of the three rows. `exponentials` are those of the row before, and then those of this one.
+// Does one vector of each of the three rows. `exponentials` holds those of the row two before, and then of this row.
 template <class T>
 XENT_INLINE void pipeline_vector(LaneSums<T, false>& sums, const T* x, Vector<T> max, T* exponentials, T* out,
                                  Vector<T> factor, const T* after, Vector<T>& max_of_after) {
@@ -353,8 +354,8 @@ XENT_INLINE void pipeline_vector(LaneSums<T, false>& sums, const T* x, Vector<T>
   max_of_after = maximum(load(after), max_of_after);
 }
 
-// The sums of a row of n >= kLanes classes, relative to `row_max`; with them the gradient of `before` and the maximum
-// of `after`.
+// Returns the sums of a row of n >= kLanes classes relative to `row_max`. Stores the gradient `before`, and takes the
+// maximum of the row `after`.
 template <class T>
 XENT_INLINE LaneSums<T, false> pipeline_row(const T* x, T row_max, T* exponentials, const RowGradient<T>& before,
                                             const T* after, T& max_of_after, int64_t n) {
@@ -385,12 +386,12 @@ XENT_INLINE LaneSums<T, false> pipeline_row(const T* x, T row_max, T* exponentia
   return sums;
 }
 
-// What is left to do for each row does it for as many as a vector has lanes.
+// Finishes rows: as many at a time as a vector has lanes.
 struct RowBatch {
   static constexpr int64_t kRows = 64;
   Row rows[kRows];
   int64_t count = 0;
-  double max[kRows], ties[kRows], rest[kRows], gap[kRows], hit[kRows];  // of RowSums and index_loss
+  double max[kRows], ties[kRows], rest[kRows], gap[kRows], hit[kRows];
 
   template <class T>
   XENT_INLINE_MEMBER void finish(const Forward& problem, Sums& sums) {
@@ -413,7 +414,7 @@ struct RowBatch {
 
 template <class T>
 static void forward_backward_rows(const Forward& problem, int64_t begin, int64_t end, Sums& sums) {
-  alignas(64) T exponentials[2][kBlock<T>], logits[3][kBlock<T>], staged[kBlock<T>];
+  alignas(64) T exponentials[2][kBlock<T>], logits[3][kBlock<T>], buffer[kBlock<T>];
   const int64_t n = problem.classes, stride = problem.logits.class_stride;
   const T* weight = static_cast<const T*>(problem.weight);
   Cursor cursor(problem, begin);
@@ -422,7 +423,7 @@ static void forward_backward_rows(const Forward& problem, int64_t begin, int64_t
     Row* const rows = batch.rows;
     int64_t& count = batch.count;
     for (const int64_t stop = std::min(begin + RowBatch::kRows, end); begin < stop; ++begin, cursor.advance(1)) {
-      rows[count] = row_at(problem, cursor, begin);
+      rows[count] = row_at<Objective::kIndex>(problem, cursor, begin);
       if (rows[count].y >= 0) {
         ++count;
       } else {
@@ -435,7 +436,7 @@ static void forward_backward_rows(const Forward& problem, int64_t begin, int64_t
       const T* x = read_or_point(logits[k], problem.logits, rows[k].logits, stride, n);
       blocks[k] = {x, n, block_maximum(x, n)};
     }
-    RowGradient<T> gradients[2] = {{staged}, {staged}};
+    RowGradient<T> gradients[2] = {{buffer}, {buffer}};
     for (int64_t k = 0; k < count; ++k) {
       const Row& here = rows[k];
       const Block<T> block = blocks[k % 3];
@@ -447,15 +448,16 @@ static void forward_backward_rows(const Forward& problem, int64_t begin, int64_t
       RowSums<T> row;
       row.max = std::max(row.max, block.max);
       row.add(pipeline_row(block.x, row.max, e, gradient, after.x, after.max, n), n);
-      gradient.finish(problem, staged);
+      gradient.finish(problem, buffer);
       const double w = weight ? double(weight[here.y]) : 1, sum = row.ties + row.rest;
       const double factor = problem.scale * here.sample_weight / sum;
-      // The softmax of the target minus one: exact, for a target at the maximum has the exponential 1 and is a tie.
+      // The sum times (softmax - 1) of the target: exact, for a target at the maximum has the exponential 1 and is a
+      // tie.
       const double minus_others = (double(e[here.y]) - row.ties) - row.rest;
       const double of_z_loss =
           problem.z_loss == 0 ? 0 : 2 * problem.z_loss * (double(row.max) + log_of_sum(row.ties, row.rest));
       T* const out =
-          write_or_point(staged, problem.grad_logits, here.gradient, problem.grad_logits.class_stride, problem.stream);
+          write_or_point(buffer, problem.grad_logits, here.gradient, problem.grad_logits.class_stride, problem.stream);
       gradient = {out, T(factor * (w + of_z_loss)), T(factor * (w * minus_others + of_z_loss * double(e[here.y]))),
                   here.gradient, here.y};
       batch.max[k] = double(row.max);
@@ -468,20 +470,24 @@ static void forward_backward_rows(const Forward& problem, int64_t begin, int64_t
     for (int64_t k = count; k < count + 2; ++k) {
       const RowGradient<T>& gradient = gradients[k % 2];
       for (int64_t i = 0; i < n; ++i) gradient.out[i] = exponentials[k % 2][i] * gradient.factor;
-      gradient.finish(problem, staged);
+      gradient.finish(problem, buffer);
     }
   }
 }
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// What a position's gradient is made of; `scale` is grad_output / denominator.
+// A class whose softmax exceeds a half has a log softmax above this, with a margin for what rounding lost of the lse.
+template <class T>
+constexpr T kNearOne = T(-0.7);
+
+// The constants of a position's gradient, scale (A softmax - a).
 template <class T>
 struct GradientTerms {
-  T scale, total;  // total: A
-  T share;         // what multiplies the dense coefficients
+  T scale;         // grad_output / denominator, times the position's factor
+  T total, share;  // A, and the factor of the coefficients that every class has
   T lse_rounded, lse_lost;
-  T correction;  // exp(-lse_lost): softmax = exp(x - lse_rounded) * correction saves an addition per element
+  T correction;  // exp(-lse_lost): softmax = exp(x - lse_rounded) correction, one addition less for each element
 
   template <class V>
   XENT_INLINE_MEMBER V log_softmax(V x) const {
@@ -489,7 +495,7 @@ struct GradientTerms {
   }
 };
 
-// scale * (A softmax - a) for one vector of classes.
+// The gradient of one vector of classes.
 template <class T, Objective objective>
 XENT_INLINE Vector<T> gradient(const GradientTerms<T>& terms, Vector<T> x, Vector<T> a) {
   if constexpr (objective != Objective::kIndex) {
@@ -506,22 +512,22 @@ XENT_INLINE void gradient_block(T* out, const GradientTerms<T>& terms, const T* 
   constexpr int W = kLanes<T>;
   constexpr bool dense = objective != Objective::kIndex;
   int64_t i = 0;
-  for (; i + W <= n; i += W)
+  for (; i + W <= n; i += W) {
     store(out + i, gradient<T, objective>(terms, load(x + i), dense ? load(a + i) : Vector<T>{}));
+  }
   if (i == n) return;
-  if (n >= W) {  // the last whole vector covers some lanes again
+  if (n >= W) {  // the last vector overlaps the one before it
     i = n - W;
     store(out + i, gradient<T, objective>(terms, load(x + i), dense ? load(a + i) : Vector<T>{}));
   } else {
-    const Vector<T> last = dense ? load_partial(a, n, T(0)) : Vector<T>{};
-    store_partial(out, gradient<T, objective>(terms, load_partial(x, n, T(0)), last), n);
+    const Vector<T> last = dense ? load_partial(a, n) : Vector<T>{};
+    store_partial(out, gradient<T, objective>(terms, load_partial(x, n), last), n);
   }
 }
 
-// grad_output / denominator, times the position's weight.
-XENT_INLINE double scale_at(const Backward& problem, const Cursor& cursor) {
-  const double of_loss = read_one<double>(problem.grad_output, cursor.offset(problem.grad_output)) * problem.scale;
-  return of_loss * sample_weight_at(problem, cursor);
+// grad_output / denominator, times the position's factor.
+XENT_INLINE double scale_at(const Backward& problem, const Cursor& cursor, const Row& row) {
+  return read_one<double>(problem.grad_output, cursor.offset(problem.grad_output)) * problem.scale * row.sample_weight;
 }
 
 template <class T, Objective objective>
@@ -529,48 +535,45 @@ static void backward_rows_of(const Backward& problem, int64_t begin, int64_t end
   constexpr bool soft = objective == Objective::kProbabilities, dense = objective != Objective::kIndex;
   alignas(64) T logits_buffer[kBlock<T>], coefficient_buffer[kBlock<T>], gradient_buffer[kBlock<T>];
   const T* weight = static_cast<const T*>(problem.weight);
-  const T* const lse = static_cast<const T*>(problem.lse);
-  const T keep = T(1 - problem.label_smoothing);
-  const T share = T(problem.label_smoothing / double(problem.classes));
+  const T* const lse_rounded = saved_row<T>(problem, saved::kLse);
+  const T* const lse_lost = saved_row<T>(problem, saved::kLseLost);
+  const T keep = T(problem.keep);
+  const T share = T(problem.share);
   Cursor cursor(problem, begin);
   for (int64_t p = begin; p < end; ++p, cursor.advance(1)) {
-    const int64_t x = cursor.offset(problem.logits), t = cursor.offset(problem.target);
-    const int64_t dx = cursor.offset(problem.grad_logits), dq = cursor.offset(problem.grad_target);
-    int64_t y = 0;
-    if (!soft) {
-      read_into(&y, problem.target, t, 1, 1);
-      check_targets(&y, problem, p, 1);
-    }
+    const Row row = row_at<objective>(problem, cursor, p);
+    const int64_t y = row.y;
     if (y < 0) {
-      zero_gradient<T>(problem, problem.grad_logits, dx, problem.stream);
+      zero_gradient<T>(problem, problem.grad_logits, row.gradient, problem.stream);
       continue;
     }
-    const T scale = T(scale_at(problem, cursor));
+    const T scale = T(scale_at(problem, cursor, row));
     const T hit = soft ? T(0) : keep * (weight ? weight[y] : T(1));
-    T rest_of_total = soft ? lse[saved::kMass * problem.positions + p] : T(problem.smoothed_total);
-    if (problem.z_loss != 0) rest_of_total += T(2 * problem.z_loss) * (lse[p] + lse[problem.positions + p]);
-    const GradientTerms<T> terms{scale,  hit + rest_of_total,        soft ? T(1) : share,
-                                 lse[p], lse[problem.positions + p], T(::exp(-double(lse[problem.positions + p])))};
+    T rest_of_total = soft ? saved_row<T>(problem, saved::kMass)[p] : T(problem.smoothed_total);
+    if (problem.z_loss != 0) rest_of_total += T(2 * problem.z_loss) * (lse_rounded[p] + lse_lost[p]);
+    const GradientTerms<T> terms{scale,          hit + rest_of_total, soft ? T(1) : share,
+                                 lse_rounded[p], lse_lost[p],         T(::exp(-double(lse_lost[p])))};
     for (int64_t c = 0; c < problem.classes; c += kBlock<T>) {
       const int64_t n = std::min(kBlock<T>, problem.classes - c);
       const int64_t stride = problem.logits.class_stride;
-      const T* block = read_or_point(logits_buffer, problem.logits, x + c * stride, stride, n);
+      const T* block = read_or_point(logits_buffer, problem.logits, row.logits + c * stride, stride, n);
       if (problem.grad_target) {
         for (int64_t i = 0; i < n; ++i) {
           gradient_buffer[i] = -scale * keep * (weight ? weight[c + i] : T(1)) * terms.log_softmax(block[i]);
         }
-        write_from(gradient_buffer, problem.grad_target, dq + c * problem.grad_target.class_stride,
-                   problem.grad_target.class_stride, n, problem.stream);
+        const int64_t out_stride = problem.grad_target.class_stride;
+        const int64_t out = cursor.offset(problem.grad_target) + c * out_stride;
+        write_from(gradient_buffer, problem.grad_target, out, out_stride, n, problem.stream);
       }
       if (problem.grad_logits) {
-        const T* a = dense ? dense_coefficients(coefficient_buffer, problem, t, c, n) : nullptr;
-        const int64_t out_stride = problem.grad_logits.class_stride, out = dx + c * out_stride;
+        const T* a = dense ? dense_coefficients(coefficient_buffer, problem, row.target, c, n) : nullptr;
+        const int64_t out_stride = problem.grad_logits.class_stride, out = row.gradient + c * out_stride;
         T* const result = write_or_point(gradient_buffer, problem.grad_logits, out, out_stride, problem.buffered);
         gradient_block<T, objective>(result, terms, block, a, n);
-        // At most one class has a softmax above a half; only there can a soft target's gradient cancel.
-        if (soft && block_maximum(block, n) - terms.lse_rounded > T(-0.7)) {
+        // A soft target's gradient can cancel only where the softmax exceeds a half, which at most one class's does.
+        if (soft && block_maximum(block, n) - terms.lse_rounded > kNearOne<T>) {
           for (int64_t i = 0; i < n; ++i) {
-            if (block[i] - terms.lse_rounded > T(-0.7)) {
+            if (block[i] - terms.lse_rounded > kNearOne<T>) {
               result[i] = scale * soft_gradient(broadcast(terms.total), broadcast(terms.log_softmax(block[i])),
                                                 broadcast(a[i]))[0];
             }

@@ -1,6 +1,6 @@
 // One body of code for several instruction sets, in one translation unit and without compiler flags: kernels.cpp
-// includes the .inl files once inside a namespace per target, between SIMD_TARGET_BEGIN and SIMD_TARGET_END, with
-// SIMD_BYTES set to the width of a register.
+// includes the .inl files once for each, in a namespace of its own between SIMD_TARGET_BEGIN and SIMD_TARGET_END.
+// SIMD_BYTES is the width of a register, SIMD_NAME torch's name of the instruction set.
 //
 // Two rules keep code for a newer machine out of an older one: every standard header is included before the first
 // target begins (an inline function of theirs compiled for AVX-512 could be the copy that the linker keeps), and
@@ -18,6 +18,7 @@
 
 #define XENT_INLINE static inline __attribute__((always_inline))
 #define XENT_INLINE_MEMBER inline __attribute__((always_inline))
+#define XENT_INLINE_LAMBDA __attribute__((always_inline))
 
 #if defined(__x86_64__)
 #define SIMD_X86 1
@@ -25,7 +26,7 @@
 #define SIMD_X86 0
 #endif
 
-// Stores that go past the caches, and the fence that orders them before what follows; plain stores where there are
+// A store past the caches, and the fence that orders such stores before all later ones. Plain stores where there are
 // none.
 #if defined(__clang__)
 #define SIMD_STREAM(p, v) __builtin_nontemporal_store(v, p)

@@ -1,28 +1,26 @@
 // Vectors of SIMD_BYTES bytes (GNU vector extensions) and the elementary functions on them.
 
-typedef float FloatVector __attribute__((vector_size(SIMD_BYTES)));
-typedef double DoubleVector __attribute__((vector_size(SIMD_BYTES)));
-typedef int32_t Int32Vector __attribute__((vector_size(SIMD_BYTES)));
-typedef int64_t Int64Vector __attribute__((vector_size(SIMD_BYTES)));
-typedef uint32_t Uint32Vector __attribute__((vector_size(SIMD_BYTES)));
-typedef uint64_t Uint64Vector __attribute__((vector_size(SIMD_BYTES)));
-
 template <class T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  using type = FloatVector;
-  using ints = Int32Vector;
-};
-template <>
-struct VectorOf<double> {
-  using type = DoubleVector;
-  using ints = Int64Vector;
+struct VectorOf {
+  typedef T type __attribute__((vector_size(SIMD_BYTES)));
 };
 template <class T>
 using Vector = typename VectorOf<T>::type;
 template <class T>
 constexpr int kLanes = SIMD_BYTES / sizeof(T);
+
+using FloatVector = Vector<float>;
+using DoubleVector = Vector<double>;
+using Int32Vector = Vector<int32_t>;
+using Int64Vector = Vector<int64_t>;
+using Uint32Vector = Vector<uint32_t>;
+using Uint64Vector = Vector<uint64_t>;
+
+// Integers as wide as T: masks, indices and classes as lanes beside those of T.
+template <class T>
+using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+template <class T>
+using Ints = Vector<Int<T>>;
 
 template <class T>
 XENT_INLINE Vector<T> broadcast(T x) {
@@ -41,8 +39,8 @@ XENT_INLINE void store(T* p, Vector<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// Past the caches: a gradient larger than they are would only push out what is still needed, and a plain store reads
-// the line that it overwrites. `p` is aligned to the size of V.
+// Stores past the caches. A gradient larger than the caches would push out data that is still needed, and a plain store
+// reads the line that it overwrites. `p` is aligned to the size of V.
 #if SIMD_X86 && !defined(__clang__)
 typedef long long Words16 __attribute__((vector_size(16)));
 typedef long long Words32 __attribute__((vector_size(32)));
@@ -66,15 +64,16 @@ XENT_INLINE V rough_quotient(V a, V b) {
   return a / b;
 }
 
-// How many elements to store singly before `p` is aligned for vectors of V.
+// Returns how many elements are stored singly before `p` is aligned for vectors of V.
 template <class V, class S>
 XENT_INLINE int64_t elements_to_alignment(const S* p) {
   return int64_t((sizeof(V) - reinterpret_cast<uintptr_t>(p) % sizeof(V)) % sizeof(V) / sizeof(S));
 }
 
-// The first `count` lanes; `fill` in the others, so that nothing past the end is read.
+// Loads the first `count` lanes and reads nothing past them; the other lanes hold `fill`.
 template <class T>
-XENT_INLINE Vector<T> load_partial(const T* p, int64_t count, T fill) {
+XENT_INLINE Vector<T> load_partial(const T* p, int64_t count, T fill = 0) {
+  if (count >= kLanes<T>) return load(p);
   T lanes[kLanes<T>];
   for (int k = 0; k < kLanes<T>; ++k) lanes[k] = k < count ? p[k] : fill;
   return load(lanes);
@@ -86,13 +85,19 @@ XENT_INLINE void store_partial(T* p, Vector<T> v, int64_t count) {
   for (int64_t k = 0; k < count; ++k) p[k] = v[k];
 }
 
-// The last kLanes of n >= kLanes elements, with `fill` in those that the whole vectors before have covered.
+// Calls use(i, count) for each vector of n elements. The last may have fewer elements than lanes.
+template <class T, class Use>
+XENT_INLINE void for_vectors(int64_t n, const Use& use) {
+  for (int64_t i = 0; i < n; i += kLanes<T>) use(i, std::min<int64_t>(kLanes<T>, n - i));
+}
+
+// Loads the last kLanes of n >= kLanes elements, with `fill` in the lanes that the whole vectors before them cover.
 template <class T>
 XENT_INLINE Vector<T> load_rest(const T* p, int64_t n, T fill) {
-  typename VectorOf<T>::ints lane;
+  Ints<T> lane;
   for (int k = 0; k < kLanes<T>; ++k) lane[k] = k;
   const auto covered = kLanes<T> - n % kLanes<T>;
-  return lane >= decltype(lane[0] + 0)(covered) ? load(p + n - kLanes<T>) : broadcast(fill);
+  return lane >= Int<T>(covered) ? load(p + n - kLanes<T>) : broadcast(fill);
 }
 
 template <class Mask, class V>
@@ -100,7 +105,7 @@ XENT_INLINE V select(Mask mask, V a, V b) {
   return mask ? a : b;
 }
 
-// `b` where either is NaN. (gcc does not see that this is one instruction when `a` is a constant.)
+// Returns `b` where either is NaN. gcc does not see that this is one instruction when `a` is a constant.
 #if SIMD_X86 && !defined(__clang__) && SIMD_BYTES == 64
 XENT_INLINE FloatVector maximum(FloatVector a, FloatVector b) { return __builtin_ia32_maxps512_mask(a, b, b, -1, 4); }
 XENT_INLINE DoubleVector maximum(DoubleVector a, DoubleVector b) {
@@ -113,25 +118,19 @@ XENT_INLINE V maximum(V a, V b) {
 }
 #endif
 
-template <class V, class Ints, size_t... lane>
-XENT_INLINE void interleave(V a, V b, V& low, V& high, std::index_sequence<lane...>) {
-  constexpr int W = sizeof...(lane);
+template <class T, size_t... lane>
+XENT_INLINE void interleave(Vector<T> a, Vector<T> b, Vector<T>& low, Vector<T>& high, std::index_sequence<lane...>) {
+  constexpr int W = kLanes<T>;
 #if defined(__clang__)
   low = __builtin_shufflevector(a, b, (int(lane) / 2 + int(lane) % 2 * W)...);
   high = __builtin_shufflevector(a, b, (W / 2 + int(lane) / 2 + int(lane) % 2 * W)...);
 #else
-  low = __builtin_shuffle(a, b, Ints{(int(lane) / 2 + int(lane) % 2 * W)...});
-  high = __builtin_shuffle(a, b, Ints{(W / 2 + int(lane) / 2 + int(lane) % 2 * W)...});
+  low = __builtin_shuffle(a, b, Ints<T>{(int(lane) / 2 + int(lane) % 2 * W)...});
+  high = __builtin_shuffle(a, b, Ints<T>{(W / 2 + int(lane) / 2 + int(lane) % 2 * W)...});
 #endif
 }
 
-// The lanes of a and b in turn: of their lower halves and of their upper ones.
-template <class T>
-XENT_INLINE void interleave(Vector<T> a, Vector<T> b, Vector<T>& low, Vector<T>& high) {
-  interleave<Vector<T>, typename VectorOf<T>::ints>(a, b, low, high, std::make_index_sequence<kLanes<T>>());
-}
-
-// Rows become columns. Each of the log2(lanes) steps interleaves the first half of the rows with the second, which
+// Turns rows into columns. Each of the log2(lanes) steps interleaves the first half of the rows with the second, which
 // moves one bit of an element's place from the row's number to the lane's.
 template <class T>
 XENT_INLINE void transpose(Vector<T> (&rows)[kLanes<T>]) {
@@ -140,13 +139,15 @@ XENT_INLINE void transpose(Vector<T> (&rows)[kLanes<T>]) {
   for (int step = 1; step < W; step *= 2) {
     Vector<T> next[W];
 #pragma GCC unroll 8
-    for (int i = 0; i < W / 2; ++i) interleave<T>(rows[i], rows[i + W / 2], next[2 * i], next[2 * i + 1]);
+    for (int i = 0; i < W / 2; ++i) {
+      interleave<T>(rows[i], rows[i + W / 2], next[2 * i], next[2 * i + 1], std::make_index_sequence<W>());
+    }
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) rows[i] = next[i];
   }
 }
 
-// Halving takes log2(lanes) steps where a loop over the lanes would wait for each.
+// Halves the lanes log2(lanes) times; a loop over the lanes would wait for each addition.
 template <class T>
 XENT_INLINE double sum_of_lanes(Vector<T> v) {
   double lanes[kLanes<T>];
@@ -170,9 +171,9 @@ XENT_INLINE T maximum_of_lanes(Vector<T> v) {
 }
 
 // exp(x) = 2^n exp(r), n = round(x / ln 2), r = x - n ln 2, exp(r) = 1 + r + r^2 P(r).
-// For x <= 0, as every exponent here is (the maximum, or the logarithm of the sum, has been subtracted); what is
-// smaller than half the least subnormal becomes zero, so exp(-inf) = 0. A NaN stays one. P: minimax of the relative
-// error of exp on [-ln 2 / 2, ln 2 / 2] with the first two terms fixed (Remez): 3.1e-9.
+// Every exponent here is <= 0, since the maximum or the logarithm of the sum has been subtracted. A result below half
+// the least subnormal becomes zero, so exp(-inf) = 0. A NaN stays one. P: minimax of the relative error of exp on
+// [-ln 2 / 2, ln 2 / 2] with the first two terms fixed (Remez): 3.1e-9.
 XENT_INLINE FloatVector exp_polynomial(FloatVector r) {
   FloatVector p = r * 0.00138143207f + 0.00836885107f;
   p = p * r + 0.0416684011f;
@@ -216,7 +217,8 @@ XENT_INLINE Reduced<DoubleVector> reduce_exponent(DoubleVector x) {
   return {(x - n * 0.69314718036912382) - n * 1.9082149292705877e-10, n, rounded};
 }
 
-// p 2^n, which may be subnormal: 2^n by its bits is shifted up by 2^64 to stay normal, and down again by a product.
+// p 2^n, which may be subnormal. Without an instruction for it, the bits of 2^(n + 64), which is normal, are made, and
+// a product with 2^-64 follows.
 #if SIMD_X86 && SIMD_BYTES == 64
 XENT_INLINE FloatVector times_power_of_two(FloatVector p, const Reduced<FloatVector>& x) {
   return __builtin_ia32_scalefps512_mask(p, x.n, p, -1, 4);
@@ -241,10 +243,10 @@ XENT_INLINE V exp(V x) {
 }
 
 #if SIMD_X86 && SIMD_BYTES == 64 && !defined(__clang__)
-// AVX-512 has an instruction for each step but the polynomial, and half as much of that is left. With t = x / ln 2 cut
-// into floor(t) + j / 16 + f: one instruction takes f in [0, 1/16), one multiplies by 2^floor(t), and one looks up
-// 2^(j/16), by the low bits of t rounded down to sixteenths. Infinity and NaN need no care: exp(-inf) = 0, and
-// exp(0) = 1 exactly. Polynomial: 2^f, minimax of the relative error, 1.4e-9, with the first term fixed (Remez).
+// AVX-512 has an instruction for each step but the polynomial, which needs half as many terms. t = x / ln 2 is cut into
+// floor(t) + j / 16 + f: one instruction takes f in [0, 1/16), one multiplies by 2^floor(t), and one looks up 2^(j/16)
+// by the low bits of t rounded down to sixteenths. Infinity and NaN need no care: exp(-inf) = 0, and exp(0) = 1
+// exactly. Polynomial: 2^f, minimax of the relative error, 1.4e-9, with the first term fixed (Remez).
 alignas(64) static constexpr float kPowersOfTwo[16] = {
     1.f,         1.04427378f, 1.09050773f, 1.13878863f, 1.18920712f, 1.24185781f, 1.29683955f, 1.35425555f,
     1.41421356f, 1.47682615f, 1.54221083f, 1.61049033f, 1.68179283f, 1.75625216f, 1.83400809f, 1.91520656f};
@@ -259,8 +261,8 @@ XENT_INLINE FloatVector exp(FloatVector x) {
 }
 #endif
 
-// Both, for little more than one: with p = exp(r) - 1, expm1(x) = 2^n p + (2^n - 1) keeps its relative accuracy for
-// small x, where n = 0.
+// exp and expm1 together cost little more than one of them. With p = exp(r) - 1, expm1(x) = 2^n p + (2^n - 1) keeps its
+// relative accuracy for small x, where n = 0.
 template <class V>
 XENT_INLINE void exp_and_expm1(V x, V& exp_x, V& expm1_x) {
   using T = decltype(x[0] + x[0]);
@@ -301,5 +303,5 @@ XENT_INLINE DoubleVector log(DoubleVector x) {
   return x < __builtin_inf() ? result : x * 0.;
 }
 
-// Where a kernel finishes one position at a time.
+// For kernels that finish one position at a time.
 XENT_INLINE double log(double x) { return ::log(x); }

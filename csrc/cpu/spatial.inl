@@ -2,26 +2,30 @@
 // in memory are positions ((N, C, H, W) and its kin), and for few classes in any layout, where a vector of classes
 // would be mostly empty.
 //
-// A tile's block of classes is first copied to a buffer, [class][position]. Planes of an image often lie a power of two
-// apart, so that the cache lines which a tile needs of each plane would all fall into the same few sets of the cache
-// and drive each other out between the pass for the maximum and the pass for the sum. Where classes are neighbours, the
-// copy is a transposition.
+// forward_tile     reads the logits from memory once, and writes lse and loss; and the gradient, if it is asked for and
+//                  one block holds all classes
+// backward_tile    reads the logits and lse, and writes the gradient
 //
-// What belongs to a target's class is chosen by comparing each class with the targets, not looked up position by
-// position: a number that is stored alone and soon read again in a vector makes the processor wait.
+// The forward copies a tile's block of classes to a buffer, [class][position], and passes over that twice, for the
+// maximum and for the sums. Planes of an image often lie a power of two apart: without the copy, the cache lines of all
+// planes would fall into the same few sets of the cache and drive each other out between the passes. Where classes are
+// neighbours in memory, the copy is a transposition.
+//
+// The logit of a target's class is chosen by comparing each class with the targets, not looked up position by position:
+// a number that is stored alone and soon read again in a vector makes the processor wait.
 
-// Vectors that are worked on together, so that one's chain of maxima or sums does not wait for its own latency.
+// A group: vectors that are worked on together, so that the latency of one's chain of maxima or sums is no wait.
 constexpr int kGroup = 2;
 template <class T>
 constexpr int64_t kGroupLanes = kGroup * kLanes<T>;
 
-// How many classes a block has: all of them, where a tile of the least width holds them.
+// Returns how many classes a block has: all of them, where a tile of the least width holds them.
 template <class T>
 XENT_INLINE int64_t classes_of_block(const Problem& problem) {
   return problem.classes <= most_classes_of_tile(sizeof(T)) ? problem.classes : kTileBytes / int64_t(sizeof(T)) / kTile;
 }
 
-// How many positions a tile has: the wider, the longer the runs of memory that it reads.
+// Returns how many positions a tile has: as many as fit, so that it reads long runs of memory.
 template <class T>
 XENT_INLINE int64_t width_of_tile(const Problem& problem) {
   int64_t width = kTile;
@@ -51,12 +55,12 @@ XENT_INLINE int64_t whole_groups(int64_t count) {
 
 // ---- between memory and tiles ---------------------------------------------------------------------------------------
 
-// While a tile is worked on, the next one comes from memory: its runs are too short for the hardware to see them
-// coming. Each step of the work asks for as much as it consumes. Into the second-level cache, for in the first one
+// Brings the next tile from memory while a tile is worked on: its runs are too short for the hardware to foresee. Each
+// step of the work asks for as much as it consumes. The data goes to the second-level cache, for in the first one
 // planes a power of two apart would drive each other out.
 class Prefetch {
  public:
-  // Of the tile after `cursor`'s, as far as its positions follow those of this one in memory.
+  // For the tile after `cursor`'s, if its positions follow those of this one in memory; else asks for nothing.
   template <class T>
   XENT_INLINE_MEMBER Prefetch(const Tile<T>& tile, const Cursor& cursor, const View& view, int64_t c) {
     const int64_t inner = view.stride[cursor.problem.dims - 1];
@@ -70,7 +74,7 @@ class Prefetch {
     bytes_ = rows || inner == 1 ? kGroupLanes<T> * size : 0;
   }
 
-  // For the group at v, what takes the place of its class k.
+  // Asks for what the next tile has in the place of class k of the group at v.
   XENT_INLINE_MEMBER void ask(int64_t v, int64_t k) const {
     const char* p = start_ + v * of_position_ + k * of_class_;
     for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(p + i, 0, 2);
@@ -81,9 +85,9 @@ class Prefetch {
   int64_t of_position_ = 0, of_class_ = 0, bytes_ = 0;
 };
 
-// `count` rows of classes, one after the other in memory and as many as a vector has lanes, become columns, a square of
-// vectors at a time. Each is loaded whole, reading on into the next row or `past` elements behind the last; each column
-// has room for `room` elements.
+// Turns `count` <= kLanes rows of classes, one after the other in memory, into columns, a square of vectors at a time.
+// Where `past` elements can be read behind the last row, vectors are loaded whole and read on into what follows their
+// row. Each column has room for `room` elements.
 template <class T>
 XENT_INLINE void transpose_rows(T* columns, int64_t width, const T* rows, int64_t count, int64_t classes, int64_t past,
                                 int64_t room) {
@@ -109,8 +113,8 @@ XENT_INLINE void transpose_rows(T* columns, int64_t width, const T* rows, int64_
   }
 }
 
-// And back. A row of fewer classes than lanes is stored whole and its end overwritten by the next: `rows` has room for
-// a vector past its end.
+// Turns columns back into kLanes rows. A row of fewer classes than lanes is stored whole, and the next one overwrites
+// its end: `rows` has room for a vector past its end.
 template <class T>
 XENT_INLINE void transpose_columns(T* rows, const T* columns, int64_t width, int64_t classes) {
   constexpr int W = kLanes<T>;
@@ -124,13 +128,14 @@ XENT_INLINE void transpose_columns(T* rows, const T* columns, int64_t width, int
   }
 }
 
-// The classes [c, c + classes) of the `count` positions from `cursor` on. Lanes past the end become zero.
+// Reads the classes [c, c + classes) of the `count` positions from `cursor` on. Lanes past the end become zero.
 template <class T>
-static void read_tile(Tile<T>& tile, Cursor cursor, int64_t count, const View& view, int64_t c, int64_t classes) {
-  const int64_t inner = view.stride[cursor.problem.dims - 1];
-  for (int64_t done = 0; done < count;) {
-    const int64_t run = cursor.run(count - done), offset = cursor.offset(view) + c * view.class_stride;
-    if (view.class_stride == 1 && classes > 1) {
+static void read_tile(Tile<T>& tile, const Cursor& cursor, int64_t count, const View& view, int64_t c,
+                      int64_t classes) {
+  const int64_t inner = view.stride[cursor.problem.dims - 1], step = view.class_stride;
+  for_runs(cursor, count, view, [&](int64_t done, int64_t offset, int64_t run) XENT_INLINE_LAMBDA {
+    offset += c * step;
+    if (step == 1 && classes > 1) {
       constexpr int64_t kRows = kLanes<T>;
       for (int64_t i = 0; i < run; i += kRows) {
         T buffer[kRows * most_classes_of_tile(sizeof(T)) + kLanes<T>];
@@ -145,31 +150,27 @@ static void read_tile(Tile<T>& tile, Cursor cursor, int64_t count, const View& v
                        x == buffer ? kLanes<T> : (run - i - rows) * classes, tile.width - done - i);
       }
     } else if (run >= kShortRun) {
-      for (int64_t k = 0; k < classes; ++k) {
-        read_into(tile.row(k) + done, view, offset + k * view.class_stride, inner, run);
-      }
+      for (int64_t k = 0; k < classes; ++k) read_into(tile.row(k) + done, view, offset + k * step, inner, run);
     } else {
       for (int64_t i = 0; i < run; ++i) {
         for (int64_t k = 0; k < classes; ++k) {
-          tile.row(k)[done + i] = read_one<T>(view, offset + i * inner + k * view.class_stride);
+          tile.row(k)[done + i] = read_one<T>(view, offset + i * inner + k * step);
         }
       }
     }
-    done += run;
-    cursor.advance(run);
-  }
+  });
   for (int64_t k = 0; k < classes; ++k) {
     for (int64_t i = count; i < whole_groups<T>(count); ++i) tile.row(k)[i] = 0;
   }
 }
 
 template <class T>
-static void write_tile(const Tile<T>& tile, Cursor cursor, int64_t count, const View& view, int64_t c, int64_t classes,
-                       bool stream) {
-  const int64_t inner = view.stride[cursor.problem.dims - 1];
-  for (int64_t done = 0; done < count;) {
-    const int64_t run = cursor.run(count - done), offset = cursor.offset(view) + c * view.class_stride;
-    if (view.class_stride == 1 && classes > 1) {
+static void write_tile(const Tile<T>& tile, const Cursor& cursor, int64_t count, const View& view, int64_t c,
+                       int64_t classes, bool stream) {
+  const int64_t inner = view.stride[cursor.problem.dims - 1], step = view.class_stride;
+  for_runs(cursor, count, view, [&](int64_t done, int64_t offset, int64_t run) XENT_INLINE_LAMBDA {
+    offset += c * step;
+    if (step == 1 && classes > 1) {
       constexpr int64_t kRows = kLanes<T>;
       for (int64_t i = 0; i < run; i += kRows) {
         alignas(64) T buffer[kRows * most_classes_of_tile(sizeof(T)) + kLanes<T>];
@@ -182,42 +183,26 @@ static void write_tile(const Tile<T>& tile, Cursor cursor, int64_t count, const 
         }
       }
     } else if (run >= kShortRun) {
-      for (int64_t k = 0; k < classes; ++k) {
-        write_from(tile.row(k) + done, view, offset + k * view.class_stride, inner, run, stream);
-      }
+      for (int64_t k = 0; k < classes; ++k) write_from(tile.row(k) + done, view, offset + k * step, inner, run, stream);
     } else {
       for (int64_t i = 0; i < run; ++i) {
         for (int64_t k = 0; k < classes; ++k) {
-          write_from(tile.row(k) + done + i, view, offset + i * inner + k * view.class_stride, 1, 1);
+          write_from(tile.row(k) + done + i, view, offset + i * inner + k * step, 1, 1);
         }
       }
     }
-    done += run;
-    cursor.advance(run);
-  }
+  });
 }
 
-template <class T>
-using Ints = typename VectorOf<T>::ints;
-template <class T>
-using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-
-template <class T>
-XENT_INLINE Ints<T> load_ints(const Int<T>* p) {
-  Ints<T> v;
-  __builtin_memcpy(&v, p, sizeof v);
-  return v;
-}
-
-// Classes, and the negative numbers of those that are none, as lanes beside T.
+// Loads classes, and kIgnored, as lanes beside those of T.
 template <class T>
 XENT_INLINE Ints<T> load_classes(const int64_t* y) {
   Int<T> narrow[kLanes<T>];
   for (int k = 0; k < kLanes<T>; ++k) narrow[k] = Int<T>(y[k]);
-  return load_ints<T>(narrow);
+  return load(narrow);
 }
 
-// In double, and in eight chains that do not wait for each other.
+// Sums in double, and in eight chains that do not wait for each other.
 template <class T>
 XENT_INLINE double sum_of(const T* x, int64_t n) {
   double chains[8] = {};
@@ -229,8 +214,8 @@ XENT_INLINE double sum_of(const T* x, int64_t n) {
   return ((chains[0] + chains[1]) + (chains[2] + chains[3])) + ((chains[4] + chains[5]) + (chains[6] + chains[7]));
 }
 
-// Over checked targets, of the products of a class's weight and a position's. Without weights, a count. `y` and
-// `sample_weight` have room for whole vectors.
+// Sums the product of class weight and sample weight over the targets that are not ignored; without weights, counts
+// them. `y` and `sample_weight` have room for whole vectors.
 template <class T>
 XENT_INLINE double sum_of_target_weights(const T* weight, const T* sample_weight, const int64_t* y, int64_t count) {
   if (weight || sample_weight) {
@@ -248,30 +233,44 @@ XENT_INLINE double sum_of_target_weights(const T* weight, const T* sample_weight
   return double(counted);
 }
 
+// Adds the weights of the targets that count: a mean's denominator.
+template <class T>
+static void sum_target_weights(const Problem& problem, int64_t begin, int64_t end, Sums& sums) {
+  const T* weight = problem.target_kind == TargetKind::kIndices ? static_cast<const T*>(problem.weight) : nullptr;
+  for_tiles(problem, begin, end, kTile, [&](const Cursor& cursor, int64_t first, int64_t count) {
+    int64_t y[kTile + kLanes<T>];
+    T sample_weights[kTile + kLanes<T>];
+    read_labels(y, problem, cursor, first, count);
+    if (problem.sample_weight) read_sample_weights(sample_weights, problem, cursor, count);
+    sums.weight += sum_of_target_weights(weight, problem.sample_weight ? sample_weights : nullptr, y, count);
+  });
+}
+
 // ---- targets --------------------------------------------------------------------------------------------------------
 
-// The targets of a tile. `hit` is an index target's own coefficient, (1 - e) w_y, and `smoothed` its (e / C) w_y.
+// The targets of a tile. Of an index target, `hit` is (1 - e) w_y and `smoothed` is (e / C) w_y. Lanes past the end are
+// ignored targets.
 template <class T>
 struct TileTargets {
-  alignas(64) Int<T> y[kTile];      // -1 where it is ignored, and past the end
+  alignas(64) Int<T> y[kTile];      // kIgnored for probabilities, too, which have no class of their own
   alignas(64) Int<T> valid[kTile];  // as lanes of a mask
   alignas(64) T hit[kTile], smoothed[kTile];
-  alignas(64) T sample_weight[kTile];  // not part of the coefficients: it multiplies the loss
+  alignas(64) T sample_weight[kTile];  // the factor of the loss
   double sum_of_weights = 0;
   bool any_valid = false;
 
-  // `weighed`: whether the sum of their weights is asked for.
+  // `weighed`: the sum of the weights is needed.
   TileTargets(const Problem& problem, const Cursor& cursor, int64_t first, int64_t count, bool weighed) {
     const int64_t lanes = whole_groups<T>(count);
     const T* weight = static_cast<const T*>(problem.weight);
-    const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.classes));
+    const T keep = T(problem.keep), share = T(problem.share);
     read_sample_weights(sample_weight, problem, cursor, count);
     for (int64_t i = count; i < lanes; ++i) sample_weight[i] = 0;
     if (problem.objective == Objective::kProbabilities) {
       any_valid = count > 0;
       if (weighed) sum_of_weights = sum_of(sample_weight, count);
       for (int64_t i = 0; i < lanes; ++i) {
-        y[i] = -1;
+        y[i] = kIgnored;
         valid[i] = -Int<T>(i < count);
         hit[i] = smoothed[i] = 0;
       }
@@ -280,15 +279,15 @@ struct TileTargets {
     int64_t classes[kTile];
     read_positions(classes, cursor, count, problem.target);
     check_targets(classes, problem, first, count);
-    for (int64_t i = count; i < lanes; ++i) classes[i] = -1;
+    for (int64_t i = count; i < lanes; ++i) classes[i] = kIgnored;
     if (weighed) {
       sum_of_weights = sum_of_target_weights(weight, problem.sample_weight ? sample_weight : nullptr, classes, count);
     }
     Ints<T> any{};
     for (int64_t v = 0; v < lanes; v += kLanes<T>) {
       const Ints<T> index = load_classes<T>(classes + v), counts = index >= 0;
-      store_ints(y + v, index);
-      store_ints(valid + v, counts);
+      store(y + v, index);
+      store(valid + v, counts);
       store(hit + v, select(counts, broadcast(keep), Vector<T>{}));
       store(smoothed + v, select(counts, broadcast(share), Vector<T>{}));
       any |= counts;
@@ -301,31 +300,29 @@ struct TileTargets {
     }
   }
 
-  XENT_INLINE_MEMBER Ints<T> classes_at(int64_t v) const { return load_ints<T>(y + v); }
-  XENT_INLINE_MEMBER Ints<T> valid_at(int64_t v) const { return load_ints<T>(valid + v); }
-
-  static XENT_INLINE_MEMBER void store_ints(Int<T>* p, Ints<T> v) { __builtin_memcpy(p, &v, sizeof v); }
+  XENT_INLINE_MEMBER Ints<T> classes_at(int64_t v) const { return load(y + v); }
+  XENT_INLINE_MEMBER Ints<T> valid_at(int64_t v) const { return load(valid + v); }
 };
 
-// The coefficient of class c in a vector of positions. `q` are their probabilities, read for soft targets only.
+// The coefficient that class c has at a vector of positions, as of dense_coefficients(). `q`: their probabilities.
 template <class T, Objective objective>
 XENT_INLINE Vector<T> coefficient(const Problem& problem, int64_t c, const T* q) {
   const T* weight = static_cast<const T*>(problem.weight);
   const Vector<T> w = broadcast(weight ? weight[c] : T(1));
   if constexpr (objective != Objective::kProbabilities) return w;
-  const T keep = T(1 - problem.label_smoothing), share = T(problem.label_smoothing / double(problem.classes));
+  const T keep = T(problem.keep), share = T(problem.share);
   return w * (load(q) * keep + share);
 }
 
 // ---- forward --------------------------------------------------------------------------------------------------------
 
-// Of each position, over the blocks seen so far.
+// The sums of each position over the blocks seen so far, and what adding them up has lost.
 template <class T>
 struct TileSums {
   alignas(64) T max[kTile], ties[kTile], rest[kTile], lost[kTile], target_logit[kTile];
   alignas(64) T spread[kTile], spread_lost[kTile], mass[kTile], mass_lost[kTile];
 
-  // The lanes [v, v + kLanes), for the first block of classes or another.
+  // Adds a block's sums to the lanes [v, v + kLanes). `first`: the block is the first one, and nothing is stored yet.
   template <bool dense>
   XENT_INLINE_MEMBER void add(int64_t v, bool first, Vector<T> new_max, Vector<T> block_ties,
                               const LaneSums<T, dense>& lanes) {
@@ -347,7 +344,7 @@ struct TileSums {
     const auto higher = raised > zero;
     const Vector<T> factor = exp(-raised);
     const Vector<T> old_ties = load(ties + v), old_rest = load(rest + v), old_lost = load(lost + v);
-    // Over thousands of blocks the roundings of a plain sum would show: keep what each addition lost.
+    // Over thousands of blocks the roundings of a plain sum would show.
     Vector<T> sum, sum_lost;
     two_sum(select(higher, (old_rest + old_ties) * factor, old_rest), lanes.rest, sum, sum_lost);
     store(rest + v, sum);
@@ -369,7 +366,7 @@ struct TileSums {
   }
 };
 
-// A block of `classes` classes from c on, of the group at v. With `keep`, exponentials take the logits' place.
+// Adds a block of `classes` classes from c on, at the group at v. With `keep`, exponentials take the logits' place.
 template <class T, Objective objective, bool keep>
 XENT_INLINE void sum_group(TileSums<T>& sums, const Problem& problem, Tile<T>& x, const Tile<T>* q,
                            const TileTargets<T>& targets, const Prefetch& next, int64_t v, int64_t c, int64_t classes) {
@@ -423,9 +420,45 @@ XENT_INLINE void sum_group(TileSums<T>& sums, const Problem& problem, Tile<T>& x
   }
 }
 
+// What a vector of positions needs for its gradient, once its sums are known.
+template <class T>
+struct GroupSums {
+  Vector<T> ties, rest, gap, hit, sample_weight;
+  Vector<T> of_z_loss;  // what z-loss adds to A
+};
+
+// Turns the exponentials of all classes of a vector of positions into their gradient. An index target's own
+// softmax - 1 is minus the share of the other classes, which are summed without it.
+template <class T, bool smoothed>
+XENT_INLINE void finish_gradient(const Forward& problem, Tile<T>& x, const TileTargets<T>& targets,
+                                 const GroupSums<T>& sums, int64_t v) {
+  const T* weight = static_cast<const T*>(problem.weight);
+  const T share = T(problem.share);
+  const Vector<T> zero{}, one = zero + T(1);
+  const auto valid = targets.valid_at(v) != Ints<T>{};
+  const Vector<T> is_maximum = select(sums.gap == zero, one, zero), exponential = exp(-sums.gap);
+  const Vector<T> others = (sums.ties - is_maximum) + (sums.rest - select(sums.gap == zero, zero, exponential));
+  // With smoothing the scale comes last, as in the backward: infinite, it would be multiplied into each term.
+  const Vector<T> scale = T(problem.scale) * sums.sample_weight;
+  const Vector<T> rest_of_total = sums.of_z_loss + (smoothed ? T(problem.smoothed_total) : T(0));
+  const Vector<T> share_of_one = (smoothed ? one : scale) / (sums.ties + sums.rest);
+  const Vector<T> factor = share_of_one * (sums.hit + rest_of_total);
+  Vector<T> own = -(share_of_one * sums.hit) * others;
+  if (smoothed || problem.z_loss != 0) own += share_of_one * rest_of_total * exponential;
+  if constexpr (smoothed) own = scale * (own - load(targets.smoothed + v));
+  const Ints<T> y = targets.classes_at(v);
+  T* cell = x.cells + v;
+  Ints<T> index{};
+  for (int64_t k = 0; k < problem.classes; ++k, cell += x.width, index += 1) {
+    Vector<T> gradient = load(cell) * factor;
+    if constexpr (smoothed) gradient = scale * (gradient - share * (weight ? weight[k] : T(1)));
+    store(cell, select(y == index, own, select(valid, gradient, zero)));
+  }
+}
+
 // With one_pass, for all classes in one block, the gradient is made of the exponentials that the sums are made of.
 template <class T, Objective objective, bool one_pass>
-static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, int64_t count, Sums& sums) {
+static void forward_tile(const Forward& problem, const Cursor& cursor, int64_t first, int64_t count, Sums& sums) {
   constexpr bool soft = objective == Objective::kProbabilities, smoothed = objective == Objective::kSmoothedIndex;
   Tile<T> x(problem);
   std::conditional_t<soft, Tile<T>, NoTile> q(problem);
@@ -446,17 +479,18 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
     }
   }
 
-  T* const lse = static_cast<T*>(problem.lse) + first;
-  const T* weight = static_cast<const T*>(problem.weight);
   const Vector<T> zero{};
-  const T share = T(soft ? 1 : problem.label_smoothing / double(problem.classes));
+  const T share = objective == Objective::kIndex ? T(0) : soft ? T(1) : T(problem.share);
   T losses[kTile + kGroupLanes<T>];
   for (int64_t v = 0; v < count; v += kLanes<T>) {
     const int64_t n = std::min<int64_t>(kLanes<T>, count - v);
+    const auto save = [&](saved::Row row, Vector<T> value) {
+      store_partial(saved_row<T>(problem, row) + first + v, value, n);
+    };
     if (!targets.any_valid) {
       store(losses + v, zero);
-      store_partial(lse + v, zero, n);
-      store_partial(lse + problem.positions + v, zero, n);
+      save(saved::kLse, zero);
+      save(saved::kLseLost, zero);
       if constexpr (one_pass) {
         for (int64_t k = 0; k < problem.classes; ++k) store(x.row(k) + v, zero);
       }
@@ -469,17 +503,15 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
     const Vector<T> gap = max - load(tile.target_logit + v);
     Vector<T> lse_rounded, lse_lost;
     two_sum(max, log_sum, lse_rounded, lse_lost);
-    store_partial(lse + v, select(valid, lse_rounded, zero), n);
-    store_partial(lse + problem.positions + v, select(valid, lse_lost, zero), n);
+    save(saved::kLse, select(valid, lse_rounded, zero));
+    save(saved::kLseLost, select(valid, lse_lost, zero));
     Vector<T> spread{}, mass{};
     if constexpr (objective != Objective::kIndex) {
       spread = load(tile.spread + v) + load(tile.spread_lost + v);
       mass = load(tile.mass + v) + load(tile.mass_lost + v);
     }
-    if constexpr (soft) store_partial(lse + 2 * problem.positions + v, mass, n);
-    Vector<T> loss =
-        index_loss(hit, broadcast(objective == Objective::kIndex ? T(0) : share), gap, spread, mass, log_sum);
-    Vector<T> of_z_loss{};  // what it adds to the softmax's factor
+    if constexpr (soft) save(saved::kMass, mass);
+    Vector<T> loss = index_loss(hit, broadcast(share), gap, spread, mass, log_sum), of_z_loss{};
     if (problem.z_loss != 0) {
       const Vector<T> lse = max + log_sum;
       of_z_loss = T(2 * problem.z_loss) * lse;
@@ -488,25 +520,7 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
     const Vector<T> sample_weight = load(targets.sample_weight + v);
     store(losses + v, select(valid, loss * sample_weight, zero));
     if constexpr (one_pass) {
-      // The target's own softmax - 1 is minus the share of the others, who are summed without it.
-      const Vector<T> is_maximum = select(gap == zero, zero + T(1), zero), exponential = exp(-gap);
-      const Vector<T> others = (ties - is_maximum) + (rest - select(gap == zero, zero, exponential));
-      // With smoothing the scale comes last, as in the backward: infinite, it would be multiplied into each term.
-      const Vector<T> scale = T(problem.scale) * sample_weight, one = zero + T(1);
-      const Vector<T> rest_of_total = of_z_loss + (smoothed ? T(problem.smoothed_total) : T(0));
-      const Vector<T> share_of_one = (smoothed ? one : scale) / (ties + rest);
-      const Vector<T> factor = share_of_one * (hit + rest_of_total);
-      Vector<T> own = -(share_of_one * hit) * others;
-      if (smoothed || problem.z_loss != 0) own += share_of_one * rest_of_total * exponential;
-      if constexpr (smoothed) own = scale * (own - load(targets.smoothed + v));
-      const Ints<T> y = targets.classes_at(v);
-      T* cell = x.cells + v;
-      Ints<T> index{};
-      for (int64_t k = 0; k < problem.classes; ++k, cell += x.width, index += 1) {
-        Vector<T> gradient = load(cell) * factor;
-        if constexpr (smoothed) gradient = scale * (gradient - share * (weight ? weight[k] : T(1)));
-        store(cell, select(y == index, own, select(valid, gradient, zero)));
-      }
+      finish_gradient<T, smoothed>(problem, x, targets, {ties, rest, gap, hit, sample_weight, of_z_loss}, v);
     }
   }
   sums.loss += sum_of<T>(losses, count);
@@ -517,7 +531,7 @@ static void forward_tile(const Forward& problem, Cursor cursor, int64_t first, i
 
 // ---- backward -------------------------------------------------------------------------------------------------------
 
-// grad_output / denominator.
+// Reads grad_output / denominator.
 template <class T>
 XENT_INLINE void read_scales(T* scale, const Backward& problem, const Cursor& cursor, int64_t count) {
   bool one_for_all = true;
@@ -530,8 +544,7 @@ XENT_INLINE void read_scales(T* scale, const Backward& problem, const Cursor& cu
   }
 }
 
-// What a position's gradient is made of, as in rows.inl, one array for each term; rest_of_total is all that multiplies
-// the softmax but an index target's own coefficient.
+// The constants of each position's gradient, as in GradientTerms. rest_of_total: A without `hit`.
 template <class T>
 struct TileTerms {
   alignas(64) T scale[kTile], rest_of_total[kTile], lse_rounded[kTile], lse_lost[kTile];
@@ -539,12 +552,14 @@ struct TileTerms {
   TileTerms(const Backward& problem, const TileTargets<T>& targets, const Cursor& cursor, int64_t first,
             int64_t count) {
     const bool soft = problem.objective == Objective::kProbabilities;
-    const T* const lse = static_cast<const T*>(problem.lse) + first;
     const int64_t lanes = whole_groups<T>(count);
+    const auto read_saved = [&](T* out, saved::Row row) {
+      read_elements(out, saved_row<T>(problem, row) + first, 1, count);
+    };
     read_scales(scale, problem, cursor, count);
-    read_elements(lse_rounded, lse, 1, count);
-    read_elements(lse_lost, lse + problem.positions, 1, count);
-    if (soft) read_elements(rest_of_total, lse + 2 * problem.positions, 1, count);
+    read_saved(lse_rounded, saved::kLse);
+    read_saved(lse_lost, saved::kLseLost);
+    if (soft) read_saved(rest_of_total, saved::kMass);
     for (int64_t i = 0; i < lanes && !soft; ++i) rest_of_total[i] = T(problem.smoothed_total);
     for (int64_t i = 0; i < count && problem.z_loss != 0; ++i) {
       rest_of_total[i] += T(2 * problem.z_loss) * (lse_rounded[i] + lse_lost[i]);
@@ -557,14 +572,14 @@ struct TileTerms {
     return (x - load(lse_rounded + v)) - load(lse_lost + v);
   }
 
-  // Of the target's own class.
+  // The gradient of an index target's own class.
   XENT_INLINE_MEMBER Vector<T> own_gradient(const TileTargets<T>& targets, Vector<T> target_logit, int64_t v) const {
     return load(scale + v) * target_gradient(load(targets.hit + v), load(rest_of_total + v), load(targets.smoothed + v),
                                              log_softmax(target_logit, v));
   }
 };
 
-// Of an index target's gradient, what is the same for all classes of a group's positions.
+// The same in registers, for the positions of a group and an index target.
 template <class T>
 struct GroupTerms {
   Vector<T> rounded[kGroup], lost[kGroup], scale[kGroup], total[kGroup], own[kGroup];
@@ -593,7 +608,7 @@ struct GroupTerms {
   }
 };
 
-// Where positions are neighbours in memory, each logit is read once and its gradient stored at once, without a tile.
+// Where positions are neighbours in memory: reads each logit once and stores its gradient at once, without a tile.
 template <class T, class S, bool smoothed>
 static void backward_planes(const Backward& problem, const TileTargets<T>& targets, const TileTerms<T>& terms,
                             const Cursor& cursor, int64_t count, const Prefetch& next) {
@@ -602,7 +617,7 @@ static void backward_planes(const Backward& problem, const TileTargets<T>& targe
   const S* const x = static_cast<const S*>(from.data) + cursor.offset(from);
   S* const out = static_cast<S*>(to.data) + cursor.offset(to);
   const T* weight = static_cast<const T*>(problem.weight);
-  const T share = T(problem.label_smoothing / double(problem.classes));
+  const T share = T(problem.share);
   const int64_t bytes = W * int64_t(sizeof(S));
   const bool stream = problem.stream && reinterpret_cast<uintptr_t>(out) % bytes == 0 &&
                       to.class_stride * int64_t(sizeof(S)) % bytes == 0;
@@ -630,8 +645,8 @@ static void backward_planes(const Backward& problem, const TileTargets<T>& targe
   }
 }
 
-// Where classes are neighbours, a row at a time: its terms are the same for all lanes, and nothing is transposed. Into
-// the caches, since the rows' ends are not those of the lines that could be stored past them.
+// Where classes are neighbours in memory: a row at a time, whose terms are the same for all lanes, so that nothing is
+// transposed. Stores into the caches, since rows do not end where the lines do that could be stored past them.
 template <class T, class S, bool smoothed>
 static void backward_short_rows(const Backward& problem, const TileTargets<T>& targets, const TileTerms<T>& terms,
                                 const Cursor& cursor, int64_t count, const Prefetch& next) {
@@ -641,13 +656,13 @@ static void backward_short_rows(const Backward& problem, const TileTargets<T>& t
   const S* x = static_cast<const S*>(from.data) + cursor.offset(from);
   S* out = static_cast<S*>(to.data) + cursor.offset(to);
   const T* weight = static_cast<const T*>(problem.weight);
-  const T share = T(problem.label_smoothing / double(problem.classes));
+  const T share = T(problem.share);
   const int64_t n = problem.classes, rest = n % W;
   alignas(64) T own[kTile];
   for (int64_t v = 0; v < count; v += W) {
     T target_logits[W];
     for (int64_t i = 0; i < W; ++i) {
-      const int64_t y = v + i < count ? targets.y[v + i] : -1;
+      const int64_t y = v + i < count ? targets.y[v + i] : kIgnored;
       target_logits[i] = y < 0 ? T(0) : T(widen(x[(v + i) * from.stride[inner] + y]));
     }
     store(own + v, terms.own_gradient(targets, load(target_logits), v));
@@ -661,7 +676,7 @@ static void backward_short_rows(const Backward& problem, const TileTargets<T>& t
     }
     const Vector<T> rounded = broadcast(terms.lse_rounded[i]), lost = broadcast(terms.lse_lost[i]);
     const Vector<T> scale = broadcast(terms.scale[i]), total = broadcast(targets.hit[i] + terms.rest_of_total[i]);
-    const auto gradient = [&](Vector<T> logits, int64_t c) __attribute__((always_inline)) {
+    const auto gradient = [&](Vector<T> logits, int64_t c) XENT_INLINE_LAMBDA {
       Vector<T> result = total * exp((logits - rounded) - lost);
       if constexpr (smoothed) result -= weight ? share * load(weight + c) : broadcast(share);
       return scale * result;
@@ -674,42 +689,32 @@ static void backward_short_rows(const Backward& problem, const TileTargets<T>& t
   }
 }
 
-// For tiles whose gradients need not be staged: whether that is so, and they are done.
-template <class T, class S, bool smoothed>
-static bool try_direct(const Backward& problem, const TileTargets<T>& targets, const TileTerms<T>& terms,
-                       const Cursor& cursor, int64_t count, const Prefetch& next) {
-  const View &from = problem.logits, &to = problem.grad_logits;
-  const int inner = problem.dims - 1;
-  if (from.stride[inner] == 1 && to.stride[inner] == 1 && count % kGroupLanes<T> == 0) {
-    backward_planes<T, S, smoothed>(problem, targets, terms, cursor, count, next);
-  } else if (from.class_stride == 1 && to.class_stride == 1 && !problem.stream && problem.classes >= kLanes<T>) {
-    backward_short_rows<T, S, smoothed>(problem, targets, terms, cursor, count, next);
-  } else {
-    return false;
-  }
-  return true;
-}
-
+// Writes the gradient of an index target without a tile, where the layouts allow it. Returns true if so.
 template <class T, bool smoothed>
 static bool backward_directly(const Backward& problem, const TileTargets<T>& targets, const TileTerms<T>& terms,
                               const Cursor& cursor, int64_t count, const Prefetch& next) {
-  const auto type = problem.logits.type;
-  if (!problem.grad_logits || problem.grad_logits.type != type || cursor.run(count) < count) return false;
-  if constexpr (sizeof(T) == sizeof(double)) {
-    return type == ElementType::kFloat64 &&
-           try_direct<T, double, smoothed>(problem, targets, terms, cursor, count, next);
-  } else {
-    switch (type) {
-      case ElementType::kFloat16: return try_direct<T, Float16, smoothed>(problem, targets, terms, cursor, count, next);
-      case ElementType::kBFloat16:
-        return try_direct<T, BFloat16, smoothed>(problem, targets, terms, cursor, count, next);
-      default: return try_direct<T, float, smoothed>(problem, targets, terms, cursor, count, next);
+  const View &from = problem.logits, &to = problem.grad_logits;
+  const int inner = problem.dims - 1;
+  if (!to || to.type != from.type || cursor.run(count) < count) return false;
+  const bool planes = from.stride[inner] == 1 && to.stride[inner] == 1 && count % kGroupLanes<T> == 0;
+  const bool rows = from.class_stride == 1 && to.class_stride == 1 && !problem.stream && problem.classes >= kLanes<T>;
+  bool done = false;
+  with_numbers(from, 0, [&](auto* logits) XENT_INLINE_LAMBDA {
+    using S = std::remove_pointer_t<decltype(logits)>;
+    if constexpr (kFillsVectors<S, T>) {
+      if (planes) {
+        backward_planes<T, S, smoothed>(problem, targets, terms, cursor, count, next);
+      } else if (rows) {
+        backward_short_rows<T, S, smoothed>(problem, targets, terms, cursor, count, next);
+      }
+      done = planes || rows;
     }
-  }
+  });
+  return done;
 }
 
 template <class T, Objective objective>
-static void backward_tile(const Backward& problem, Cursor cursor, int64_t first, int64_t count) {
+static void backward_tile(const Backward& problem, const Cursor& cursor, int64_t first, int64_t count) {
   constexpr bool soft = objective == Objective::kProbabilities, smoothed = objective == Objective::kSmoothedIndex;
   constexpr int W = kLanes<T>;
   Tile<T> x(problem);
@@ -722,8 +727,8 @@ static void backward_tile(const Backward& problem, Cursor cursor, int64_t first,
   }
 
   const T* weight = static_cast<const T*>(problem.weight);
-  const T keep = T(1 - problem.label_smoothing);
-  const T share = T(soft ? 1 : problem.label_smoothing / double(problem.classes));
+  const T keep = T(problem.keep);
+  const T share = T(soft ? 1 : problem.share);
   const int64_t of_block = classes_of_block<T>(problem), lanes = whole_groups<T>(count);
   for (int64_t c = 0; c < problem.classes; c += of_block) {
     const int64_t classes = std::min(of_block, problem.classes - c);

@@ -311,8 +311,8 @@ variable_list fused_gradients(AutogradContext* ctx, const Inputs& inputs, const 
   return {of_input, of_weight, of_bias};
 }
 
-// Returns the gradients of lse, target_log_prob and entropy, which follow that of the loss in `grads`, as a backward takes
-// them; undefined where there are none.
+// Returns the gradients of lse, target_log_prob and entropy, which follow that of the loss in `grads`, as a backward
+// takes them; undefined where there are none.
 at::Tensor gradients_of_statistics(at::TensorList grads, const at::Tensor& lse) {
   variable_list rows;
   bool any = false;

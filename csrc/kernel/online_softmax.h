@@ -3,23 +3,35 @@
 //   XENT_INLINE, select(mask, a, b), log(x), exp_and_expm1(x, &exp, &expm1), rough_quotient(a, b)
 // for T, and includes this file inside the namespace of each instruction set (hence no include guard).
 //
-// With m = max x, L = log sum exp(x - m), lse = m + L and coefficients a_c >= 0, A = sum_c a_c:
+// A *position* is one element of the loss before its reduction. It has logits x_c, coefficients a_c >= 0 made of its
+// target (problem.h) with the sum A, p = softmax(x), m = max x, L = log sum_c exp(x_c - m) and lse = m + L:
 //
 //   loss    = sum_c a_c (lse - x_c) = sum_c a_c (m - x_c) + A L       every term >= 0: nothing cancels
-//   d/dx_c  = A softmax_c - a_c
-//   d/dq_c  = (1 - e) w_c (lse - x_c)
+//   d/dx_c  = A p_c - a_c
+//   d/dq_c  = (1 - e) w_c (lse - x_c)                                 for probabilities q
 //
-// What can be added to it, per position:
+// The words for its parts, in all kernels; y is the class of an index target, e label smoothing, w class weights:
 //
-//   z lse^2                        d/dx_c = 2 z lse softmax_c
-//   lse                            d/dx_c = softmax_c
+//   ties    = number of c with x_c = m            spread  = sum_c b_c (m - x_c)
+//   rest    = sum of exp(x_c - m) over x_c < m    mass    = sum_c b_c
+//   hit     = (1 - e) w_y                         gap     = m - x_y
+//
+// where b_c is a_c without `hit`: (e / C) w_c of an index target, a_c of any other. (The CPU kernels sum w_c, and
+// multiply by e / C afterwards.) So L = log(ties + rest), and, with hit = 0 for targets that are no index,
+//
+//   loss    = hit (gap + L) + spread + mass L
+//
+// What can be added to the loss of a position:
+//
+//   z lse^2                        d/dx_c = 2 z lse p_c
+//   lse                            d/dx_c = p_c
 //   H = -sum_c p_c log p_c         d/dx_c = -p_c (log p_c + H)
-//     = L + sum_c exp(x_c - m) (m - x_c) / s         every term >= 0
+//     = L + sum_c exp(x_c - m) (m - x_c) / (ties + rest)              every term >= 0
 //   log p_y                        d/dx_c = [c = y] - p_c
 //
-// So whatever mixture of them is differentiated, d/dx_c = p_c (P + E log p_c) - D a_c, and less at a label's class.
+// So the gradient of any mixture of them is p_c (P + E log p_c) - D a_c, and less at a label's class.
 
-// a + b and what rounding lost of it (Knuth, TAOCP 4.2.2).
+// sum = a + b, rounded, and what rounding lost of it (Knuth, TAOCP 4.2.2).
 template <class T>
 XENT_INLINE void two_sum(T a, T b, T& sum, T& lost) {
   sum = a + b;
@@ -27,8 +39,7 @@ XENT_INLINE void two_sum(T a, T b, T& sum, T& lost) {
   lost = (a - (sum - b_in_sum)) + (b - b_in_sum);
 }
 
-// log(ties + rest), where `ties` counts the logits that equal the maximum (each adds exp(0) = 1) and `rest` sums the
-// exponentials of the others. Apart, they keep log(1 + 1e-9), which a single sum would round to log(1) = 0.
+// L = log(ties + rest). Apart, the two keep log(1 + 1e-9), which a single sum would round to log(1) = 0.
 template <class T>
 XENT_INLINE T log_of_sum(T ties, T rest) {
   T sum, lost;
@@ -36,9 +47,7 @@ XENT_INLINE T log_of_sum(T ties, T rest) {
   return log(sum) + rough_quotient(lost, sum);  // a rounding's rounding
 }
 
-// The coefficients of an index target: `hit` for the target's class, and `share` of each class's weight.
-// The loss where `gap` = m - x_y, `spread` = sum_c w_c (m - x_c), `mass` = sum_c w_c. A coefficient of zero contributes
-// zero even where its logit is -inf.
+// The loss, with `share` as a factor of the sums. A coefficient of zero contributes zero, even at a logit of -inf.
 template <class T>
 XENT_INLINE T index_loss(T hit, T share, T gap, T spread, T mass, T log_sum) {
   const T zero = T{};
@@ -47,14 +56,14 @@ XENT_INLINE T index_loss(T hit, T share, T gap, T spread, T mass, T log_sum) {
   return own + smoothed;
 }
 
-// A softmax - a for any class whose softmax is not near one, or whose coefficient is zero.
+// A p - a, for a class whose softmax is not near one, or whose coefficient is zero.
 template <class T>
 XENT_INLINE T plain_gradient(T total, T softmax, T coefficient) {
   return total * softmax - coefficient;
 }
 
-// A softmax - a without cancellation where softmax and a / A are both near one: there it is A (softmax - 1) + (A - a),
-// and softmax - 1 = expm1(x - lse). `near_one` is -ln 2: above it the softmax exceeds a half.
+// A p - a without cancellation. Where p and a / A are both near one it is A (p - 1) + (A - a), with p - 1 =
+// expm1(x - lse). Above `near_one`, -ln 2, the softmax exceeds a half.
 template <class T>
 XENT_INLINE T soft_gradient(T total, T log_softmax, T coefficient) {
   T softmax, softmax_minus_one;
@@ -64,7 +73,7 @@ XENT_INLINE T soft_gradient(T total, T log_softmax, T coefficient) {
                 total * softmax_minus_one + (total - coefficient), plain_gradient(total, softmax, coefficient));
 }
 
-// The same for the class of an index target, where A = hit + rest_of_total and a = hit + smoothed.
+// A p - a for the class of an index target, where A = hit + rest_of_total and a = hit + smoothed.
 template <class T>
 XENT_INLINE T target_gradient(T hit, T rest_of_total, T smoothed, T log_softmax) {
   T softmax, softmax_minus_one;
@@ -79,8 +88,8 @@ XENT_INLINE T target_gradient(T hit, T rest_of_total, T smoothed, T log_softmax)
 //   KL = sum_c q_c r_c = sum_c q_c (expm1(-r_c) + r_c)      for sum p = sum q = 1
 //
 // where every term is >= 0, and zero where the softmaxes are equal. r is (z_c - x_c) / T less a constant, the
-// difference of the two lse. That this is rounded, and that the sum of q is not one to the last bit, changes the sum of
-// terms by as much as s - log(1 + s), with s the sum of q_c expm1(-r_c), which is zero but for rounding.
+// difference of the two lse. This constant is rounded, and the sum of q is not one to the last bit. Together they
+// change the sum of terms by s - log(1 + s), where s = sum_c q_c expm1(-r_c) would be zero without rounding.
 
 // (expm1(-r) + r) / r^2 for |r| < 1, to all digits of E, the type of T's elements.
 template <class E, class T>
@@ -109,7 +118,7 @@ XENT_INLINE T series_of_excess(T r) {
   return one * E(1.0 / 2) - r * sum;
 }
 
-// q (expm1(-r) + r) and q expm1(-r) = p - q. Where q is zero, r may be anything.
+// excess = q (expm1(-r) + r) and change = q expm1(-r) = p - q. Where q is zero, r may be anything.
 template <class E, class T>
 XENT_INLINE void divergence_terms(T q, T p, T r, T& excess, T& change) {
   const T zero{}, one = T{} + E(1);
@@ -121,7 +130,7 @@ XENT_INLINE void divergence_terms(T q, T p, T r, T& excess, T& change) {
   change = select(q == zero, p, change);
 }
 
-// From the sums of both, and that of q.
+// The divergence from the sums of excess, of change and of q.
 template <class E, class T>
 XENT_INLINE T divergence_of(T excess, T change, T mass) {
   const T zero{}, one = T{} + E(1);
@@ -132,7 +141,7 @@ XENT_INLINE T divergence_of(T excess, T change, T mass) {
 
 // ---- logits that are transformed first: x = cap tanh(scale x' / cap) ------------------------------------------------
 
-// With all relative accuracy, through expm1(-2 |x|).
+// tanh(x) to all digits, through expm1(-2 |x|).
 template <class T>
 XENT_INLINE T tanh_of(T x) {
   const T zero = T{}, twice = x + x;
@@ -147,7 +156,7 @@ XENT_INLINE T softcapped(T x, T cap) {
   return cap * tanh_of(x / cap);
 }
 
-// dx / dx' from x, but for the scale.
+// dx / dx' / scale, from x.
 template <class T>
 XENT_INLINE T slope_of_softcap(T x, T cap) {
   const T tanh = x / cap;
@@ -156,7 +165,7 @@ XENT_INLINE T slope_of_softcap(T x, T cap) {
 
 // ---- the gradient of a mixture --------------------------------------------------------------------------------------
 
-// E p log p, which is zero where p is, even at a logit of -inf.
+// E p log p, which is zero where p is zero, even at a logit of -inf.
 template <class T>
 XENT_INLINE T entropy_gradient(T factor, T softmax, T log_softmax) {
   return select(softmax == T{}, T{}, factor * softmax * log_softmax);

@@ -32,6 +32,9 @@ enum class Objective : uint8_t {
   kGeneral,        // any form of target, transformed logits, statistics, a shard of the classes
 };
 
+// What stands in the place of a class: its target is ignore_index, or no class at all.
+constexpr int kIgnored = -1, kBad = -2;
+
 // The kind of target.
 enum class TargetKind : uint8_t {
   kNone,           // nothing but lse is asked for
