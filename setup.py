@@ -39,7 +39,10 @@ if TORCH < OLDEST_TORCH:
 # The nvcc on the PATH may be a script, and its folder's parent no toolkit: nvcc itself knows where that is.
 if torch.version.cuda and shutil.which("nvcc") and not glob(f"{cpp.CUDA_HOME}/include/cuda_runtime.h"):
     said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    cpp.CUDA_HOME = os.path.realpath(re.search("TOP=(.*)", said)[1])
+    toolkit = re.search("TOP=(.*)", said)
+    if not toolkit:
+        sys.exit(f"cross_entropy_ext cannot find nvcc's toolkit: set CUDA_HOME. `nvcc --dryrun` printed: {said.strip()}")
+    cpp.CUDA_HOME = os.path.realpath(toolkit[1])
 
 DEBUG = os.environ.get("DEBUG") == "1"
 SANITIZE = os.environ.get("SANITIZE", "")
