@@ -326,7 +326,7 @@ at::Tensor gradients_of_statistics(at::TensorList grads, const at::Tensor& lse) 
 
 // ---- the loss -------------------------------------------------------------------------------------------------------
 
-struct LossFunction : torch::autograd::Function<LossFunction> {
+struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static constexpr bool is_traceable = true;
 
   static variable_list forward(AutogradContext* ctx, at::TensorList /*present*/, const Arguments& arguments,
@@ -553,8 +553,8 @@ Outputs loss_autograd(const Inputs& given, const Options& asked) {
   if (options.inplace) options.inplace = is_eager(given.logits) && !are_of_a_leaf(given.logits);
   const Arguments arguments{to_slots(inputs, options)};
   const variable_list present = arguments.present();
-  Outputs outputs =
-      Outputs::of(LossFunction::apply(at::TensorList(present), arguments, options, fuse_backward(given, options)));
+  Outputs outputs = Outputs::of(
+      CrossEntropyFunction::apply(at::TensorList(present), arguments, options, fuse_backward(given, options)));
   if (options.statistics) correct_target_log_prob(outputs, given, options);
   return outputs;
 }
