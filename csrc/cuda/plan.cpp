@@ -25,7 +25,7 @@ int64_t size_of(ElementType type) {
   }
 }
 
-// As many blocks as fit on the device at a time, or as there is work for.
+// Returns as many blocks as fit on the device at a time, or as there is work for.
 int64_t persistent_blocks(const Device& device, int threads, int64_t shared_bytes, int resident, int64_t work,
                           int64_t overhead_bytes = kOverheadBytes) {
   const int64_t by_shared = device.shared_per_multiprocessor / (shared_bytes + overhead_bytes);
@@ -40,7 +40,7 @@ bool is_class_contiguous(const Task& task) {
 
 // ---- small rows -----------------------------------------------------------------------------------------------------
 
-// How many of `threads`, whose elements lie `stride` bytes apart, meet in one bank of shared memory.
+// Returns how many of `threads`, whose elements lie `stride` bytes apart, meet in one bank of shared memory.
 int64_t bank_conflicts(int64_t threads, int64_t stride) {
   constexpr int64_t kAllBanks = 128;                                      // bytes
   const int64_t common = std::min<int64_t>(kAllBanks, stride & -stride);  // divisor: they have as many banks

@@ -73,7 +73,7 @@ constexpr int strided_resident(int arithmetic_size, Team team) {
 // Fills in what kernels read of the options, and gives the dimension of a single class the stride of contiguous ones.
 void prepare(Task& task);
 
-// Of a task that is prepared.
+// Returns the plan of a prepared task.
 Plan plan(const Task& task, const Device& device);
 
 // How many blocks count the targets of a mean.

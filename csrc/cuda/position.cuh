@@ -18,25 +18,28 @@ XENT_DEVICE const Task::Numbers<A>& numbers(const Task& task) {
 
 // ---- where ----------------------------------------------------------------------------------------------------------
 
-// The offset, in elements, of the i-th index of the dimensions up to `last`, in row-major order.
-XENT_DEVICE int64_t offset_along(const Task& task, const View& view, int last, int64_t i) {
+// The offset of a position, in elements.
+XENT_DEVICE int64_t offset_of(const Task& task, const View& view, int64_t position) {
   int64_t offset = 0;
 #pragma unroll 1
-  for (int d = last; d > 0; --d) {
-    const int64_t outer = i / task.size[d];
-    offset += (i - outer * task.size[d]) * view.stride[d];
-    i = outer;
+  for (int d = task.dims - 1; d > 0; --d) {
+    const int64_t outer = position / task.size[d];
+    offset += (position - outer * task.size[d]) * view.stride[d];
+    position = outer;
   }
-  return offset + i * view.stride[0];
-}
-
-XENT_DEVICE int64_t offset_of(const Task& task, const View& view, int64_t position) {
-  return offset_along(task, view, task.dims - 1, position);
+  return offset + position * view.stride[0];
 }
 
 // The offset of the first position of a run along the last dimension.
 XENT_DEVICE int64_t offset_of_run(const Task& task, const View& view, int64_t run) {
-  return task.dims > 1 ? offset_along(task, view, task.dims - 2, run) : 0;
+  int64_t offset = 0;
+#pragma unroll 1
+  for (int d = task.dims - 2; d > 0; --d) {
+    const int64_t outer = run / task.size[d];
+    offset += (run - outer * task.size[d]) * view.stride[d];
+    run = outer;
+  }
+  return task.dims > 1 ? offset + run * view.stride[0] : 0;
 }
 
 // ---- elements of a type that is known at run time -------------------------------------------------------------------
@@ -48,6 +51,16 @@ XENT_DEVICE A read_number(const View& view, int64_t offset) {
     case ElementType::kBFloat16: return A(widen<float>(static_cast<const BFloat16*>(view.data)[offset]));
     case ElementType::kFloat32: return A(static_cast<const float*>(view.data)[offset]);
     default: return A(static_cast<const double*>(view.data)[offset]);
+  }
+}
+
+XENT_DEVICE int64_t read_class(const View& view, int64_t offset) {
+  switch (view.type) {
+    case ElementType::kInt8: return static_cast<const int8_t*>(view.data)[offset];
+    case ElementType::kUInt8: return static_cast<const uint8_t*>(view.data)[offset];
+    case ElementType::kInt16: return static_cast<const int16_t*>(view.data)[offset];
+    case ElementType::kInt32: return static_cast<const int32_t*>(view.data)[offset];
+    default: return static_cast<const int64_t*>(view.data)[offset];
   }
 }
 
@@ -65,12 +78,6 @@ XENT_DEVICE void read_classes(const View& view, const int64_t (&offsets)[N], int
     case ElementType::kInt32: return read(static_cast<const int32_t*>(view.data));
     default: return read(static_cast<const int64_t*>(view.data));
   }
-}
-
-XENT_DEVICE int64_t read_class(const View& view, int64_t offset) {
-  int64_t read[1];
-  read_classes(view, {offset}, read);
-  return read[0];
 }
 
 template <class From>

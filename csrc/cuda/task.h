@@ -1,4 +1,4 @@
-// What the host asks of the CUDA kernels: a Problem, where on the device its results go, and how the work is divided.
+// A task of the CUDA kernels: a Problem, where on the device its results go, and how the work is divided.
 // Passed by value at each launch. Knows neither torch nor CUDA.
 #pragma once
 
@@ -17,7 +17,7 @@ struct BadTarget {
   int32_t taken = 0;     // reports that the host has seen; the host writes it
 };
 
-// What one kernel does for every position.
+// The work of one kernel at every position.
 enum class Pass : uint8_t {
   kForward,          // lse and loss
   kForwardBackward,  // and the gradient of the logits, from the same read
