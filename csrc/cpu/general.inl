@@ -343,15 +343,15 @@ struct GeneralTerms {
   V label;                        // the factor of softmax(T x) - [c = y]
   V saved_mass;
 
-  GeneralTerms() = default;
-
   // `saved_at(row)` reads what the forward saved, `grad_at(row)` the gradients of statistics. `scale`: grad_output /
   // denominator, times the position's factor. `weight` and `mass`: of OwnSums.
   template <class SavedAt, class GradAt>
-  XENT_INLINE_MEMBER GeneralTerms(const Problem& problem, V scale, V weight, V mass, bool statistics,
-                                  const SavedAt& saved_at, const GradAt& grad_at)
-      : rounded(saved_at(saved::kLse)), lost(saved_at(saved::kLseLost)), of_loss(scale) {
+  XENT_INLINE_MEMBER void set(const Problem& problem, V scale, V weight, V mass, bool statistics,
+                              const SavedAt& saved_at, const GradAt& grad_at) {
     V of_lse{};
+    rounded = saved_at(saved::kLse);
+    lost = saved_at(saved::kLseLost);
+    of_loss = scale;
     label_max = label_log_sum = entropy = hit = of_target_log_prob = label = saved_mass = V{};
     if (problem.z_loss != 0) of_lse = scale * T(2 * problem.z_loss) * (rounded + lost);
     if (statistics) {
@@ -551,7 +551,8 @@ static void backward_general_rows(const Backward& problem, int64_t begin, int64_
     OwnSums<T> own;
     for_own<T>(problem, cursor, y,
                [&](int64_t c, T probability, int64_t) { own.add(weight_of_class<T>(problem, c), probability, T(0)); });
-    const GeneralTerms<T> terms(
+    GeneralTerms<T> terms;
+    terms.set(
         problem, broadcast(T(scale_at(problem, cursor, row))), broadcast(own.weight), broadcast(own.mass),
         grads != nullptr, [&](int of) { return broadcast(saved_row<T>(problem, of)[p]); },
         [&](int of) { return broadcast(grads[of * problem.positions + p]); });
@@ -688,10 +689,14 @@ struct PairOfTile {
       ignored = count_from_here(y, problem, count);
     }
     for (int64_t i = 0; i < tile.lanes; ++i) {
-      const int64_t c = pairs ? y[i] : tile.y[i];
-      const bool counts = tile.y[i] >= 0 && !(pairs && c == ignored) && (!only_here || problem.is_here(c));
-      y[i] = counts ? c : kIgnored;
+      const bool counts = tile.y[i] >= 0 && !(pairs && y[i] == ignored);
+      y[i] = !counts ? kIgnored : pairs ? y[i] : tile.y[i];
       probability[i] = !counts ? T(0) : pairs ? probability[i] : T(1);
+    }
+    for (int64_t i = 0; i < tile.lanes && only_here && problem.is_shard(); ++i) {
+      if (problem.is_here(y[i])) continue;
+      y[i] = kIgnored;
+      probability[i] = 0;
     }
   }
 };
@@ -920,10 +925,12 @@ static void backward_general_tile(const Backward& problem, const Cursor& cursor,
     const int64_t n = std::min<int64_t>(W, count - v);
     const auto counts = tile.counts_at(v) != Ints<T>{};
     const auto at = [&](const T* row) { return load_partial(row + first + v, n); };
-    const GeneralTerms<T>& of = terms[v / W] = GeneralTerms<T>(
+    GeneralTerms<T> of;
+    of.set(
         problem, load(scale + v), load(own.weight + v), load(own.mass + v), grads != nullptr,
         [&](int row) { return at(saved_row<T>(problem, row)); },
         [&](int row) { return at(grads + row * problem.positions); });
+    if (pairs) terms[v / W] = of;
     const bool labelled = problem.target_kind == TargetKind::kIndices || problem.labels;
     const Ints<T> y = load_classes<T>(tile.y + v);
     V own_gradient{};

@@ -447,9 +447,10 @@ XENT_INLINE void finish_gradient(const Forward& problem, Tile<T>& x, const TileT
   if (smoothed || problem.z_loss != 0) own += share_of_one * rest_of_total * exponential;
   if constexpr (smoothed) own = scale * (own - load(targets.smoothed + v));
   const Ints<T> y = targets.classes_at(v);
+  const int64_t classes = problem.classes, width = x.width;
   T* cell = x.cells + v;
   Ints<T> index{};
-  for (int64_t k = 0; k < problem.classes; ++k, cell += x.width, index += 1) {
+  for (int64_t k = 0; k < classes; ++k, cell += width, index += 1) {
     Vector<T> gradient = load(cell) * factor;
     if constexpr (smoothed) gradient = scale * (gradient - share * (weight ? weight[k] : T(1)));
     store(cell, select(y == index, own, select(valid, gradient, zero)));
