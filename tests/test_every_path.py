@@ -34,7 +34,9 @@ from test_nll import reference as nll_reference
 from torch import Tensor
 from torch.func import grad_and_value, jacfwd, vmap
 
+from cross_entropy_ext import _call
 from cross_entropy_ext import functional as ext
+from cross_entropy_ext.functional import losses
 
 inf, nan = math.inf, math.nan
 ONE = torch.ones(())
@@ -274,7 +276,8 @@ def test_every_path(path: str, case: Case) -> None:
 @every_case
 def test_composite(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor is one that the kernels are asked for."""
-    monkeypatch.setattr(ext, "_PLAIN", frozenset())
+    for module in (_call, losses):
+        monkeypatch.setattr(module, "PLAIN", frozenset())
     case.check(by_autograd(Case.outputs)(case))
 
 
@@ -365,7 +368,8 @@ def test_second_derivatives(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
 
     finite = {n: t.nan_to_num(0, 0, -1e3) if t.is_floating_point() else t for n, t in tensors.items()}
     expected, found = seconds(finite), [seconds(tensors)]
-    monkeypatch.setattr(ext, "_PLAIN", frozenset())
+    for module in (_call, losses):
+        monkeypatch.setattr(module, "PLAIN", frozenset())
     found.append(seconds(tensors))
     for ours in found:
         torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)

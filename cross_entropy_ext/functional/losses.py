@@ -374,7 +374,7 @@ def _mixture(tensors: Tensors, targets: tuple, shares: Tensor, axis: int, option
     """
     input, _, weight, _, sample_weight, denominator = tensors
     reduction, ignore_index, loss_dtype, empty, *_ = options
-    indices, pairs = torch.stack(targets, axis), options._replace(kind="pairs")
+    indices = torch.stack(targets, axis)
     well_formed = (
         (sample_weight is None or _is_real(sample_weight, targets[0].shape))
         and (weight is None or _is_real(weight, input.shape[axis : axis + 1]))
@@ -382,7 +382,8 @@ def _mixture(tensors: Tensors, targets: tuple, shares: Tensor, axis: int, option
         and -(2**63) <= operator.index(ignore_index) < 2**63
     )
     if not well_formed:  # the operator raises an error
-        return _call.loss(tensors._replace(target=indices, companion=shares.expand(indices.shape)), pairs)
+        tensors = tensors._replace(target=indices, companion=shares.expand(indices.shape))
+        return _call.loss(tensors, options._replace(kind="pairs"))
     if indices.dtype != torch.int64:
         indices = indices.long()
     counted = reduction in ("mean", "elementwise_mean") and denominator is None
@@ -412,7 +413,7 @@ def _mixture(tensors: Tensors, targets: tuple, shares: Tensor, axis: int, option
         sample_weight = of_position if sample_weight is None else of_position * sample_weight
     loss = _call.loss(
         Tensors(input, indices, weight, factors.expand(indices.shape), sample_weight, denominator),
-        pairs._replace(reduction="sum") if counted else pairs,
+        options._replace(kind="pairs", reduction="sum" if counted else reduction),
     )
     if counted and empty == "nan":  # a part over nothing is NaN, and has no gradient
         if nothing.requires_grad or nothing.numel() != 2:
