@@ -94,7 +94,7 @@ XENT_DEVICE void write_element(const View& view, int64_t offset, From x) {
 
 // A *label* is a class, or one of these: ignored; out of bounds; or a target that counts without being one class.
 // Kernels hold it in an int where they have fewer than 2^31 classes.
-constexpr int kIgnored = -1, kBad = -2, kProbabilities = -3;
+constexpr int kManyClasses = -3;
 
 // Turns a class index as it is read into a label; on a shard, classes count from its first.
 template <Objective objective>
@@ -117,7 +117,7 @@ XENT_DEVICE const View& labels_of(const Task& task) {
   return objective == Objective::kGeneral && task.labels ? task.labels : task.target;
 }
 
-// The label of k pairs: kProbabilities where one counts, kIgnored where none does, kBad where one is. `kLanes` threads
+// The label of k pairs: kManyClasses where one counts, kIgnored where none does, kBad where one is. `kLanes` threads
 // ask for one position together: 1, or a warp.
 template <int kLanes>
 XENT_DEVICE int64_t label_of_pairs(const Task& task, int64_t offset) {
@@ -132,16 +132,16 @@ XENT_DEVICE int64_t label_of_pairs(const Task& task, int64_t offset) {
     any = __any_sync(0xffffffffu, any);
     bad = __any_sync(0xffffffffu, bad);
   }
-  return bad ? kBad : any ? kProbabilities : kIgnored;
+  return bad ? kBad : any ? kManyClasses : kIgnored;
 }
 
 // The label of a position, which is at `offset` in labels_of(task).
 template <Objective objective, int kLanes = 1>
 XENT_DEVICE int64_t read_label(const Task& task, int64_t offset) {
-  if constexpr (objective == Objective::kProbabilities) return kProbabilities;
+  if constexpr (objective == Objective::kProbabilities) return kManyClasses;
   if constexpr (objective == Objective::kGeneral) {
     if (task.target_kind == TargetKind::kPairs) return label_of_pairs<kLanes>(task, offset);
-    if (task.target_kind != TargetKind::kIndices && !task.labels) return kProbabilities;
+    if (task.target_kind != TargetKind::kIndices && !task.labels) return kManyClasses;
   }
   return checked_class<objective>(task, labels_of<objective>(task), offset);
 }
@@ -158,7 +158,7 @@ XENT_DEVICE void read_labels(const Task& task, const int64_t (&offsets)[N], int6
   }
 }
 
-XENT_DEVICE bool is_counted(int64_t label) { return label >= 0 || label == kProbabilities; }
+XENT_DEVICE bool is_counted(int64_t label) { return label >= 0 || label == kManyClasses; }
 
 // Reports to the host, unless that still has to take an earlier report. The position is at `offset` in labels_of(task).
 template <Objective objective>

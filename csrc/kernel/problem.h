@@ -32,7 +32,7 @@ enum class Objective : uint8_t {
   kGeneral,        // any form of target, transformed logits, statistics, a shard of the classes
 };
 
-// What stands in the place of a class: its target is ignore_index, or no class at all.
+// Stand in the place of a class where a target is ignore_index, or no class at all.
 constexpr int kIgnored = -1, kBad = -2;
 
 // The kind of target.

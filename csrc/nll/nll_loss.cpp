@@ -150,12 +150,14 @@ struct Saved {
 struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
   static constexpr bool is_traceable = true;
 
-  static Variable forward(AutogradContext* ctx, const Variable& grad_output, XENT_NLL_INPUTS,
-                          const Variable& denominator, XENT_NLL_OPTIONS) {
+  static Variable forward(AutogradContext* ctx, const Variable& grad_output, const Variable& input,
+                          const Variable& target, const OptionalTensor& weight, const Variable& denominator,
+                          XENT_NLL_OPTIONS) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    Saved::save(ctx, {}, target, weight, {}, reduction, ignore_index);
+    const at::Tensor class_weight = weight.value_or(at::Tensor());
+    Saved::save(ctx, {}, target, class_weight, {}, reduction, ignore_index);
     ctx->saved_data["dtype"] = grad_output.scalar_type();
-    return nll::backward(grad_output, input, target, weight, denominator, reduction, ignore_index);
+    return nll::backward(grad_output, input, target, class_weight, denominator, reduction, ignore_index);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -170,10 +172,12 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
 struct LossFunction : torch::autograd::Function<LossFunction> {
   static constexpr bool is_traceable = true;
 
-  static Variable forward(AutogradContext* ctx, XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
+  static Variable forward(AutogradContext* ctx, const Variable& input, const Variable& target,
+                          const OptionalTensor& weight, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [loss, denominator] = nll::forward(input, target, weight, reduction, ignore_index, loss_dtype);
-    Saved::save(ctx, input, target, weight, denominator, reduction, ignore_index);
+    const at::Tensor class_weight = weight.value_or(at::Tensor());
+    const auto [loss, denominator] = nll::forward(input, target, class_weight, reduction, ignore_index, loss_dtype);
+    Saved::save(ctx, input, target, class_weight, denominator, reduction, ignore_index);
     return loss;
   }
 
@@ -209,7 +213,7 @@ at::Tensor loss_autograd(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, std::optional<at::Sc
   }
   const auto type = loss_dtype.value_or(input.scalar_type());
   if (input.requires_grad() && c10::GradMode::is_enabled()) {
-    return LossFunction::apply(input, target, weight, reduction, ignore_index, type);
+    return LossFunction::apply(input, target, optional(weight), reduction, ignore_index, type);
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   return std::get<0>(forward(input, target, weight, reduction, ignore_index, type));
@@ -224,7 +228,7 @@ at::Tensor backward_autograd(const at::Tensor& grad_output, XENT_NLL_TENSORS, co
     });
   }
   if (grad_output.requires_grad() && c10::GradMode::is_enabled()) {
-    return BackwardFunction::apply(grad_output, input, target, weight, denominator, reduction, ignore_index);
+    return BackwardFunction::apply(grad_output, input, target, optional(weight), denominator, reduction, ignore_index);
   }
   const at::AutoDispatchBelowADInplaceOrView below;
   return backward(grad_output, input, target, weight, denominator, reduction, ignore_index);
