@@ -225,7 +225,7 @@ def test_one_pass(kernels: ModuleType, device: str, dtype: torch.dtype, shape, o
         expected, _ = ops._backward(
             grad_output, denominator, logits, *others[:2], saved, denominator, *options, [True, False]
         )
-        ops._adapt_gradient_(grad_output, denominator, gradient, logits, *others[:2], lse, denominator, *options)
+        ops._adapt_gradient_(grad_output, denominator, logits, *others[:2], lse, denominator, *options, gradient)
         assert_close(gradient, expected, rtol=16 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
 
 
