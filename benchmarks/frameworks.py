@@ -1,6 +1,6 @@
 """End to end: training steps of transformers' models as they are, with the native loss and under `patch_torch()`.
 
-    python -m benchmarks.clients [--device cpu|cuda] [--quick] [--only PATTERN] [--json FILE]
+    python -m benchmarks.frameworks [--device cpu|cuda] [--quick] [--only PATTERN] [--json FILE]
 
 `pip install '.[clients]'`. The models are built from a configuration, with random weights, and learn from the data that
 `benchmarks.training` has; they compute their loss themselves, from `labels=`. The vocabularies are those of the models
@@ -231,7 +231,7 @@ WORKLOADS = [
 
 
 def main() -> None:
-    parser = command_line.parser_of(__doc__, "clients", "two tiny models, under a minute", "models")
+    parser = command_line.parser_of(__doc__, "frameworks", "two tiny models, under a minute", "models")
     run(command_line.parse(parser), WORKLOADS)
 
 

@@ -36,10 +36,11 @@ from torch import Tensor
 import cross_entropy_ext
 from cross_entropy_ext.functional import cross_entropy
 
-from . import command_line, pairs
+from . import command_line
+from . import idiom_cases as pairs
 from . import records as files
+from .idiom_cases import NOW, PAIRS, TODAY, Pair, Shape
 from .memory import CpuPeaks, cuda_peak
-from .pairs import NOW, PAIRS, TODAY, Pair, Shape
 from .timing import Run, Timed, count_of_sets, measure
 from .values import TOLERANCE
 

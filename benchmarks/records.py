@@ -1,7 +1,7 @@
 """What a result file holds: the machine, the versions, the command, and records, which are flat dictionaries.
 
 `benchmarks/results/<device>/<part>.json`, where the device is `cpu` or a GPU's name and the part is the module that
-measured it: run, idioms, linear, scaling, training, clients, accuracy. `benchmarks.report` reads nothing else. A run
+measured it: run, idioms, linear, scaling, training, frameworks, accuracy. `benchmarks.report` reads nothing else. A run
 with options of its own (`--quick`, `--only`, `--seconds`) writes to `benchmarks/output/<device>/<part>.json` instead.
 """
 

@@ -24,7 +24,7 @@ BEGIN_IDIOMS = "<!-- `python -m benchmarks.report` writes this table, too. -->"
 BEGIN_LINEAR = "<!-- `python -m benchmarks.report` writes this table of the output layer, too. -->"
 BEGIN_SHARDS = "<!-- `python -m benchmarks.report` writes what was measured of sharded classes, too. -->"
 END = "<!-- Up to here. -->"
-PARTS = ("run", "kernels", "counters", "idioms", "linear", "vocab_parallel", "scaling", "training", "clients")
+PARTS = ("run", "kernels", "counters", "idioms", "linear", "vocab_parallel", "scaling", "training", "frameworks")
 PARTS += ("accuracy",)
 ONLY = {"kernels": "gpu", "counters": "gpu", "vocab_parallel": "cpu"}  # what other devices do not have
 TRAINING, EVALUATION, BACKWARD = "forward+backward", "forward", "backward"
@@ -592,7 +592,7 @@ def training_section(device: str, result: dict) -> list[str]:
     ]
 
 
-def clients_section(device: str, result: dict) -> list[str]:
+def frameworks_section(device: str, result: dict) -> list[str]:
     return [
         "Whole training steps of transformers' models as they are, which make their loss themselves from `labels=`: "
         "with the native loss, and after `patch_torch()`. Losses agree step by step.",
@@ -633,7 +633,7 @@ TITLES = {
     "vocab_parallel": "Sharded classes",
     "scaling": "Scaling",
     "training": "Training whole models",
-    "clients": "Programs that know nothing of this package",
+    "frameworks": "Programs that know nothing of this package",
     "accuracy": "Accuracy",
 }
 SECTIONS = {
@@ -645,7 +645,7 @@ SECTIONS = {
     "vocab_parallel": shards_section,
     "scaling": scaling_section,
     "training": training_section,
-    "clients": clients_section,
+    "frameworks": frameworks_section,
     "accuracy": accuracy_section,
 }
 
@@ -663,7 +663,7 @@ def page() -> str:
         "Written by `python -m benchmarks.report` from `benchmarks/results/`. `python -m benchmarks.run` measures what "
         "follows on your machine; `benchmarks.idioms`, `benchmarks.linear`, `benchmarks.vocab_parallel`, "
         "`benchmarks.scaling`, "
-        "`benchmarks.training`, `benchmarks.clients` and `benchmarks.accuracy` do the rest.",
+        "`benchmarks.training`, `benchmarks.frameworks` and `benchmarks.accuracy` do the rest.",
         "",
     ]
     for device in devices():

@@ -29,11 +29,11 @@ from cuda_on_cpu import build
 from benchmarks import (
     command_line,
     figures,
+    idiom_cases,
     idioms,
     kernels,
     limits,
     linear,
-    pairs,
     providers,
     records,
     report,
@@ -43,8 +43,8 @@ from benchmarks import (
     timing,
     values,
 )
+from benchmarks.idiom_cases import NOW, PAIRS, TODAY, Pair
 from benchmarks.memory import CpuPeaks
-from benchmarks.pairs import NOW, PAIRS, TODAY, Pair
 from benchmarks.providers import Provider, Refused
 from benchmarks.shapes import CASES, Case
 from cross_entropy_ext.functional import cross_entropy
@@ -123,7 +123,7 @@ def test_every_pair_was_recorded():
             assert "wrong" not in record and record["median_ms"] > 0, record
             assert tuple(record["shape"]) == pair.shape
         for which in (TODAY, NOW):
-            assert group[which]["code"] == pairs.code(pair.function(which)), "run `python -m benchmarks.idioms`"
+            assert group[which]["code"] == idiom_cases.code(pair.function(which)), "run `python -m benchmarks.idioms`"
         assert report.gradients(group[NOW]) < 1.1 and report.faster(group) > 3
     costs = report.costs_of(records.read("cpu", "idioms"))
     assert [tuple(record["shape"]) for _, record in costs] == list(idioms.COSTS)
@@ -196,11 +196,11 @@ def test_what_failed_is_on_the_page():
 def test_pairs_are_equal_and_a_wrong_one_is_found(pair):
     assert inspect.signature(pair.today) == inspect.signature(pair.now)
     assert pair.shape[1:] == pair.quick[1:] or pair.quick[1] < pair.shape[1]
-    logits, *rest = pairs.draw(pair.arguments, (8, 50), "cpu")
+    logits, *rest = idiom_cases.draw(pair.arguments, (8, 50), "cpu")
     wrong = idioms.Wrong(pair, [logits, *rest])
     logits = logits.clone().requires_grad_()
     for which in (TODAY, NOW):
-        results = pairs.step(pair.function(which), rest)(logits)
+        results = idiom_cases.step(pair.function(which), rest)(logits)
         assert wrong(results) == ""
         assert "gradient" in wrong((*results[:-1], results[-1].roll(1, 1)))
         assert "gradient" in wrong((*results[:-1], results[-1] * float("nan")))
@@ -213,9 +213,9 @@ def test_pairs_are_equal_and_a_wrong_one_is_found(pair):
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 def test_the_code_that_is_shown_runs(pair, which):
     """The README's lines alone, with nothing but the arguments and the names that are imported."""
-    function, drawn = pair.function(which), pairs.draw(pair.arguments, (8, 50), "cpu")
-    scope = {**vars(pairs), **dict(zip(pair.arguments, drawn, strict=True))}
-    shown = pairs.code(function)
+    function, drawn = pair.function(which), idiom_cases.draw(pair.arguments, (8, 50), "cpu")
+    scope = {**vars(idiom_cases), **dict(zip(pair.arguments, drawn, strict=True))}
+    shown = idiom_cases.code(function)
     exec("\n".join(shown), scope)
     found = function(*drawn)
     assert scope["loss"].equal(found[0] if isinstance(found, tuple) else found)
@@ -249,13 +249,13 @@ TAKE_WEIGHTS = (
 )
 def test_the_columns_of_the_page_are_equal_where_labels_are_padded(pair, weighted):
     """Both, as they are printed, on labels of which some are ignored; and with class weights in every loss."""
-    drawn = dict(zip(pair.arguments, pairs.draw(pair.arguments, (12, 50), "cpu"), strict=True))
+    drawn = dict(zip(pair.arguments, idiom_cases.draw(pair.arguments, (12, 50), "cpu"), strict=True))
     for name, ignored in (("target", slice(0, 12, 3)), ("a", [1, 4]), ("b", [2, 4]), ("indices", [0, 7])):
         if name in drawn:
             drawn[name][ignored] = -100
     if "indices" in drawn:
         drawn["indices"][3, 5:] = -100
-    scope = {**vars(pairs)}
+    scope = {**vars(idiom_cases)}
     if weighted:
         weights = torch.rand(50, generator=torch.Generator().manual_seed(9), dtype=torch.float64) * 5
         for name in ("cross_entropy", "distillation_loss", "mixup_cross_entropy", "nll_loss"):
@@ -402,11 +402,11 @@ def test_peak_of_what_is_known():
 def test_peak_of_a_pair():
     peaks = CpuPeaks()
     shape = (256, 32_000)
-    found = {which: peaks.of_made(pairs.ready, "distillation", which, shape) for which in (TODAY, NOW)}
+    found = {which: peaks.of_made(idiom_cases.ready, "distillation", which, shape) for which in (TODAY, NOW)}
     size = 4 * math.prod(shape)
     assert 1 <= found[NOW] / size < 1.1 and 3 < found[TODAY] / size < 6
-    assert peaks.of_made(pairs.ready, "no such pair", NOW, shape) is None
-    assert peaks.of_made(pairs.ready, "MixUp", NOW, (512, 32_000)) > size  # and goes on
+    assert peaks.of_made(idiom_cases.ready, "no such pair", NOW, shape) is None
+    assert peaks.of_made(idiom_cases.ready, "MixUp", NOW, (512, 32_000)) > size  # and goes on
     peaks.close()
 
 
@@ -490,7 +490,7 @@ COMMANDS = [
     "vocab_parallel",
     "scaling",
     "training",
-    "clients",
+    "frameworks",
     "accuracy",
     "kernels",
     "tune",
@@ -633,10 +633,10 @@ def test_a_pair_that_fails_or_is_wrong_is_a_record():
     def explode(logits, target):
         raise RuntimeError("no such thing\nat all")
 
-    pair = Pair("z", pairs.z_loss_today, explode, (8, 50))
+    pair = Pair("z", idiom_cases.z_loss_today, explode, (8, 50))
     found = {record["which"]: record for record in idioms.pair_records(pair, (8, 50), "cpu", 0.0, CpuPeaks())}
     assert found[NOW]["error"] == "RuntimeError: no such thing" and found[TODAY]["median_ms"] > 0
-    pair = Pair("z", pairs.z_loss_today, lambda logits, target: 2 * F.cross_entropy(logits, target), (8, 50))
+    pair = Pair("z", idiom_cases.z_loss_today, lambda logits, target: 2 * F.cross_entropy(logits, target), (8, 50))
     found = {record["which"]: record for record in idioms.pair_records(pair, (8, 50), "cpu", 0.0, CpuPeaks())}
     assert found[NOW]["wrong"].startswith("the loss is off") and found[NOW]["median_ms"] > 0
     idioms.console.print(idioms.table([*found.values(), {"name": "a row", "error": "MemoryError: "}]))
@@ -798,7 +798,7 @@ def test_pages_of_a_gpu(tmp_path, monkeypatch):
         for path in (records.RESULTS / "cpu").glob("*.json"):
             result = json.loads(path.read_text())
             result["machine"] |= machine
-            if machine and path.stem in ("training", "clients"):
+            if machine and path.stem in ("training", "frameworks"):
                 failed = [{key: r[key] for key in ("model", "loss", "mode")} for r in result["records"]]
                 result["records"] = [{**record, "error": "OSError: no such library"} for record in failed]
             if machine and path.stem == "run":
@@ -1117,7 +1117,7 @@ RACED = ["small rows", "rows of a warp", "rows of a block", "rows of a cluster",
 @needs_bash
 def test_acceptance_goes_on_and_packs_everything(acceptance):
     """After a step that fails."""
-    steps = "build tests kernels linear tune scaling idioms accuracy training clients benchmark"
+    steps = "build tests kernels linear tune scaling idioms accuracy training frameworks benchmark"
     environment = acceptance('case "$*" in *benchmarks.linear*) exit 3 ;; esac', STEPS=steps, CASES="one|two")
     found = states(accept(environment, 1))
     assert found == {step: "failed" if step == "linear" else "ok" for step in found} and found.keys() == {
