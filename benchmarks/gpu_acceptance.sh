@@ -284,7 +284,7 @@ run_counters() {
 results() {
   local i
   echo
-  wanted benchmark && [ -e "$OUT/benchmark.log" ] && sed -n '/Medians; copies/,/What has to hold/p' "$OUT/benchmark.log" |
+  wanted benchmark && [ -e "$OUT/benchmark.log" ] && sed -n '/Medians; copies/,/Limits on an H200/p' "$OUT/benchmark.log" |
     sed '$d'
   timeout 30 "$python" -m benchmarks.limits
   wanted build && grep -a 'Registers are spilled' "$OUT/build.log"
