@@ -84,7 +84,7 @@ benchmarks: build
 	$(BIN)/python -m benchmarks.idioms
 	$(BIN)/python -m benchmarks.linear
 	$(BIN)/python -m benchmarks.vocab_parallel
-	$(BIN)/python -m benchmarks.clients
+	$(BIN)/python -m benchmarks.frameworks
 	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.training
 	$(BIN)/python -m benchmarks.accuracy

@@ -1,4 +1,4 @@
-"""How far each loss is from the exact one, on random logits and where the native loss is known to be wrong.
+"""The errors of each loss, on random logits and in cases where the native loss is known to be wrong.
 
     python -m benchmarks.accuracy [--device cpu|cuda] [--quick] [--json FILE]
 
@@ -8,23 +8,22 @@ formula that does not cancel. Two errors for each provider, both the worst of al
 
 * loss: of reduction 'none', relative to the row's exact loss;
 * gradient: of reduction 'sum', the largest error in a row relative to the row's largest exact element. That element is
-  always the label's, p - 1, which is minus the sum of all others: as the model gets sure of a label, it shrinks, and
-  whoever calculates it as p - 1 loses its digits. An error of 1 is a gradient without a correct digit: such a row
-  teaches nothing, or the wrong thing. (Relative to the largest element of all rows, `grad_error_overall` in the
-  records, nothing of this is visible: in a wrongly classified row it is 1.)
+  always the label's, p - 1, minus the sum of all others. It shrinks as the model gets sure of a label, and the
+  subtraction p - 1 loses its digits. An error of 1 is a gradient without a correct digit: such a row teaches nothing,
+  or the wrong thing. (`grad_error_overall` in the records is relative to the largest element of all rows and hides
+  this: in a wrongly classified row that element is 1.)
 
-No result can be better than the exact one rounded once to the logits' dtype, which is the column `rounding`. Below the
-smallest normal number a dtype has fewer digits, so there errors are relative to that number.
+No result can be better than the exact one rounded once to the logits' dtype, the column `rounding`. Below the smallest
+normal number a dtype has fewer digits, so there errors are relative to that number.
 
-*The cases* are what came out where native fails, or others do: one value each, beside the exact one. A mean over
-nothing is 0 / 0, of which no answer is called wrong.
+*The cases* are values where the native loss or a peer fails, beside the exact ones. A mean over nothing is 0 / 0; no
+answer to it is called wrong.
 
-Liger runs on the CPU in Triton's interpreter, row after row in Python. It gets few rows, therefore, and none where
-there have to be many. The arithmetic is its kernels', but for two things: exp and log are numpy's, and bfloat16 results
-are cut off where a GPU rounds them, which makes errors of up to 0.0078 out of up to 0.0039.
+Liger runs on the CPU in Triton's interpreter, row after row in Python. It therefore gets few rows, and none in cases
+that need many. The arithmetic is its kernels', with two exceptions: exp and log are numpy's, and bfloat16 results are
+truncated where a GPU rounds them, which turns errors of up to 0.0039 into errors of up to 0.0078.
 
-Records, a dictionary each, in which null stands for a number that is not finite, and `error` for what a provider
-raised:
+Records, a dictionary each, in which null stands for a number that is not finite, and `error` for an exception:
 
     table "grid":  dtype, scale, classes, rows, provider; loss_error, grad_error, grad_error_overall
     table "cases": case, quantity, provider; exact, exact_shown, value, shown, relative_error
@@ -34,6 +33,7 @@ raised:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -42,15 +42,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 
 from . import command_line, records
-from .providers import REGISTRY, Provider, Refused, importable
+from .command_line import Item
+from .pages import Section
+from .providers import REGISTRY, Provider, importable
+from .records import Refused
 from .shapes import Inputs
+from .tables import Block, Table, failures, red
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALES = (1, 5, 20)
@@ -104,7 +104,7 @@ def exact_mean(inputs: Inputs) -> tuple[Tensor, Tensor]:
 
 
 def measured(device: str) -> list[Provider]:
-    """All that are here; on the CPU Liger as well, in the interpreter, or with the reason why not in its records."""
+    """All installed providers; on the CPU also Liger, in the interpreter. If it fails, its records say why."""
     found = [provider for provider in importable(device) if provider.name not in LEFT_OUT]
     if device == "cpu":
         found += [provider for provider in REGISTRY if provider.name == "liger"]
@@ -167,7 +167,7 @@ def number(value: Tensor | float) -> float | None:
 
 
 def errors(results: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: torch.dtype) -> dict:
-    """As the head of this file defines them."""
+    """The errors that the head of this file defines."""
     smallest = torch.finfo(dtype).tiny
     (losses, gradient), (exact_losses, exact_gradient) = results, expected
     loss_error = (losses.double() - exact_losses).abs() / exact_losses.clamp_min(smallest)
@@ -192,7 +192,7 @@ def cell_records(cell: Cell, providers: list[Provider], device: str) -> list[dic
             _, gradient = forward_backward(provider, Inputs(logits, target, {"reduction": "sum"}))
             record |= errors((losses, gradient), expected, cell.dtype)
         except Exception as error:
-            record["error"] = records.first_line(error)
+            record["error"] = records.reason(error)
         found.append(record)
     return found
 
@@ -214,7 +214,7 @@ def half_mean() -> Inputs:
 
 
 def masked() -> Inputs:
-    """The first half of a vocabulary, which is a whole block of some kernels, must not be said."""
+    """Masks the first half of a vocabulary, which is a whole block of some kernels."""
     logits = torch.randn(2, 65_536, generator=torch.Generator().manual_seed(0))
     logits[:, :32_768] = -math.inf
     return Inputs(logits, torch.tensor([40_000, 65_535]))
@@ -278,7 +278,7 @@ def case_records(case: Case, providers: list[Provider], device: str) -> list[dic
         try:
             results, error = forward_backward(provider, inputs), None
         except Exception as raised:
-            results, error = None, records.first_line(raised)
+            results, error = None, records.reason(raised)
         for name in case.quantities:
             exactly = float(QUANTITIES[name](*expected, inputs.target))
             record = {"table": "cases", "case": case.name, "quantity": name, "provider": provider.name}
@@ -293,15 +293,11 @@ def case_records(case: Case, providers: list[Provider], device: str) -> list[dic
     return found
 
 
-# ---- tables ------------------------------------------------------------------------------------------------
+# ---- tables and pages -----------------------------------------------------------------------------------------------
 
 
 def shown(value: float) -> str:
     return f"{value:.4g}"
-
-
-def red_if(wrong: bool, text: str) -> str:
-    return f"[red]{text}[/red]" if wrong else text
 
 
 def is_wrong(error: float | None) -> bool:
@@ -309,84 +305,89 @@ def is_wrong(error: float | None) -> bool:
     return error is None or error > WRONG
 
 
-def grid_cell(record: dict) -> list[str]:
-    """The two columns of a provider."""
-    if "error" in record:
-        return ["-", "-"]
-    found = [record["loss_error"], record["grad_error"]]
-    return [red_if(is_wrong(error), "inf" if error is None else f"{error:.1e}") for error in found]
-
-
-def case_cell(record: dict) -> str:
-    if "error" in record:
-        return "-"
-    return red_if(record["exact"] is not None and is_wrong(record["relative_error"]), record["shown"])
-
-
-def table_of(found: list[dict], title: str, keys: list[str], columns: list[str], cell: Callable) -> Table:
-    """A line for each value of the keys, in which every provider has its cells."""
-    table = Table(title=title, title_justify="left", header_style="", box=SIMPLE)
-    for key in keys:
-        table.add_column(key.removesuffix("_shown"))
-    for column in columns:
-        table.add_column(column, justify="right")
-    previous = None
-    for line, group in itertools.groupby(found, key=lambda record: [str(record[key]) for key in keys]):
-        first = line[0] if line[0] != previous else ""
-        if first and previous:
-            table.add_section()
-        previous = line[0]
-        table.add_row(first, *line[1:], *(text for record in group for text in cell(record)))
-    return table
-
-
-def grid_table(found: list[dict]) -> Table:
+def grid_table(found: list[dict], detail: bool = False) -> Table:
+    """A row for each cell of the grid, a column for each error and provider. With `detail` large errors are red."""
+    found = [record for record in found if record["table"] == "grid" and "provider" in record]
     providers = list(dict.fromkeys(record["provider"] for record in found))
-    columns = [f"{name}\n{what}" for name in providers for what in ("loss", "gradient")]
-    title = "Worst relative error of a row. Red: above 1%"
-    return table_of(found, title, ["dtype", "scale", "classes"], columns, grid_cell)
+    points: dict[tuple, dict] = {}
+    for record in found:
+        points.setdefault((record["dtype"], record["scale"], record["classes"]), {})[record["provider"]] = record
+
+    def cell(record: dict, name: str) -> str:
+        if name not in record:
+            return "-"
+        error = record[name]
+        return red("-" if error is None else f"{error:.1e}", detail and is_wrong(error))
+
+    rows = [
+        [
+            *map(str, point),
+            *(cell(of.get(name, {}), what) for what in ("loss_error", "grad_error") for name in providers),
+        ]
+        for point, of in points.items()
+    ]
+    header = ["dtype", "scale", "C", *(f"{what}, {name}" for what in ("loss", "gradient") for name in providers)]
+    return Table(header, rows, 1, "Worst relative error of a row. Red: above 1%")
 
 
-def cases_table(found: list[dict]) -> Table:
+def cases_table(found: list[dict], detail: bool = False) -> Table:
+    """A row for each quantity of a case, a column for each provider. With `detail` wrong values are red."""
+    found = [record for record in found if record["table"] == "cases" and "quantity" in record]
     providers = list(dict.fromkeys(record["provider"] for record in found))
-    # Providers of a quantity are neighbours in the table, quantities of a provider in the records.
-    order = {case.name: place for place, case in enumerate(CASES)}
-    found = sorted(found, key=lambda record: (order[record["case"]], list(QUANTITIES).index(record["quantity"])))
-    title = "What came out. Red: off by more than 1%"
-    keys = ["case", "quantity", "exact_shown"]
-    return table_of(found, title, keys, providers, lambda record: [case_cell(record)])
+    points: dict[tuple, dict] = {}
+    for record in found:
+        point = record["case"], record["quantity"], record["exact_shown"]
+        points.setdefault(point, {})[record["provider"]] = record
+
+    def cell(record: dict) -> str:
+        wrong = "shown" in record and record["exact"] is not None and is_wrong(record["relative_error"])
+        return red(record.get("shown", "-"), detail and wrong)
+
+    rows = [[*point, *(cell(of.get(name, {})) for name in providers)] for point, of in points.items()]
+    return Table(["case", "quantity", "exact", *providers], rows, 2, "Values. Red: off by more than 1%")
 
 
-def show(found: list[dict]) -> None:
-    # What is cut off at a narrow window's edge, or at a pipe's 80 columns, is lost: rather let the window break lines.
-    console = Console(width=max(Console().width, 200))
-    console.print(grid_table([record for record in found if record["table"] == "grid"]))
-    console.print(cases_table([record for record in found if record["table"] == "cases"]))
-    reasons = {}  # each once, with the case where it is one of a case, not of the grid
+def blocks(device: str, result: dict) -> list[Block]:
+    return [
+        "Errors against float64, for normal logits of standard deviation `scale`: of the loss of the worst row, "
+        "relative; of the gradient of the worst row, relative to the row's largest element. `rounding` is the error of "
+        "the exact result rounded to its dtype, the least that is possible. On a CPU Liger runs in Triton's "
+        "interpreter, which truncates bfloat16 where a GPU rounds.",
+        grid_table(result["records"]),
+        "Where it matters:",
+        cases_table(result["records"]),
+    ]
+
+
+SECTION = Section("accuracy", "Accuracy", blocks)
+
+
+def console_blocks(found: list[dict]) -> list[Block]:
+    reasons = {}  # each error once, with its case if it is not one of the grid
     for record in found:
         if "error" in record:
-            reasons.setdefault((record["provider"], record["error"]), record.get("case"))
-    for (provider, error), case in reasons.items():
-        console.print(f"- {provider}{f', {case}' if case else ''}: {error}", markup=False, highlight=False)
+            reasons.setdefault((record.get("provider", ""), record["error"]), record.get("case"))
+    named = ((provider + (f", {case}" if case else ""), {"error": e}) for (provider, e), case in reasons.items())
+    return [grid_table(found, detail=True), cases_table(found, detail=True), failures(named)]
 
 
 def main() -> None:
     arguments = command_line.parse(command_line.parser_of(__doc__, "accuracy", "fewer scales, classes and rows"))
     device = arguments.device
     if device == "cpu":
-        # Triton reads it where kernels are defined, so it comes before the first import of Liger, which
-        # `providers` leaves to load(), and of torch.compile's backend.
+        # Triton reads it when kernels are defined: before the first import of Liger, which `providers` leaves to
+        # load(), and of torch.compile's backend.
         os.environ["TRITON_INTERPRET"] = "1"
         warnings.filterwarnings("ignore", module="triton.runtime.interpreter")  # numpy's, where a kernel makes a NaN
-
     providers = measured(device)
-    work = [(cell_records, cell) for cell in grid(arguments.quick)] + [(case_records, case) for case in CASES]
-    found = []
-    for measure, what in track(work, description="accuracy"):
-        found += measure(what, providers, device)
-    show(found)
-    records.write(arguments.json, device, found)
-    print(arguments.json)
+    items = []
+    for cell in grid(arguments.quick):
+        name = f"{cell.dtype}, scale {cell.scale}, {cell.classes} classes"
+        items.append(Item(name, [cell.fields()], functools.partial(cell_records, cell, providers, device)))
+    for case in CASES:
+        failed = {"table": "cases", "case": case.name}
+        items.append(Item(case.name, [failed], functools.partial(case_records, case, providers, device)))
+    command_line.measure_all(arguments, items, console_blocks, lambda record: record.get("provider", "ours") == "ours")
 
 
 if __name__ == "__main__":

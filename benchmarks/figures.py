@@ -1,12 +1,15 @@
-"""The figures of docs/benchmarks.md and the README, as SVG. Labels stay text, which tests compare with the results."""
+"""Draws the SVG figures of docs/benchmarks.md and of the README.
+
+Labels stay text; tests compare them with the results.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
-COLOURS = {
+FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
+COLOURS = {  # of the providers, in the order of the bars
     "native": "#b8bec7",
     "native compiled": "#8a8f98",
     "liger": "#c99a2e",
@@ -34,7 +37,12 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#e6e8eb",
 }
-SHOWN = ("native", "native compiled", "ours", "ours in place")
+
+
+def link(device: str, name: str, title: str, folder: str = "benchmarks") -> str:
+    """Markdown that shows a figure, if it was drawn."""
+    file = f"{device}-{name}.svg"
+    return f"![{title}]({folder}/{file})" if (FOLDER / file).exists() else ""
 
 
 def pyplot() -> object:
@@ -54,7 +62,7 @@ def save(plt: object, figure: object, path: Path) -> None:
 
 
 def bars(result: dict) -> list[tuple[str, dict[str, float]]]:
-    """A group for each case of a million elements or more: copies of the logits that a training step takes."""
+    """For each case of a million elements or more, the training steps' times in copies of the logits, by provider."""
     found: dict[str, dict[str, float]] = {}
     for record in result["records"]:
         drawn = record["direction"] == "forward+backward" and "copies" in record and record["provider"] in COLOURS
@@ -106,7 +114,7 @@ def draw_scaling(device: str, result: dict, folder: Path) -> None:
 
 
 def draw_curves(plt: object, result: dict, curve: str, along: str, panels: str, path: Path) -> None:
-    """Nanoseconds for each element, one panel for each value of `panels`."""
+    """Nanoseconds per element, in one panel for each value of `panels`."""
     points = [r for r in result["records"] if r["curve"] == curve and "ns_per_element" in r]
     names = list(dict.fromkeys(record[panels] for record in points))
     if not names:
@@ -126,13 +134,13 @@ def draw_curves(plt: object, result: dict, curve: str, along: str, panels: str, 
         axis.grid(True)
         axis.set_title(name if isinstance(name, str) else f"C = {name}", loc="left", fontsize=9)
         axis.set_xlabel(along)
-    axes[0][0].set_ylabel("ns for each element")
+    axes[0][0].set_ylabel("ns per element")
     figure.legend(handles.values(), handles, frameon=False, ncols=len(handles), loc="outside upper right")
     save(plt, figure, path)
 
 
 def draw_training(device: str, result: dict, folder: Path) -> None:
-    """A bar for each variant, the loss's share in a lighter tone."""
+    """Draws a bar for each variant, with the loss's part hatched."""
     plt = pyplot()
     measured = [record for record in result["records"] if "step_ms" in record]
     models = list(dict.fromkeys(record["model"] for record in measured))
@@ -152,10 +160,3 @@ def draw_training(device: str, result: dict, folder: Path) -> None:
         axis.set_title(model, loc="left", fontsize=8.5)
     axes[0][0].set_ylabel("ms for a step; hatched: in the loss")
     save(plt, figure, folder / f"{device}-training.svg")
-
-
-DRAWN: dict[str, Callable[[str, dict, Path], None]] = {
-    "run": draw_run,
-    "scaling": draw_scaling,
-    "training": draw_training,
-}

@@ -4,7 +4,7 @@
 #
 #   OUT=folder       where logs and results go (benchmarks/output; benchmarks/results is what the pages are made of)
 #   STEPS="..."      some of: build smoke benchmark tests memcheck racecheck peers linear kernels counters tune scaling
-#                    idioms accuracy training clients (by default the first eight)
+#                    idioms accuracy training frameworks (by default the first eight)
 #   CASES="..."      which cases are measured, a regular expression ("." for all takes longer than the others leave)
 #   TOTAL=470        seconds, of which each step has its share
 #   ARCHIVE=a.tgz    packs all that is in OUT into one file, after every step and at the end
@@ -19,7 +19,7 @@
 #
 #   make gpu
 #   STEPS='build scaling benchmark' CASES=. make gpu
-#   STEPS='build kernels counters tune idioms accuracy training clients' make gpu
+#   STEPS='build kernels counters tune idioms accuracy training frameworks' make gpu
 set -u
 cd "$(dirname "$0")/.." || exit 1
 
@@ -284,7 +284,7 @@ run_counters() {
 results() {
   local i
   echo
-  wanted benchmark && [ -e "$OUT/benchmark.log" ] && sed -n '/Medians; copies/,/What has to hold/p' "$OUT/benchmark.log" |
+  wanted benchmark && [ -e "$OUT/benchmark.log" ] && sed -n '/Medians; copies/,/Limits on an H200/p' "$OUT/benchmark.log" |
     sed '$d'
   timeout 30 "$python" -m benchmarks.limits
   wanted build && grep -a 'Registers are spilled' "$OUT/build.log"
@@ -326,5 +326,5 @@ wanted scaling && run_module scaling 220 --seconds 0.8
 wanted idioms && run_module idioms 60 --seconds 25
 wanted accuracy && run_module accuracy 60
 wanted training && run_module training 240
-wanted clients && run_module clients 240
+wanted frameworks && run_module frameworks 240
 summary

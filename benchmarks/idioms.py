@@ -1,67 +1,64 @@
-"""What people write around the loss, and what it is now: equal values first, then time and memory of both.
+"""Compares code around the loss in PyTorch with the same in this package: equal values first, then time and memory.
 
     python -m benchmarks.idioms [--device cpu|cuda] [--quick] [--only PATTERN] [--seconds S] [--json FILE]
 
-`pairs` holds both pieces of code; what is shown of them is what is run. Times are of forward and backward, medians of
-turns that `today`, `now` and a copy of the logits take, as in `benchmarks.timing`; memory is as in `benchmarks.memory`.
+`idiom_cases` holds both pieces of code, and the tables show the lines that run. Times are of forward and backward,
+medians of turns that `today`, `now` and a copy of the logits take, as in `benchmarks.timing`; memory is as in
+`benchmarks.memory`. A second table is the cost of `sample_weight` over the plain loss: the median of the ratios of
+neighbouring turns.
 
-A second table is what `sample_weight` costs over the plain loss: the median of the ratios of neighbouring turns.
-
-Records, a dictionary each, of which one that failed has an `error`, and one that is wrong says what is `wrong`:
+Records, a dictionary each. One that failed has an `error`, and one that is wrong says what is `wrong`:
 
     table "pairs": name, shape, dtype, which (today, now, copy); code, median_ms, min_ms, max_ms, turns, copies,
                    peak_extra_bytes, gradient_bytes
     table "cost":  name, shape, dtype, which (plain, with, copy); median_ms, min_ms, max_ms, turns, copies, and
-                   of `with` over_plain
+                   for `with` over_plain
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import gc
 import re
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
-import cross_entropy_ext
 from cross_entropy_ext.functional import cross_entropy
 
-from . import command_line, pairs
+from . import command_line, idiom_cases
 from . import records as files
+from .command_line import Item
+from .idiom_cases import NOW, PAIRS, TODAY, Pair, Shape
 from .memory import CpuPeaks, cuda_peak
-from .pairs import NOW, PAIRS, TODAY, Pair, Shape
-from .timing import Run, Timed, count_of_sets, measure
-from .values import TOLERANCE
+from .pages import Section, measured_by
+from .tables import Block, Table, dimensions, duration, failures, number
+from .timing import Run, Timed, add_copies, copying, count_of_sets, measure, median_ratio
+from .values import TOLERANCE, difference
 
 SECONDS = {"cpu": 90.0, "cuda": 45.0, "quick": 4.0}
 COSTS = ((2048, 32_000), (512, 32_000), (4, 19, 256, 512))
 QUICK_COSTS = ((64, 4000), (1, 19, 32, 64))
-console = Console(width=max(120, Console().width))
+
+# ---- measuring ------------------------------------------------------------------------------------------------------
 
 
 class Wrong:
-    """What today's code gives in float64, and what of another result is not that."""
+    """Compares results with those of today's code in float64."""
 
     def __init__(self, pair: Pair, drawn: list[Tensor | float]) -> None:
         logits, *rest = [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in drawn]
-        self.expected = pairs.step(pair.today, rest)(logits.requires_grad_())
+        self.expected = idiom_cases.step(pair.today, rest)(logits.requires_grad_())
 
     def __call__(self, results: tuple[Tensor, ...]) -> str:
-        for place, (found, expected) in enumerate(zip(results, self.expected, strict=True)):
-            error, largest = (found.double() - expected).abs().max().item(), expected.abs().max().item()
-            if not error <= TOLERANCE[found.dtype] * largest:
-                what = ("the loss", *["another result"] * (len(results) - 2), "the gradient")[place]
-                return f"{what} is off by {error:.3g}, its largest element is {largest:.3g}"
+        """Says what is wrong, or nothing."""
+        names = ("the loss", *["another result"] * (len(results) - 2), "the gradient")
+        for name, found, expected in zip(names, results, self.expected, strict=True):
+            if wrong := difference(name, found, expected, TOLERANCE[found.dtype]):
+                return wrong
         return ""
 
 
@@ -69,45 +66,37 @@ def leaves(logits: Tensor, device: str) -> list[Tensor]:
     return [logits.clone().requires_grad_() for _ in range(count_of_sets(logits, device))]
 
 
-def copying(sets: list[Tensor]) -> Timed:
-    out = torch.empty_like(sets[0])
-    return Timed("copy", lambda logits: out.copy_(logits.detach()), sets)
-
-
-def measured(timed: list[Timed], found: dict[str, dict], device: str, seconds: float) -> list[dict]:
-    """The records, with what the turns took."""
+def timed_records(timed: list[Timed], found: dict[str, dict], device: str, seconds: float) -> list[dict]:
+    """The records, with the times of all turns."""
+    timed = [*timed, copying(timed[0].logits)] if timed else []
     measure(timed, device, time.monotonic() + seconds)
     for one in timed:
         found[one.name] |= one.summary()
-    unit = found["copy"].get("median_ms")
-    for record in found.values():
-        if unit and "median_ms" in record:
-            record["copies"] = record["median_ms"] / unit
-    return list(found.values())
+    return add_copies(found)
 
 
 def pair_records(pair: Pair, shape: Shape, device: str, seconds: float, peaks: CpuPeaks | None) -> list[dict]:
-    drawn = pairs.draw(pair.arguments, shape, device)
+    drawn = idiom_cases.draw(pair.arguments, shape, device)
     wrong, sets = Wrong(pair, drawn), leaves(drawn[0], device)
     fields = {"table": "pairs", "name": pair.name, "shape": list(shape), "dtype": "float32"}
     found, timed = {}, []
     for which in (TODAY, NOW):
-        record = found[which] = {**fields, "which": which, "code": pairs.code(pair.function(which))}
-        run = pairs.step(pair.function(which), drawn[1:])
+        record = found[which] = {**fields, "which": which, "code": idiom_cases.code(pair.function(which))}
+        run = idiom_cases.step(pair.function(which), drawn[1:])
         try:
             if said := wrong(run(sets[0])):
                 record["wrong"] = said
             if peaks:
-                record["peak_extra_bytes"] = peaks.of_made(pairs.ready, pair.name, which, shape)
+                record["peak_extra_bytes"] = peaks.of_made(idiom_cases.ready, pair.name, which, shape)
             else:
                 record["peak_extra_bytes"] = cuda_peak(run, sets[0])
             record["gradient_bytes"] = sets[0].numel() * sets[0].element_size()
             timed.append(Timed(which, run, sets))
         except Exception as error:
-            record["error"] = files.first_line(error)
+            record["error"] = files.reason(error)
     found["copy"] = {**fields, "which": "copy"}
-    del wrong  # its float64 tensors
-    return measured([*timed, copying(sets)], found, device, seconds)
+    del wrong  # frees its float64 tensors
+    return timed_records(timed, found, device, seconds)
 
 
 def train(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
@@ -115,8 +104,8 @@ def train(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def cost_records(shape: Shape, device: str, seconds: float) -> list[dict]:
-    """The plain loss beside the same with weights, which here are one: their gradients are equal."""
-    logits, target, weight = pairs.draw(["logits", "target", "weight"], shape, device)
+    """The plain loss beside the same with weights of one, so that their gradients are equal."""
+    logits, target, weight = idiom_cases.draw(["logits", "target", "weight"], shape, device)
     sets, weight = leaves(logits, device), torch.ones_like(weight)
     losses: dict[str, Callable[[Tensor], Tensor]] = {
         "plain": lambda logits: cross_entropy(logits, target),
@@ -125,103 +114,162 @@ def cost_records(shape: Shape, device: str, seconds: float) -> list[dict]:
     runs: dict[str, Run] = {name: functools.partial(train, loss=loss) for name, loss in losses.items()}
     fields = {"table": "cost", "name": "sample_weight", "shape": list(shape), "dtype": "float32"}
     found = {name: {**fields, "which": name} for name in (*runs, "copy")}
-    gradients = [run(sets[0]) for run in runs.values()]
-    difference = (gradients[0] - gradients[1]).abs().max() / gradients[0].abs().max()
-    if not difference <= TOLERANCE[torch.float32]:
-        found["with"]["wrong"] = f"the gradient is off by {difference:.3g} of its largest element"
-    del gradients
+    plain, weighted = (run(sets[0]) for run in runs.values())
+    if wrong := difference("the gradient", weighted, plain, TOLERANCE[torch.float32]):
+        found["with"]["wrong"] = wrong
+    del plain, weighted
     timed = [Timed(name, run, sets) for name, run in runs.items()]
-    records = measured([*timed, copying(sets)], found, device, seconds)
-    plain, with_weights = (one.milliseconds for one in timed)
-    found["with"]["over_plain"] = statistics.median(b / a for a, b in zip(plain, with_weights, strict=True))
+    records = timed_records(timed, found, device, seconds)
+    found["with"]["over_plain"] = median_ratio(timed[1].milliseconds, timed[0].milliseconds)
     return records
 
 
-def tidy(device: str) -> None:
-    gc.collect()
-    cross_entropy_ext.empty_cache()
-    if device != "cpu":
-        torch.cuda.empty_cache()
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+Groups = dict[str, dict[str, dict]]  # name: which: record
 
 
-def table(records: list[dict]) -> Table:
-    shown = Table(box=box.SIMPLE, title="Forward and backward; memory in gradients of the logits", pad_edge=False)
-    shown.add_column("what")
-    shown.add_column("")
-    for name in ("median ms", "min", "max", "copies", "memory", "today / now"):
-        shown.add_column(name, justify="right")
-    last, today = None, None
+def grouped(records: list[dict]) -> Groups:
+    """The records of the pairs."""
+    found: Groups = {}
     for record in records:
-        if "error" in record:
-            shown.add_row(record["name"], record.get("which", ""), f"[red]{record['error'][:60]}[/]")
-            continue
-        key = f"{record['name']}, {'x'.join(map(str, record['shape']))}"
-        if key != last:
-            shown.add_section()
-        cells = [f"{record[k]:.3f}" for k in ("median_ms", "min_ms", "max_ms")]
-        peak, today = record.get("peak_extra_bytes"), record if record["which"] == TODAY else today
-        cells.append(f"{record['copies']:.2f}" if "copies" in record else "")
-        cells.append("" if peak is None else f"{peak / record['gradient_bytes']:.2f}")
-        if record["which"] == NOW and "median_ms" in today:
-            cells.append(f"{today['median_ms'] / record['median_ms']:.2f}")
-        if "over_plain" in record:
-            cells.append(f"{record['over_plain']:.3f} x plain")
-        if "wrong" in record:
-            cells[-1] = f"[red]{record['wrong']}[/]"
-        shown.add_row(key if key != last else "", record["which"], *cells)
-        last = key
-    return shown
+        if record["table"] == "pairs" and "which" in record:
+            found.setdefault(record["name"], {})[record["which"]] = record
+    return found
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = command_line.parser_of(__doc__, "idioms", "small inputs, in seconds", "pairs")
-    parser.add_argument("--seconds", type=float, help="for all turns, which share them (cpu 90, cuda 45, quick 4)")
-    arguments = command_line.parse(parser)
-    if arguments.seconds is None:
-        arguments.seconds = SECONDS["quick" if arguments.quick else arguments.device]
-    return arguments
+def costs_of(records: list[dict]) -> list[tuple[dict, dict]]:
+    """The plain loss and the one with an argument, for each shape."""
+    costs = [record for record in records if record["table"] == "cost"]
+    plain = {tuple(record["shape"]): record for record in costs if record.get("which") == "plain"}
+    return [(plain[tuple(record["shape"])], record) for record in costs if "over_plain" in record]
 
 
-def work(arguments: argparse.Namespace, peaks: CpuPeaks | None) -> list[tuple[dict, Callable[[float], list[dict]]]]:
-    """Every row: what its record says if all fails, and what measures it in so many seconds."""
-    device = arguments.device
-    found: list[tuple[dict, Callable[[float], list[dict]]]] = []
+def faster(group: dict[str, dict]) -> float | None:
+    times = [group.get(which, {}).get("median_ms") for which in (TODAY, NOW)]
+    return times[0] / times[1] if all(times) else None
+
+
+def gradients(record: dict) -> float | None:
+    """The peak of memory, in sizes of the logits' gradient."""
+    peak = record.get("peak_extra_bytes")
+    return None if peak is None else peak / record["gradient_bytes"]
+
+
+def pairs_table(groups: Groups, detail: bool = False) -> Table:
+    rows = []
+    for name, group in groups.items():
+        cells = [name, dimensions(group[NOW])]
+        for record in (group[TODAY], group[NOW], group["copy"]):
+            cells.append(record.get("error") or duration(record, detail))
+        cells += [number(faster(group), ".1f"), number(group[NOW].get("copies"), ".2f")]
+        rows.append([*cells, *(number(gradients(group[which]), ".2f") for which in (TODAY, NOW))])
+    header = ["", "logits", "today, ms", "now, ms", "copy, ms", "today / now", "copies", "memory today", "memory now"]
+    return Table(header, rows, 2, "Forward and backward; memory in gradients of the logits")
+
+
+def costs_table(records: list[dict], detail: bool = False) -> Table:
+    rows = []
+    for plain, record in costs_of(records):
+        times = [duration(plain, detail), duration(record, detail)]
+        rows.append([record["name"], dimensions(record), *times, f"{record['over_plain'] - 1:+.1%}"])
+    return Table(["", "logits", "plain, ms", "with it, ms", "costs"], rows, 2, "The cost of an argument")
+
+
+def own_failures(records: list[dict]) -> str:
+    return failures((f"{record['name']}, {record.get('which', '')}", record) for record in records)
+
+
+def console_blocks(records: list[dict]) -> list[Block]:
+    return [pairs_table(grouped(records), True), costs_table(records, True), own_failures(records)]
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
+def code_cell(lines: list[str]) -> str:
+    return "<br>".join(f"`{line}`".replace("|", "\\|") for line in lines)
+
+
+def usual_shape(groups: Groups) -> str:
+    """The shape of most rows."""
+    return statistics.mode(dimensions(group[NOW]) for group in groups.values())
+
+
+def readme_table(groups: Groups) -> Table:
+    usual, rows = usual_shape(groups), []
+    for name, group in groups.items():
+        today, now = group[TODAY], group[NOW]
+        shape = "" if dimensions(now) == usual else f", {dimensions(now)}"
+        both = [[duration(record), number(gradients(record), ".1f")] for record in (today, now)]
+        times, memory = (" → ".join(pair) for pair in zip(*both, strict=True))
+        code = [code_cell(today["code"]), code_cell(now["code"])]
+        rows.append([name + shape, *code, times, number(faster(group), ".1f"), memory])
+    return Table(["", "today", "now", "time, ms", "times as fast", "memory"], rows, left=3)
+
+
+def code_blocks(groups: Groups) -> list[str]:
+    blocks = []
+    for name, group in groups.items():
+        lines = [f"# {name}", *group[TODAY]["code"], "", "# now", *group[NOW]["code"]]
+        blocks.append("\n".join(["```python", *lines, "```"]))
+    return blocks
+
+
+def blocks(device: str, result: dict) -> list[Block]:
+    records = result["records"]
+    groups = grouped(records)
+    return [
+        "Common code around the loss in PyTorch, and the same with this package. Values and gradients of both are "
+        "those of today's code in float64. Forward and backward in float32, medians of interleaved turns. `copies` is "
+        "the time of now in units of copying the logits. Memory is the peak on top of the arguments, in sizes of the "
+        "logits' gradient.",
+        pairs_table(groups),
+        "The cost of an argument over the plain loss; the median of the ratios of neighbouring turns:",
+        costs_table(records),
+        own_failures(records),
+        "<details><summary>The code</summary>",
+        *code_blocks(groups),
+        "</details>",
+    ]
+
+
+def readme(results: dict[str, dict]) -> list[Block]:
+    result = results["cpu"]
+    groups = grouped(result["records"])
+    costs = [f"{record['over_plain'] - 1:+.0%} ({dimensions(record)})" for _, record in costs_of(result["records"])]
+    text = (
+        f"Forward and backward of {usual_shape(groups)} logits in float32, unless the row says otherwise. Memory is "
+        "the peak on top of the arguments, in sizes of the logits' gradient; the gradient itself counts as one. "
+        f"`sample_weight` costs {', '.join(costs)} over the plain loss."
+    )
+    return [readme_table(groups), text, measured_by(result)]
+
+
+SECTION = Section("idioms", "Code around the loss", blocks, readme=readme)
+
+
+def items_of(arguments: argparse.Namespace) -> list[Item]:
+    device, found = arguments.device, []
+    peaks = CpuPeaks() if device == "cpu" else None
     for pair in PAIRS:
         shape = pair.quick if arguments.quick else pair.shape
-        fields = {"table": "pairs", "name": pair.name, "shape": list(shape)}
-        found.append((fields, functools.partial(pair_records, pair, shape, device, peaks=peaks)))
+        found.append(("pairs", pair.name, shape, functools.partial(pair_records, pair, shape, device, peaks=peaks)))
     for shape in QUICK_COSTS if arguments.quick else COSTS:
-        fields = {"table": "cost", "name": "sample_weight", "shape": list(shape)}
-        found.append((fields, functools.partial(cost_records, shape, device)))
-    return [(fields, measure) for fields, measure in found if re.search(arguments.only, fields["name"])]
+        found.append(("cost", "sample_weight", shape, functools.partial(cost_records, shape, device)))
+    found = [one for one in found if re.search(arguments.only, one[1])]
+    seconds = arguments.seconds / max(1, len(found))
+    return [
+        Item(name, [{"table": table, "name": name, "shape": list(shape)}], functools.partial(measure, seconds=seconds))
+        for table, name, shape, measure in found
+    ]
 
 
 def main() -> None:
-    arguments = parse_arguments()
-    device = arguments.device
-    path = arguments.json
-    rows = work(arguments, CpuPeaks() if device == "cpu" else None)
-    records: list[dict] = []
-    complete = False
-    with Progress(console=console) as progress:
-        task = progress.add_task("", total=len(rows))
-        try:
-            for fields, measure_row in rows:
-                progress.update(task, description=f"{fields['name']}, {'x'.join(map(str, fields['shape']))}")
-                try:
-                    records += measure_row(seconds=arguments.seconds / len(rows))
-                except Exception as error:  # of the row itself, such as memory for its tensors
-                    records.append({**fields, "error": files.first_line(error)})
-                files.write(path, device, records, quick=arguments.quick, complete=False)
-                tidy(device)
-                progress.advance(task)
-            complete = True
-        except KeyboardInterrupt:
-            pass
-    files.write(path, device, records, quick=arguments.quick, complete=complete)
-    console.print(table(records))
-    console.print(f"{path}", highlight=False)
-    sys.exit(0 if complete and not any("error" in record or "wrong" in record for record in records) else 1)
+    arguments = command_line.parse(
+        command_line.parser_of(__doc__, "idioms", "small inputs, in seconds", "pairs", seconds=SECONDS)
+    )
+    command_line.measure_all(arguments, items_of(arguments), console_blocks, lambda record: True)
 
 
 if __name__ == "__main__":

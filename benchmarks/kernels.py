@@ -1,23 +1,23 @@
-"""Each CUDA kernel by itself: its time beside the time that its bytes take at the speed of a copy.
+"""Each CUDA kernel by itself: its time beside the time of a copy of as many bytes.
 
     python -m benchmarks.kernels [--device cuda] [--quick] [--only PATTERN] [--json FILE]
-    python -m benchmarks.kernels --ncu FILE         # prints a command, with which Nsight Compute counts, into FILE
-    python -m benchmarks.kernels --counters FILE    # what it counted, beside what was predicted
+    python -m benchmarks.kernels --ncu FILE         # prints a command by which Nsight Compute writes counters to FILE
+    python -m benchmarks.kernels --counters FILE    # shows these counters beside the predicted ones
 
-CASES has a shape for each family of csrc/cuda/plan.h. A case is run in three ways: a training step, whose gradient is
-made in the forward; an evaluation; and the backward of reduction 'none', which has lse and reads the logits again.
-Every launch of these is a row, in their order: `count_targets` before a mean, `finish` after a sum, and in a training
-step's backward the loss's kernel once more, which finds that the gradient it would make is there.
+CASES has a shape for each family of csrc/cuda/plan.h. A case is run in three ways: a training step, whose forward makes
+the gradient; an evaluation; and the backward of reduction 'none', which has lse and reads the logits again. Each launch
+is a row, in order: `count_targets` before a mean, `finish` after a sum, and in a training step's backward the loss's
+kernel once more, which finds that the gradient is there.
 
-* `floor_ms` is what has to be moved (`launches` counts it) at the bandwidth of a copy of COPY_BYTES, which is measured
-  in the same run. What moves so little that a launch takes longer has no `ratio`.
-* `made_bytes` is what the kernel moves as it is made, where it reads the logits twice. Where a row or tile still lies
-  in the L2 cache, the second read is none of memory's.
-* Times are of the profiler, medians of CALLS calls, which find inputs that the L2 cache does not hold.
+* `floor_ms` is the time of the bytes that have to be moved (`launches` counts them), at the bandwidth of a copy of
+  COPY_BYTES, measured in the same run. A kernel that moves so little that a launch takes longer has no `ratio`.
+* `made_bytes` also counts the second read of a kernel that reads the logits twice. If a row or tile is still in the L2
+  cache, that read does not reach memory.
+* Times are the profiler's, medians of CALLS calls, on inputs that the L2 cache does not hold.
 
 Records: case, shape, dtype, layout, target, options, kernel, launch; bytes, made_bytes, floor_ms, ratio, median_ms,
 min_ms, max_ms, turns; or an `error`. The first is the copy. Those of `--counters` (counters.json): the same names, and
-dram_bytes, dram_ratio, occupancy, registers, stall, ms, where a write that is still in the L2 cache is not counted.
+dram_bytes, dram_ratio, occupancy, registers, stall, ms. A write that is still in the L2 cache is not counted.
 """
 
 from __future__ import annotations
@@ -26,44 +26,41 @@ import argparse
 import collections
 import csv
 import functools
-import gc
+import itertools
 import math
 import re
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from cross_entropy_ext.functional import cross_entropy
 
 from . import command_line
-from . import records as files
-from .shapes import BF16, LLAMA2, LLAMA3, Case, Inputs, Shape, make_inputs, make_logits
-from .timing import count_of_sets
+from .command_line import Item
+from .pages import Section
+from .shapes import BF16, LLAMA2, LLAMA3, Case, Inputs, Shape, make_inputs
+from .tables import Block, Table, dimensions, duration, number, red
+from .timing import sets_of_logits, summary_of
 
 COPY_BYTES = {False: 2**31, True: 2**20}  # quick or not
 CALLS, WARM_UP = 20, 3
 LEAST_FLOOR_MS = 1e-3  # no launch is shorter
 TRAINING, EVALUATION, BACKWARD = WAYS = "training", "evaluation", "backward"
 COUNT, FINISH = "count_targets", "finish"
-console = Console(width=max(150, Console().width))
+FAR = 1.1  # ratios above are red
 
 
 @dataclass(frozen=True)
 class KernelCase:
     case: Case
     kernel: str  # by its name in csrc/cuda
-    plan: dict  # what csrc/cuda/plan.cpp decides of it
-    reads: int = 1  # of the logits, as the kernel is made
+    plan: dict  # the decisions of csrc/cuda/plan.cpp
+    reads: int = 1  # how often the kernel reads the logits
 
     @property
     def name(self) -> str:
@@ -106,7 +103,7 @@ CASES = [
 ]
 
 
-# ---- what is predicted ----------------------------------------------------------------------------------------------
+# ---- predictions ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -118,7 +115,7 @@ class Launch:
 
 
 def launches(one: KernelCase, shape: Shape, way: str) -> list[Launch]:
-    """What a call launches, in order, and the bytes of each: all that is counted is counted here."""
+    """The launches of a call, in order, with the bytes of each."""
     elements, size = math.prod(shape), one.case.dtype.itemsize
     positions, logits = elements // shape[1], elements * size
     soft = one.case.target == "probabilities"
@@ -138,11 +135,11 @@ def launches(one: KernelCase, shape: Shape, way: str) -> list[Launch]:
     return [*count, made, finish, Launch(one.kernel, "handed over")]
 
 
-# ---- what is run ----------------------------------------------------------------------------------------------------
+# ---- measuring ------------------------------------------------------------------------------------------------------
 
 
 def calls_of(inputs: Inputs, sets: list[Tensor], way: str, count: int) -> list[Callable[[], object]]:
-    """A way's calls, and nothing else, to be called in turn: the logits are others each time."""
+    """The calls of a way, each on the next set of logits."""
     target, options = inputs.target, inputs.options
 
     def train(logits: Tensor) -> Tensor:
@@ -165,20 +162,19 @@ def calls_of(inputs: Inputs, sets: list[Tensor], way: str, count: int) -> list[C
 
 def tensors(one: KernelCase, shape: Shape, device: str, several: bool) -> tuple[Inputs, list[Tensor]]:
     inputs = make_inputs(one.case, shape, device)
-    count = count_of_sets(inputs.logits, device) if several else 1
-    more = [make_logits(one.case, shape, device, seed) for seed in range(2, count + 1)]
-    return inputs, [tensor.requires_grad_() for tensor in (inputs.logits, *more)]
+    sets = sets_of_logits(one.case, inputs, device) if several else [inputs.logits]
+    return inputs, [tensor.requires_grad_() for tensor in sets]
 
 
 def kernel_of(name: str) -> str:
-    """Of ours its name in csrc/cuda, of others theirs; demangled or not."""
+    """The name in csrc/cuda of one of our kernels, demangled or not; others keep theirs."""
     found = re.search(r"\bxent::(?:\w+::)*(\w+)\s*[<(]|^_ZN4xent3gpu\d+([a-z_]+)", name)
     return next(filter(None, found.groups())) if found else name
 
 
 def profiled(calls: list[Callable[[], object]], kept: int) -> list[tuple[str, float]]:
-    """What the device did in these calls, in order: kernels, and how many milliseconds each took."""
-    results: collections.deque = collections.deque(maxlen=kept)  # so that gradients are not where the last ones were
+    """The kernels that the device ran in these calls, in order, and their times in milliseconds."""
+    results: collections.deque = collections.deque(maxlen=kept)  # so that gradients get other memory each time
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for call in calls:
@@ -189,22 +185,13 @@ def profiled(calls: list[Callable[[], object]], kept: int) -> list[tuple[str, fl
     return [(kernel_of(event.name), event.time_range.elapsed_us() / 1e3) for event in on_device]
 
 
-def times(milliseconds: list[float]) -> dict:
-    return {
-        "median_ms": statistics.median(milliseconds),
-        "min_ms": min(milliseconds),
-        "max_ms": max(milliseconds),
-        "turns": len(milliseconds),
-    }
-
-
 def copy_record(device: str, quick: bool) -> dict:
-    """How fast this device moves bytes, when nothing is to be done with them."""
+    """The bandwidth of a copy on this device."""
     source = torch.empty(COPY_BYTES[quick], dtype=torch.uint8, device=device).fill_(1)
     out = torch.empty_like(source)
     calls = [lambda: out.copy_(source)] * (CALLS + WARM_UP)
     found = [milliseconds for _, milliseconds in profiled(calls, 0)][WARM_UP:]
-    record = {"case": "copy", "kernel": "copy", "launch": "copy", "bytes": 2 * source.numel(), **times(found)}
+    record = {"case": "copy", "kernel": "copy", "launch": "copy", "bytes": 2 * source.numel(), **summary_of(found)}
     return {**record, "gb_per_s": record["bytes"] / record["median_ms"] / 1e6}
 
 
@@ -223,36 +210,13 @@ def way_records(one: KernelCase, shape: Shape, way: str, device: str, gb_per_s: 
     for place, launch in enumerate(expected):
         record = {**one.case.fields(shape), "kernel": launch.kernel, "launch": launch.what, "way": way}
         record |= {"bytes": launch.bytes, "made_bytes": launch.made, "floor_ms": launch.bytes / gb_per_s / 1e6}
-        record |= times([milliseconds for _, milliseconds in found[place :: len(expected)]])
+        record |= summary_of([milliseconds for _, milliseconds in found[place :: len(expected)]])
         record["ratio"] = record["median_ms"] / record["floor_ms"] if record["floor_ms"] > LEAST_FLOOR_MS else None
         records.append(record)
     return records
 
 
 OURS = {COUNT, FINISH, "sum_weights", *(one.kernel for one in CASES)}
-
-
-def tidy() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def measured(cases: list[KernelCase], arguments: argparse.Namespace, path: Path) -> list[dict]:
-    device = arguments.device
-    records = [copy_record(device, arguments.quick)]
-    with Progress(console=console) as progress:
-        for one in progress.track(cases):
-            shape = one.case.shape("cuda", arguments.quick)
-            for way in WAYS:
-                try:
-                    records += way_records(one, shape, way, device, records[0]["gb_per_s"])
-                except Exception as error:
-                    failed = {**one.case.fields(shape), "kernel": one.kernel, "launch": way, "way": way}
-                    records.append({**failed, "error": files.first_line(error)})
-                files.write(path, device, records, quick=arguments.quick, complete=False)
-                tidy()
-    files.write(path, device, records, quick=arguments.quick, complete=True)
-    return records
 
 
 # ---- Nsight Compute's counters --------------------------------------------------------------------------------------
@@ -269,7 +233,7 @@ UNITS |= {"nsecond": 1e-6, "usecond": 1e-3, "msecond": 1.0, "second": 1e3}
 
 
 def ncu_command(arguments: argparse.Namespace) -> str:
-    """One launch of each, as `--once` runs them. The clocks stay as they are."""
+    """The command for one launch of each, as `--once` runs them. The clocks stay as they are."""
     parts = ["ncu", "--clock-control none", "--target-processes all"]
     parts += ["--kernel-name-base demangled", "--kernel-name regex:xent"]
     parts += [f"--section {section}" for section in SECTIONS]
@@ -288,15 +252,15 @@ def run_once(cases: list[KernelCase], arguments: argparse.Namespace) -> None:
                 call()
             torch.cuda.synchronize()
             del inputs, sets
-            tidy()
+            command_line.tidy(arguments.device)
 
 
 def once(cases: list[KernelCase], quick: bool) -> Iterator[tuple[KernelCase, Shape, Launch]]:
-    """What `run_once` launches, in order."""
+    """The launches of `run_once`, in order."""
     for one in cases:
         shape = one.case.shape("cuda", quick)
         for way in WAYS:
-            if way == BACKWARD:  # whose forward is there, too
+            if way == BACKWARD:  # its forward is launched, too
                 yield one, shape, Launch(one.kernel, "forward, for each position")
                 yield one, shape, Launch(FINISH, "after")
             for launch in launches(one, shape, way):
@@ -328,7 +292,7 @@ def counter_records(rows: list[tuple[str, dict]], cases: list[KernelCase], quick
         raise ValueError(f"these are not the launches of --once: {[name for name, _ in rows][:8]}, not {names[:8]}")
     for (_, metrics), (one, shape, launch) in zip(rows, expected, strict=False):
         stalls = {found[1]: value for name, value in metrics.items() if (found := STALL.search(name))}
-        stalls.pop("selected", None)  # which is none
+        stalls.pop("selected", None)  # it is no stall
         moved = metrics.get(READ, math.nan) + metrics.get(WRITTEN, math.nan)
         record = {**one.case.fields(shape), "kernel": launch.kernel, "launch": launch.what, "bytes": launch.bytes}
         record |= {"dram_bytes": None if math.isnan(moved) else moved, "ms": metrics.get(TIME)}
@@ -340,67 +304,66 @@ def counter_records(rows: list[tuple[str, dict]], cases: list[KernelCase], quick
     return records
 
 
-# ---- tables ---------------------------------------------------------------------------------------------------------
-
-
-def shown(title: str, left: tuple[str, ...], right: tuple[str, ...], rows: list[list[str]]) -> Table:
-    table = Table(box=box.SIMPLE, title=title, pad_edge=False)
-    for name in left:
-        table.add_column(name, overflow="fold")
-    for name in right:
-        table.add_column(name, justify="right")
-    last = None
-    for row in rows:
-        if row[0] != last:
-            table.add_section()
-        table.add_row(row[0] if row[0] != last else "", *row[1:])
-        last = row[0]
-    return table
-
-
-def cell(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+# ---- tables and pages -----------------------------------------------------------------------------------------------
 
 
 def where(record: dict) -> list[str]:
-    shape = f", {'x'.join(map(str, record['shape']))} {record['dtype']}" if "shape" in record else ""
-    return [f"{record['case']}{shape}", record["launch"], record["kernel"]]
+    logits = f"{dimensions(record)} {record['dtype']}" if "shape" in record else "-"
+    return [record["case"], logits, record["launch"], f"`{record['kernel']}`"]
 
 
-def table_of(records: list[dict]) -> Table:
+def table(records: list[dict], detail: bool = False) -> Table:
     rows = []
     for record in records:
         if "error" in record:
-            rows.append([*where(record), f"[red]{record['error'][:60]}[/]"])
+            rows.append([*where(record), record["error"], "-", "-", "-"])
             continue
         ratio = record.get("ratio")
-        far = ratio is not None and ratio > 1.1
-        said = [record["bytes"] / 2**20, *(record[name] for name in ("median_ms", "min_ms", "max_ms"))]
-        cells = [cell(said[0], ".1f"), *(cell(value, ".4f") for value in said[1:])]
-        cells += [cell(record.get("floor_ms"), ".4f"), f"[red]{ratio:.2f}[/]" if far else cell(ratio, ".2f")]
-        rows.append([*where(record), *cells])
-    columns = ("MiB", "median ms", "min", "max", "floor ms", "time / floor")
-    return shown("Kernels; the floor is a copy of as many bytes", ("case", "launch", "kernel"), columns, rows)
+        cells = [f"{record['bytes'] / 2**20:.1f}", duration(record, detail, ".4f")]
+        cells.append(number(record.get("floor_ms"), ".4f"))
+        rows.append([*where(record), *cells, red(number(ratio, ".2f"), detail and ratio is not None and ratio > FAR)])
+    header = ["case", "logits", "launch", "kernel", "MiB", "ms", "floor, ms", "time / floor"]
+    return Table(header, rows, 4, "Kernels; the floor is a copy of as many bytes")
 
 
-def table_of_counters(records: list[dict]) -> Table:
+def counters_table(records: list[dict]) -> Table:
     rows = []
     for record in records:
         moved = None if record["dram_bytes"] is None else record["dram_bytes"] / 2**20
-        stall = f"{record['stall']} {record['stall_cycles']:.1f}" if record["stall"] else ""
-        cells = [cell(record["ms"], ".4f"), cell(moved, ".1f"), cell(record["dram_ratio"], ".3f")]
-        cells += [cell(record["occupancy"], ".0f"), cell(record["registers"], ".0f"), stall]
-        rows.append([*where(record), *cells])
-    columns = ("ms", "DRAM MiB", "/ predicted", "occupancy, %", "registers", "stall, cycles an instruction")
-    return shown("Counters of Nsight Compute", ("case", "launch", "kernel"), columns, rows)
+        case, _, launch, kernel = where(record)
+        cells = [case, launch, kernel, number(record["ms"], ".4f")]
+        cells += [number(moved, ".1f"), number(record["dram_ratio"], ".3f"), number(record["occupancy"], ".0f")]
+        cells.append(number(record["registers"], ".0f"))
+        rows.append([*cells, f"{record['stall']} {record['stall_cycles']:.1f}" if record["stall"] else "-"])
+    header = ["case", "launch", "kernel", "ms", "DRAM, MiB", "/ predicted", "occupancy, %", "registers"]
+    return Table([*header, "longest stall, cycles"], rows, 3, "Counters of Nsight Compute")
 
+
+def blocks(device: str, result: dict) -> list[Block]:
+    return [
+        "Each kernel's time by the profiler, and its floor: the bytes that it has to move at the bandwidth of the copy "
+        "in the first row. A training step has the launches from `before` to `handed over`, the last of which finds "
+        "that the gradient is there.",
+        table(result["records"]),
+    ]
+
+
+def counters_blocks(device: str, result: dict) -> list[Block]:
+    return [
+        "One launch of each by Nsight Compute: bytes of memory over the predicted ones, without writes that are still "
+        "in the L2 cache; active warps; registers of a thread; and the longest wait of a warp, for an instruction.",
+        counters_table(result["records"]),
+    ]
+
+
+SECTION = Section("kernels", "Each kernel", blocks, only="gpu")
+COUNTERS_SECTION = Section("counters", "Each kernel's counters", counters_blocks, only="gpu")
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = command_line.parser_of(__doc__, "kernels", "small inputs, in seconds", "cases")
-    parser.set_defaults(device="cuda")
+    parser = command_line.parser_of(__doc__, "kernels", "small inputs, in seconds", "cases", ("cuda",))
     parser.add_argument("--ncu", metavar="FILE", help="print the command line of Nsight Compute, and no more")
     parser.add_argument("--once", action="store_true", help="what that command runs: each kernel once, no times")
     parser.add_argument("--counters", type=Path, help="the table that it wrote")
@@ -408,31 +371,30 @@ def parse_arguments() -> argparse.Namespace:
         return parser.parse_args()
     if any(argument.startswith("--counters") for argument in sys.argv):
         parser.set_defaults(part="counters")
-    arguments = command_line.parse(parser)
-    if arguments.device == "cpu":
-        parser.error("these are the CUDA kernels")
-    return arguments
+    return command_line.parse(parser)
 
 
 def main() -> None:
     arguments = parse_arguments()
+    device, quick = arguments.device, arguments.quick
     cases = [one for one in CASES if re.search(arguments.only, one.name)]
     if arguments.ncu:
         print(ncu_command(arguments))
-        return
-    if arguments.once:
+    elif arguments.once:
         run_once(cases, arguments)
-        return
-    path = arguments.json
-    if arguments.counters:
-        records = counter_records(counted(arguments.counters), cases, arguments.quick)
-        files.write(path, arguments.device, records, quick=arguments.quick, complete=True)
-        console.print(table_of_counters(records))
+    elif arguments.counters:
+        records = counter_records(counted(arguments.counters), cases, quick)
+        command_line.measure_all(arguments, [], lambda found: [counters_table(found)], lambda record: True, records)
     else:
-        records = measured(cases, arguments, path)
-        console.print(table_of(records))
-    console.print(f"{path}", highlight=False)
-    sys.exit(1 if any("error" in record for record in records) else 0)
+        copy = copy_record(device, quick)
+        items = []
+        for one, way in itertools.product(cases, WAYS):
+            shape = one.case.shape("cuda", quick)
+            failed = {**one.case.fields(shape), "kernel": one.kernel, "launch": way, "way": way}
+            measure = functools.partial(way_records, one, shape, way, device, copy["gb_per_s"])
+            items.append(Item(f"{one.name}, {way}", [failed], measure))
+        tables = functools.partial(table, detail=True)
+        command_line.measure_all(arguments, items, lambda found: [tables(found)], lambda record: True, [copy])
 
 
 if __name__ == "__main__":

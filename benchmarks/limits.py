@@ -1,15 +1,15 @@
-"""What has to hold on an NVIDIA H200, beside what was measured: every limit there is, in one place.
+"""The limits on an NVIDIA H200, all in one place, beside what was measured.
 
     python -m benchmarks.limits [FOLDER]
 
 * COPIES: forward and backward of a case of `benchmarks.run`, in copies of its logits. A copy is one read and one write,
-  which is also all that a loss has to move that makes the gradient together with the loss; probabilities are read, too.
-* Nobody else is faster: on any case, in a training step or in an evaluation.
+  as much as a loss has to move that makes the gradient together with the loss. Probabilities have to be read as well.
+* No other loss is faster, in any case, in a training step or in an evaluation.
 * A call costs the host less than the native one (`benchmarks.scaling`, the curve `overhead`).
 * PRODUCTS: the output layer and its loss, in units of their three matrix products (`benchmarks.linear`).
 
-FOLDER has the result files of a GPU; without one it is where the commands put them. Nothing is measured here, and what
-was not measured is said.
+FOLDER has the result files of a GPU; the default is where the commands put them. The table also lists limits for which
+nothing was measured.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from . import records as files
+from .tables import Table, dimensions, number, show
 
 COPIES = {
     "Llama 3, bfloat16": 1.10,
@@ -39,7 +36,7 @@ COPIES = {
 }
 PRODUCTS = {"Llama 3's head, bfloat16": 1.08}
 TRAINING, EVALUATION = "forward+backward", "forward"
-OURS = ("ours", "ours in place")  # and "copy" is nobody
+NO_RIVALS = ("ours", "ours in place", "copy")
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ Groups = dict[tuple[str, str], dict[str, dict]]  # (case, direction): provider: 
 
 
 def by_case(result: dict | None) -> Groups:
-    """What was right and was timed."""
+    """The records that are right and were timed."""
     groups: Groups = {}
     for record in (result or {"records": []})["records"]:
         if "provider" in record:
@@ -77,22 +74,22 @@ def of_run(result: dict | None) -> list[Limit]:
     found = []
     for case, most in COPIES.items():
         record = groups.get((case, TRAINING), {}).get("ours", {})
-        shape = f", {'x'.join(map(str, record['shape']))} {record['dtype']}" if record else ""
+        shape = f", {dimensions(record)} {record['dtype']}" if record else ""
         found.append(Limit(f"{case}{shape}: copies of the logits", record.get("copies"), most))
     return found + [of_others(groups, direction) for direction in (TRAINING, EVALUATION)]
 
 
 def of_peers(result: dict | None) -> list[Limit]:
-    """A second run of `benchmarks.run`, of those who take long to compile."""
+    """Limits of a second run of `benchmarks.run`, of providers that take long to compile."""
     groups = by_case(result)
     return [of_others(groups, direction, "peers, ") for direction in (TRAINING, EVALUATION)] if result else []
 
 
 def of_others(groups: Groups, direction: str, which: str = "") -> Limit:
-    """The case in which we are nearest to being beaten, or are; and all in which we are."""
+    """The worst case against the quickest other provider, and all cases in which ours is slower."""
     ratios = []
     for (case, this), providers in groups.items():
-        others = {name: record["median_ms"] for name, record in providers.items() if name not in (*OURS, "copy")}
+        others = {name: record["median_ms"] for name, record in providers.items() if name not in NO_RIVALS}
         if this == direction and others and "ours" in providers:
             quickest = min(others, key=others.__getitem__)
             ratios.append((providers["ours"]["median_ms"] / others[quickest], f"{case} ({quickest})"))
@@ -130,29 +127,27 @@ def of_linear(result: dict | None) -> list[Limit]:
 PARTS = {"run": of_run, "peers": of_peers, "scaling": of_scaling, "linear": of_linear}
 
 
-def table(found: list[Limit]) -> Table:
-    shown = Table(box=box.SIMPLE, title="What has to hold on an H200", pad_edge=False)
-    shown.add_column("what", overflow="fold")
-    for name in ("measured", "at most"):
-        shown.add_column(name, justify="right")
-    shown.add_column("", overflow="fold")
+def of_folder(folder: Path) -> list[Limit]:
+    """All limits, with the results of a folder."""
+    paths = {part: folder / f"{part}.json" for part in PARTS}
+    results = {part: json.loads(path.read_text()) if path.exists() else None for part, path in paths.items()}
+    return [limit for part, of in PARTS.items() for limit in of(results[part])]
+
+
+def table(found: list[Limit], detail: bool = False) -> Table:
+    rows = []
     for one in found:
         colour = {None: "dim", True: "green", False: "red"}[one.holds]
-        measured = "" if one.measured is None else f"{one.measured:.3f}"
-        shown.add_row(one.what, measured, f"{one.most:.2f}", f"[{colour}]{one.said}[/] {one.note}")
-    return shown
+        text = (f"[{colour}]{one.said}[/]" if detail else one.said) + (f": {one.note}" if one.note else "")
+        rows.append([one.what, number(one.measured, ".3f"), f"{one.most:.2f}", text])
+    return Table(["", "measured", "at most", ""], rows, title="Limits on an H200")
 
 
 def main() -> None:
     if sys.argv[1:] in (["-h"], ["--help"]):
         print(__doc__)
         return
-    folder = Path(sys.argv[1]) if sys.argv[1:] else files.folder("cuda")
-    paths = {part: folder / f"{part}.json" for part in PARTS}
-    results = {part: json.loads(path.read_text()) if path.exists() else None for part, path in paths.items()}
-    Console(width=max(150, Console().width)).print(
-        table([one for part, of in PARTS.items() for one in of(results[part])])
-    )
+    show([table(of_folder(Path(sys.argv[1]) if sys.argv[1:] else files.folder("cuda")), detail=True)])
 
 
 if __name__ == "__main__":

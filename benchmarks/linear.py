@@ -1,22 +1,22 @@
-"""The output layer and its loss, forward and backward: time beside the three matrix products, and memory.
+"""The output layer and its loss, forward and backward: time in units of the three matrix products, and memory.
 
     python -m benchmarks.linear [--device cpu|cuda] [--quick] [--only PATTERN] [--without PATTERN] [--seconds S]
                                 [--json FILE]
 
 A step takes N hidden states of F features, a weight of V classes and N labels, and gives the loss and the gradients of
-both. Values are compared with float64 first. Who is measured:
+states and weight. Values are compared with float64 first. The providers:
 
 * `products`: logits, and the gradients of states and weight, as three matrix products with fresh results and nothing
-  between them. Nobody who makes logits can be faster, and its time is the unit of the column `products`: the median of
+  between them. No loss that makes logits can be faster. Its time is the unit of the column `products`: the median of
   the ratios of neighbouring turns.
 * `native`: F.linear and the native loss. `native chunked`: F.linear_cross_entropy with LinearCrossEntropyOptions().
 * `linear + ours`: F.linear and our loss of its logits. `ours`: functional.linear_cross_entropy.
 * `liger`, `quack`, `cut-cross-entropy`: their fused linear losses, with their own defaults, on a GPU.
 
-Times are medians of turns that all take, as in `benchmarks.timing`. The peak of memory is that of one step on top of
-states, weight and labels, on a CPU in a process of its own for each; `gradient_bytes` of it are the two gradients.
+Times are medians of interleaved turns, as in `benchmarks.timing`. The peak of memory is that of one step on top of
+states, weight and labels, on a CPU in a process of its own for each provider; `gradient_bytes` of it are the gradients.
 
-Records, a dictionary each, of which one that failed has an `error`, and one that is wrong says what is `wrong`:
+Records, a dictionary each. One that failed has an `error`, and one that is wrong says what is `wrong`:
 
     case, shape (N, F, V), dtype, provider; median_ms, min_ms, max_ms, turns, products, peak_extra_bytes, gradient_bytes
 """
@@ -24,10 +24,7 @@ Records, a dictionary each, of which one that failed has an `error`, and one tha
 from __future__ import annotations
 
 import functools
-import gc
 import re
-import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -35,27 +32,24 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from rich import box
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
-import cross_entropy_ext
 from cross_entropy_ext.functional import cross_entropy, linear_cross_entropy
 
 from . import command_line
 from . import records as files
+from .command_line import Item
 from .memory import CpuPeaks, cuda_peak
-from .timing import Run, Timed, measure
-from .values import TOLERANCE
+from .pages import Section, measured_by
+from .tables import Block, Table, dimensions, duration, number, said
+from .timing import Run, Timed, measure, median_ratio
+from .values import TOLERANCE, difference
 
 Shape = tuple[int, int, int]  # states, features, classes
 SECONDS = {"cpu": 150.0, "cuda": 40.0, "quick": 2.0}
 PRODUCTS, NATIVE, CHUNKED, SEPARATE, OURS = "products", "native", "native chunked", "linear + ours", "ours"
 LIGER, QUACK, CUT = PEERS = "liger", "quack", "cut-cross-entropy"  # on a GPU
 ELEMENTS = 2**25  # of logits in float64, at once
-console = Console(width=max(120, Console().width))
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ CASES = [
     Case("Llama 3's head, bfloat16", torch.bfloat16, cuda=(8192, 4096, 128_256)),
 ]
 
-# ---- who is measured ------------------------------------------------------------------------------------------------
+# ---- providers ------------------------------------------------------------------------------------------------------
 
 Step = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -136,12 +130,12 @@ PROVIDERS: dict[str, Callable[[], Step]] = {
     OURS: lambda: trained(linear_cross_entropy),
     LIGER: load_liger,
     CUT: load_cut_cross_entropy,
-    QUACK: load_quack,  # the last: it tunes itself first
+    QUACK: load_quack,  # last, because it tunes itself first
 }
 
 
 def importable(device: str) -> list[str]:
-    """Those that this torch and the packages here have."""
+    """The providers that this torch and the installed packages have."""
     found = []
     for name, load in PROVIDERS.items():
         if name in PEERS and device == "cpu":
@@ -150,17 +144,17 @@ def importable(device: str) -> list[str]:
             load()
         except ImportError:
             continue
-        except Exception:  # it is here, and says in its record why it fails
+        except Exception:  # it is installed; its record says why it fails
             pass
         found.append(name)
     return found
 
 
-# ---- on what --------------------------------------------------------------------------------------------------------
+# ---- inputs and their expected values -------------------------------------------------------------------------------
 
 
 def draw(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """States, weight and labels; logits have a standard deviation of 3, as of a model that has begun to learn."""
+    """States, weight and labels. Logits have a standard deviation of 3, as in a model that has begun to learn."""
     rows, features, classes = shape
     random = torch.Generator(device).manual_seed(0)
     states = torch.empty(rows, features, device=device).normal_(generator=random).to(dtype)
@@ -169,7 +163,7 @@ def draw(shape: Shape, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor,
 
 
 def ready(provider: str, shape: Shape, dtype: torch.dtype) -> tuple[Run, Tensor]:
-    """By name, for another process: what is called on the CPU, and with which states."""
+    """A provider's step on the CPU, and its states. Another process makes both from these names."""
     states, weight, target = draw(shape, dtype, "cpu")
     weight.requires_grad_()
     step = PROVIDERS[provider]()
@@ -201,15 +195,15 @@ class Expected:
         self.loss, self.gradients = total / rows, (of_states, of_weight)
 
     def wrong(self, loss: Tensor, of_states: Tensor, of_weight: Tensor) -> str:
-        """What is, or nothing."""
+        """Says what is wrong, or nothing."""
         if not abs(loss.item() - self.loss) <= self.tolerance * abs(self.loss):
             return f"the loss is {loss.item():.6g}, not {self.loss:.6g}"
         found = of_states[self.rows], of_weight[self.classes]
-        for name, some, expected in zip(("states", "weight"), found, self.gradients, strict=True):
-            error, largest = (some.double() - expected).abs().max().item(), expected.abs().max().item()
-            if not error <= self.tolerance * largest:
-                return f"the gradient of the {name} is off by {error:.3g}, its largest element is {largest:.3g}"
-        return ""
+        differences = (
+            difference(f"the gradient of the {name}", some, expected, self.tolerance)
+            for name, some, expected in zip(("states", "weight"), found, self.gradients, strict=True)
+        )
+        return next(filter(None, differences), "")
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
@@ -242,86 +236,81 @@ def case_records(case: Case, shape: Shape, device: str, seconds: float, names: l
             record["gradient_bytes"] = gradient_bytes
             timed.append(Timed(name, run, [states]))
         except Exception as error:
-            record["error"] = files.first_line(error)
-        tidy(device)
+            record["error"] = files.reason(error)
+        command_line.tidy(device)
     measure(timed, device, time.monotonic() + seconds)
     turns = {one.name: one.milliseconds for one in timed if not one.error}
     for one in timed:
         records[one.name] |= one.summary()
         if one.name in turns and PRODUCTS in turns:
-            ratios = [mine / least for mine, least in zip(turns[one.name], turns[PRODUCTS], strict=True)]
-            records[one.name]["products"] = statistics.median(ratios)
+            records[one.name]["products"] = median_ratio(turns[one.name], turns[PRODUCTS])
     return list(records.values())
 
 
-def tidy(device: str) -> None:
-    gc.collect()
-    cross_entropy_ext.empty_cache()
-    if device != "cpu":
-        torch.cuda.empty_cache()
+# ---- tables and pages -----------------------------------------------------------------------------------------------
 
 
-def table(records: list[dict]) -> Table:
-    shown = Table(box=box.SIMPLE, title="Forward and backward; memory beside the two gradients", pad_edge=False)
-    shown.add_column("case")
-    shown.add_column("provider")
-    for name in ("median ms", "min", "max", "products", "peak MiB", "besides"):
-        shown.add_column(name, justify="right")
-    last = None
+def grouped(records: list[dict]) -> dict[tuple[str, str], dict[str, dict]]:
+    """The records by case and sizes, then by provider."""
+    found: dict[tuple[str, str], dict[str, dict]] = {}
     for record in records:
-        key = f"{record['case']}, {'x'.join(map(str, record['shape']))}"
-        if key != last:
-            shown.add_section()
-        cells = [key if key != last else "", record.get("provider", "")]
-        last = key
-        if "error" in record:
-            shown.add_row(*cells, f"[red]{record['error'][:60]}[/]")
-            continue
-        cells += [f"{record[k]:.2f}" for k in ("median_ms", "min_ms", "max_ms")]
-        cells.append(f"{record['products']:.3f}" if "products" in record else "")
-        peak = record.get("peak_extra_bytes")
-        sizes = () if peak is None else (peak, peak - record["gradient_bytes"])
-        cells += [f"{size / 2**20:.1f}" for size in sizes]
-        if "wrong" in record:
-            cells[-1] = f"[red]{record['wrong']}[/]"
-        shown.add_row(*cells)
-    return shown
+        found.setdefault((record["case"], dimensions(record)), {})[record["provider"]] = record
+    return found
+
+
+def besides(record: dict) -> float | None:
+    """The memory of a step besides its gradients, in MiB."""
+    peak = record.get("peak_extra_bytes")
+    return None if peak is None else (peak - record["gradient_bytes"]) / 2**20
+
+
+def table(records: list[dict], detail: bool = False) -> Table:
+    rows = []
+    for (case, sizes), providers in grouped(records).items():
+        for name, record in providers.items():
+            provider = name + (f": {said(record)}" if said(record) else "")
+            cells = [duration(record, detail), number(record.get("products"), ".2f"), number(besides(record), ".0f")]
+            rows.append([f"{case}, {sizes}", provider, *cells])
+    header = ["states x features x classes", "", "step, ms", "in units of the products", "MiB besides the gradients"]
+    return Table(header, rows, 2, "Forward and backward")
+
+
+EXPLAINED = (
+    "Forward and backward, from hidden states, weight and labels to the loss and both gradients. `products` are the "
+    "three matrix products alone, which every loss that makes logits needs. Times in units of theirs are medians of "
+    "the ratios of neighbouring turns. Memory is the peak of a step on top of states, weight and labels, less the two "
+    "gradients."
+)
+
+
+def blocks(device: str, result: dict) -> list[Block]:
+    return [EXPLAINED, table(result["records"])]
+
+
+def readme(results: dict[str, dict]) -> list[Block]:
+    return [table(results["cpu"]["records"]), EXPLAINED, measured_by(results["cpu"])]
+
+
+SECTION = Section("linear", "The output layer and its loss", blocks, readme=readme)
 
 
 def main() -> None:
-    parser = command_line.parser_of(__doc__, "linear", "small inputs, in seconds", "cases")
-    parser.add_argument("--seconds", type=float, help="for all turns, which share them (cpu 150, cuda 40, quick 2)")
-    parser.add_argument("--without", default="^$", help="regular expression on the names of providers to leave out")
-    arguments = command_line.parse(parser)
+    arguments = command_line.parse(
+        command_line.parser_of(__doc__, "linear", "small inputs, in seconds", "cases", seconds=SECONDS, without=True)
+    )
     device = arguments.device
-    seconds = SECONDS["quick" if arguments.quick else device] if arguments.seconds is None else arguments.seconds
-    path = arguments.json
-    cases = [case for case in CASES if getattr(case, device) and re.search(arguments.only, case.name)]
+    warnings.simplefilter("ignore")  # of providers that fall back
     names = [name for name in importable(device) if not re.search(arguments.without, name)]
-    records, complete = [], False
-    with Progress(console=console) as progress:
-        task = progress.add_task("", total=len(cases))
-        try:
-            for case in cases:
-                progress.update(task, description=case.name)
-                shape = case.shape(device, arguments.quick)
-                try:
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore")  # of who falls back
-                        records += case_records(case, shape, device, seconds / len(cases), names)
-                except Exception as error:  # of the case itself, such as memory for its tensors
-                    records.append({**case.fields(shape), "error": files.first_line(error)})
-                files.write(path, device, records, quick=arguments.quick, complete=False)
-                tidy(device)
-                progress.advance(task)
-            complete = True
-        except KeyboardInterrupt:
-            pass
-    files.write(path, device, records, quick=arguments.quick, complete=complete)
-    console.print(table(records))
-    console.print(f"{path}", highlight=False)
-    ours = [record for record in records if record.get("provider") in (None, OURS, SEPARATE)]
-    sys.exit(0 if complete and not any("error" in record or "wrong" in record for record in ours) else 1)
+    cases = [case for case in CASES if getattr(case, device) and re.search(arguments.only, case.name)]
+    items = []
+    for case in cases:
+        shape, seconds = case.shape(device, arguments.quick), arguments.seconds / len(cases)
+        failed = [{**case.fields(shape), "provider": ""}]
+        items.append(Item(case.name, failed, functools.partial(case_records, case, shape, device, seconds, names)))
+    own = ("", OURS, SEPARATE)
+    command_line.measure_all(
+        arguments, items, lambda records: [table(records, detail=True)], lambda record: record["provider"] in own
+    )
 
 
 if __name__ == "__main__":

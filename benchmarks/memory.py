@@ -1,8 +1,8 @@
-"""The peak of what one step takes on top of what is there before it.
+"""The peak of memory that one step takes on top of the memory before it.
 
-On a GPU the allocator knows. On a CPU a process of its own reports what the system gave it: the peak of its resident
-memory, which Linux lets it reset. There, freed memory goes back at once (malloc keeps none, and neither does this
-package), so that nothing taken from earlier steps hides what a step needs.
+On a GPU the allocator reports it. On a CPU a process of its own reports the peak of its resident memory, which Linux
+lets it reset. In that process freed memory goes back to the system at once (neither malloc nor this package keeps any),
+so that no memory of earlier steps hides a step's need.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import cross_entropy_ext
 
 from .providers import REGISTRY, Loss, forget_compiled
-from .records import first_line
+from .records import reason
 from .shapes import Case, Shape, make_inputs
 from .timing import Run, as_of_a_layer, step
 
@@ -42,7 +42,7 @@ def cuda_peak(run: Run, logits: torch.Tensor) -> int:
 
 
 class CpuPeaks:
-    """Asks the process. Without Linux there is none, and every peak is None."""
+    """Asks the process for peaks. Outside Linux there is none, and every peak is None."""
 
     def __init__(self) -> None:
         self.connection: Connection | None = None
@@ -61,13 +61,13 @@ class CpuPeaks:
         return self.of_made(_provider_step, case, shape, provider, backward)
 
     def of_made(self, make: Callable[..., tuple[Run, torch.Tensor]], *arguments: object) -> int | None:
-        """Of what a module's function makes there of the arguments: something to run, and the tensor to run it on."""
+        """The peak of a function on a tensor. The process makes both by `make(*arguments)`."""
         if self.connection is None:
             return None
         try:
             self.connection.send((make, arguments))
             answer = self.connection.recv()
-        except (EOFError, OSError):  # the system ended it, most likely for its memory
+        except (EOFError, OSError):  # the system ended the process, most likely for its memory
             self.connection = None
             return None
         return answer if isinstance(answer, int) else None
@@ -86,12 +86,12 @@ def _can_reset_peak() -> bool:
 
 
 def reset_peak() -> None:
-    """The highest that this process's memory has been becomes what is resident now. Linux only, else an OSError."""
+    """Sets the peak of this process's memory to what is resident now. Raises OSError outside Linux."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def resident(name: str) -> int:
-    """What Linux says of this process's memory: VmRSS is resident now, VmHWM was at the highest."""
+    """This process's memory in bytes: VmRSS is resident now, VmHWM is the peak. Raises OSError outside Linux."""
     found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     if not found:
         raise OSError(f"this system does not tell {name}")
@@ -118,15 +118,15 @@ def _serve(connection: Connection, threads: int) -> None:
         try:
             connection.send(_cpu_peak(*make(*arguments)))
         except Exception as error:
-            connection.send(first_line(error))
+            connection.send(reason(error))
         forget_compiled()
 
 
 def _cpu_peak(run: Run, logits: torch.Tensor) -> int:
-    run(logits)  # what is allocated once: compiled code, threads' stacks
+    run(logits)  # allocates what is allocated only once: compiled code, threads' stacks
     gc.collect()
     peaks: list[int] = []
-    for _ in range(3 if logits.numel() < 2**22 else 1):  # in large ones, a few pages more or less do not show
+    for _ in range(3 if logits.numel() < 2**22 else 1):  # a few pages do not matter to a large one
         cross_entropy_ext.empty_cache()
         reset_peak()
         before = resident("VmRSS")

@@ -1,7 +1,7 @@
-"""Who is measured: ours, the native loss, and every peer that can be imported. A new one is an entry of REGISTRY.
+"""The losses that are measured: ours, the native one, and every peer that can be imported. REGISTRY lists them.
 
-A provider is a function (logits, target, **options) -> loss with torch's arguments. What it cannot do it refuses by
-raising, with the reason, which goes into its record. Peers get what their users give them: rows of classes.
+A provider is a function (logits, target, **options) -> loss with torch's arguments. It raises Refused, with a reason
+for its record, if it lacks an option, a layout or a kind of target. Peers get rows of classes, as from their users.
 """
 
 from __future__ import annotations
@@ -19,23 +19,21 @@ from torch import Tensor
 
 from cross_entropy_ext.functional import cross_entropy
 
+from .records import Refused
+
 Loss = Callable[..., Tensor]
-
-
-class Refused(Exception):
-    """The provider has no such option, layout or target."""
 
 
 @dataclass(frozen=True)
 class Provider:
     name: str
-    load: Callable[[], Loss]  # raises ImportError where the package is missing
-    overwrites: bool = False  # the gradient takes the logits' place
+    load: Callable[[], Loss]  # raises ImportError if the package is missing
+    overwrites: bool = False  # writes the gradient over the logits
     devices: tuple[str, ...] = ("cpu", "cuda")
 
 
 def rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """(positions, classes), without a copy, or a refusal."""
+    """Reshapes to (positions, classes) without a copy, or refuses."""
     if logits.shape == target.shape:
         raise Refused("takes class indices only")
     if logits.dim() > 2:
@@ -47,6 +45,7 @@ def rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def only(options: dict, *known: str) -> dict:
+    """The options, if all are known."""
     for name in options:
         if name not in known:
             raise Refused(f"has no {name}")
@@ -61,7 +60,7 @@ def load_native_compiled() -> Loss:
 
 
 def forget_compiled() -> None:
-    """What was compiled for one case would be looked through for each call of the next."""
+    """Drops compiled code, which torch would otherwise search in every call of the next case."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 
@@ -111,7 +110,7 @@ def load_apex() -> Loss:
 
 
 def packages_alone(*names: str) -> None:
-    """Modules of these packages can be imported from here on, without what the packages do when they are imported."""
+    """Makes the packages' modules importable without running the packages' own __init__.py."""
     for name in names:
         if name not in sys.modules:
             spec = importlib.util.find_spec(name)
@@ -121,10 +120,10 @@ def packages_alone(*names: str) -> None:
 
 
 def load_unsloth() -> Loss:
-    """Its loss alone: to import Unsloth is to patch torch and transformers, for all that are measured after it, and
-    takes a dozen packages that the loss has no use for."""
+    """The loss alone. Importing Unsloth would patch torch and transformers for all that is measured later, and needs a
+    dozen packages that the loss does not use."""
     packages_alone("unsloth", "unsloth.kernels", "unsloth_zoo")
-    if "unsloth_zoo.loss_utils" not in sys.modules:  # which patches
+    if "unsloth_zoo.loss_utils" not in sys.modules:  # it patches when it is imported
         patches = types.ModuleType("unsloth_zoo.loss_utils")
         patches.patch_loss_functions = patches.post_patch_loss_function = None
         sys.modules[patches.__name__] = patches
@@ -159,13 +158,11 @@ REGISTRY = [
     Provider("unsloth", load_unsloth, devices=("cuda",)),
     Provider("cut-cross-entropy", load_cut_cross_entropy),
 ]
-
-
 PEERS = tuple(provider.name for provider in REGISTRY if not provider.name.startswith(("ours", "native")))
 
 
 def importable(device: str) -> list[Provider]:
-    """Those whose package is here and works on this device."""
+    """The providers of this device whose packages are installed."""
     found = []
     for provider in REGISTRY:
         if device not in provider.devices:
@@ -174,7 +171,7 @@ def importable(device: str) -> list[Provider]:
             provider.load()
         except ImportError:
             continue
-        except Exception:  # it is here, and says in its records why it fails
+        except Exception:  # it is installed; its records say why it fails
             pass
         found.append(provider)
     return found

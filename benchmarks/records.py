@@ -1,8 +1,8 @@
-"""What a result file holds: the machine, the versions, the command, and records, which are flat dictionaries.
+"""A result file: the machine, the versions, the command, and records, which are flat dictionaries.
 
-`benchmarks/results/<device>/<part>.json`, where the device is `cpu` or a GPU's name and the part is the module that
-measured it: run, idioms, linear, scaling, training, clients, accuracy. `benchmarks.report` reads nothing else. A run
-with options of its own (`--quick`, `--only`, `--seconds`) writes to `benchmarks/output/<device>/<part>.json` instead.
+It is `benchmarks/results/<device>/<part>.json`; the device is `cpu` or a GPU's name, the part the module that measured
+it. `benchmarks.report` reads nothing else. A run with options of its own (`--quick`, `--only`, `--seconds`) writes to
+`benchmarks/output/<device>/<part>.json` instead.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ import torch
 import cross_entropy_ext
 
 RESULTS = Path(__file__).parent / "results"
-OUTPUT = Path(__file__).parent / "output"  # of quick and partial runs, which git ignores
+OUTPUT = Path(__file__).parent / "output"  # results of quick and partial runs; git ignores it
 PACKAGES = ("triton", "liger-kernel", "quack-kernels", "flash-attn", "apex", "cut-cross-entropy", "unsloth")
 
 
 def machine(device: str) -> dict:
-    """What the figures depend on but for software."""
+    """The hardware that the times depend on."""
     cpu = {"cpu": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if device == "cpu":
         info = cross_entropy_ext.build_info()
@@ -43,7 +43,7 @@ def machine(device: str) -> dict:
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name if the system tells it, else its architecture."""
     try:
         found = re.search(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -59,7 +59,7 @@ def memory_bytes() -> int | None:
 
 
 def versions() -> dict:
-    """Of everything that is measured."""
+    """The versions of everything that is measured."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
     for package in PACKAGES:
         try:
@@ -71,19 +71,19 @@ def versions() -> dict:
 
 
 def folder(device: str, whole: bool = True) -> Path:
-    """Where results of this device go, unless `--json` says otherwise; $OUT takes the place of both folders."""
+    """The folder of this device's results, unless `--json` names a file. $OUT replaces both folders."""
     name = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
     return Path(os.environ.get("OUT") or (RESULTS if whole else OUTPUT)) / re.sub(r"[^a-z0-9]+", "-", name.lower())
 
 
 def command() -> str:
-    """The command line that was given, without the file the result went to."""
+    """The command line, without the name of the result file."""
     arguments = " ".join(sys.argv[1:])
     return f"python -m benchmarks.{Path(sys.argv[0]).stem} {re.sub(r'--json[ =][^ ]+', '', arguments)}".strip()
 
 
 def write(path: Path, device: str, records: list[dict], **more: object) -> None:
-    """Whole or not at all: a stop in between leaves the last file."""
+    """Replaces the file at once, so that an interruption leaves the last one whole."""
     contents = {
         "command": command(),
         "date": date.today().isoformat(),
@@ -99,11 +99,17 @@ def write(path: Path, device: str, records: list[dict], **more: object) -> None:
 
 
 def read(device: str, part: str) -> dict | None:
-    """A result, or None where it was never recorded."""
+    """A committed result, or None if there is none."""
     path = RESULTS / device / f"{part}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def first_line(error: BaseException) -> str:
-    """What a record says of a provider that failed."""
+class Refused(Exception):
+    """Says why something was not measured."""
+
+
+def reason(error: BaseException) -> str:
+    """The `error` of a record: the text of a refusal, or an exception's type and first line."""
+    if isinstance(error, Refused):
+        return str(error)
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"

@@ -1,15 +1,15 @@
 """How time is measured: all providers take turns on the same machine, and medians are compared.
 
-On a CPU a turn is 10 ms of calls, or one call that takes longer. In shorter turns each provider would also pay for what
-the other leaves behind: caches and address translations, flushed by the memory it gave back.
+On a CPU a turn is 10 ms of calls, or one longer call. In shorter turns each provider would also pay for the state that
+the last one leaves: caches and address translations, flushed by the memory that it gave back.
 
-On a GPU a turn is one call between two events, and finds inputs that the L2 cache does not hold: there are as many sets
-of logits as fill it four times, every call takes the next one, and gradients are kept as long, so that their memory
-changes too. The device is kept busy while the host prepares the call, so that the events measure the device alone. (A
-provider that waits for the device, as some do for a count of targets, has the host's time in its own.)
+On a GPU a turn is one call between two events, on inputs that the L2 cache does not hold. There are enough sets of
+logits to fill it four times; each call takes the next one, and gradients are kept as long, so that their memory changes
+too. The device is kept busy while the host prepares the call, so that the events measure the device alone. (The time of
+a provider that waits for the device, for example to count targets, includes the host's.)
 
-A provider that overwrites the logits has a copy of them, made again after each turn, outside of the clock. A backward
-alone has its forward before each turn, outside of the clock as well.
+A provider that overwrites the logits gets a copy of them, restored after each turn. A backward alone has its forward
+before each turn. Neither is inside the clock.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from .providers import Loss
-from .records import first_line
-from .shapes import Inputs
+from .records import reason
+from .shapes import Case, Inputs, make_logits
 
 TURN = 10e-3  # seconds
 LEAST_TURNS = {"cpu": 7, "cuda": 23}
@@ -49,12 +49,12 @@ class _Made(torch.autograd.Function):
 
 
 def as_of_a_layer(logits: Tensor) -> Tensor:
-    """The same memory as the result of a graph, as a model has it: a leaf is nothing that a loss overwrites."""
+    """The same memory as the result of a graph, as in a model: a loss does not overwrite a leaf."""
     return _Made.apply(torch.zeros((), device=logits.device, requires_grad=True), logits)
 
 
 def step(loss: Loss, inputs: Inputs, backward: bool) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
-    """The loss, and the gradient or None, of logits: what a training step, or an evaluation, does with them."""
+    """A training step, from logits to the loss and its gradient; or an evaluation, whose gradient is None."""
     forward_of, backward_of = halves(loss, inputs)
 
     def evaluate(logits: Tensor) -> tuple[Tensor, None]:
@@ -81,8 +81,14 @@ def halves(loss: Loss, inputs: Inputs) -> tuple[Callable[[Tensor], Made], Callab
     return forward, backward
 
 
+def sets_of_logits(case: Case, inputs: Inputs, device: str) -> list[Tensor]:
+    """The inputs' logits, and on a GPU more of them, as many as `count_of_sets` says."""
+    shape, count = tuple(inputs.logits.shape), count_of_sets(inputs.logits, device)
+    return [inputs.logits, *(make_logits(case, shape, device, seed) for seed in range(2, count + 1))]
+
+
 def count_of_sets(logits: Tensor, device: str) -> int:
-    """Of logits that a provider gets in turn: one, or on a GPU as many as fill its L2 cache four times."""
+    """How many sets of logits a provider gets in turn: one, or on a GPU as many as fill its L2 cache four times."""
     if device == "cpu":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -91,13 +97,13 @@ def count_of_sets(logits: Tensor, device: str) -> int:
 
 @dataclass
 class Timed:
-    """A provider among others: what a turn calls, and what its turns took."""
+    """A provider among others: the function that a turn calls, and the times of its turns."""
 
     name: str
     run: Run
-    logits: list[Tensor]  # one set, or several in turn; leaves that require a gradient where there is one
-    refill: list[Tensor] | None = None  # what they held, where the provider overwrites them
-    prepare: Callable[[Tensor], object] | None = None  # on a GPU: makes of the logits what is run, outside of the clock
+    logits: list[Tensor]  # one set, or several in turn; leaves that require a gradient if there is a backward
+    refill: list[Tensor] | None = None  # their values, if the provider overwrites them
+    prepare: Callable[[Tensor], object] | None = None  # on a GPU: makes the argument of `run`, outside the clock
     milliseconds: list[float] = field(default_factory=list)
     error: str = ""
 
@@ -112,16 +118,39 @@ class Timed:
     def summary(self) -> dict:
         if self.error:
             return {"error": self.error}
-        return {
-            "median_ms": statistics.median(self.milliseconds),
-            "min_ms": min(self.milliseconds),
-            "max_ms": max(self.milliseconds),
-            "turns": len(self.milliseconds),
-        }
+        return summary_of(self.milliseconds)
+
+
+def summary_of(milliseconds: list[float]) -> dict:
+    return {
+        "median_ms": statistics.median(milliseconds),
+        "min_ms": min(milliseconds),
+        "max_ms": max(milliseconds),
+        "turns": len(milliseconds),
+    }
+
+
+def median_ratio(mine: list[float], others: list[float]) -> float:
+    """The median of the ratios of neighbouring turns."""
+    return statistics.median(a / b for a, b in zip(mine, others, strict=True))
+
+
+def copying(sets: list[Tensor]) -> Timed:
+    """Copies the logits, one read and one write."""
+    return Timed("copy", torch.empty_like(sets[0]).copy_, [logits.detach() for logits in sets])
+
+
+def add_copies(records: dict[str, dict]) -> list[dict]:
+    """The records by provider, with `copies`: their times in units of the copy's."""
+    unit = records["copy"].get("median_ms")
+    for record in records.values():
+        if unit and "median_ms" in record:
+            record["copies"] = record["median_ms"] / unit
+    return list(records.values())
 
 
 def measure(timed: list[Timed], device: str, deadline: float) -> None:
-    """Fills in `milliseconds`, until `deadline` on time.monotonic's clock but a few turns at least."""
+    """Takes turns until `deadline` on time.monotonic's clock, but a few at least, and fills in `milliseconds`."""
     turn_of = _cpu_turns(timed) if device == "cpu" else _cuda_turns(timed)
     turns = 0
     while turns < LEAST_TURNS[device] or (time.monotonic() < deadline and turns < MOST_TURNS):
@@ -139,7 +168,7 @@ def _guarded(one: Timed, function: Callable[[], object]) -> object:
     try:
         return function()
     except Exception as error:
-        one.error = first_line(error)
+        one.error = reason(error)
         return None
 
 
@@ -177,7 +206,7 @@ def _cuda_turns(timed: list[Timed]) -> Iterator[None]:
     calls = itertools.count()
 
     def turn(one: Timed) -> None:
-        index = next(calls) % len(one.logits)  # not the one that the provider before has left in the cache
+        index = next(calls) % len(one.logits)  # never the set that the last provider left in the cache
         events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         try:
             found = one.prepared(index)
@@ -185,10 +214,10 @@ def _cuda_turns(timed: list[Timed]) -> Iterator[None]:
             events[0].record()
             result = one.run(found)
             events[1].record()
-        finally:  # others may have the same copy
+        finally:  # other providers may use the same copy
             one.restore(index)
         kept[one.name].append(None if one.refill is not None else result)
-        one.milliseconds.append(events)  # read when the device has finished
+        one.milliseconds.append(events)  # measure() reads them when the device has finished
 
     while True:
         for one in timed:

@@ -1,29 +1,29 @@
-"""End to end: training steps of whole models, with the native loss and with ours, eager and compiled.
+"""Training steps of whole models, with the native loss and with ours, eager and compiled.
 
     python -m benchmarks.training [--device cpu|cuda] [--quick] [--only PATTERN] [--json FILE]
 
 The models are plain torch.nn and learn from real data, which `data` finds in installed packages: a transformer language
 model with two sizes of vocabulary, a U-Net that segments photographs and ignores outlines, and a ResNet that reads
-digits. A variant of a model is a loss in a mode; everything else is the same for all, down to the seeds and batches.
+digits. A variant of a model is a loss in a mode. All else is the same for all variants, down to the seeds and batches.
 
 * `native` is torch.nn.CrossEntropyLoss, `ours` cross_entropy_ext.CrossEntropyLoss, `ours in place` the same with
-  inplace=True, which torch.compile has no use for. `liger`, on a GPU that has it, trains the language models, too.
+  inplace=True, which torch.compile does not use. On a GPU with `liger` installed, it trains the language models, too.
 * `eager` runs one operation after another; `compiled` is torch.compile of the model and the loss together.
 
 How to read a record:
 
-* `step_ms`, `min_ms`, `max_ms`: zero_grad, forward, loss, backward and optimizer. The median is what to compare.
-* `loss_ms`, `loss_share`: from the logits to their gradient, which is the loss's forward and backward, and its share of
-  the step, which is the most that another loss could save. Compiled, both are None: the native loss is fused with its
-  neighbours, and there is nothing to put a clock on.
-* `peak_bytes`: the most memory that training took on top of the model itself, so with gradients, the optimizer's state,
-  activations and logits. On a CPU it is resident memory, on Linux only; on a GPU it is what the allocator handed out.
-* `final_loss`, `difference`: of the last step, and the largest distance of any step's loss from that of native, eager.
-  Where this is beyond TOLERANCE, the record says what is `wrong`.
+* `step_ms`, `min_ms`, `max_ms`: zero_grad, forward, loss, backward and optimizer. Compare the medians.
+* `loss_ms`, `loss_share`: from the logits to their gradient, the loss's forward and backward, and its share of the
+  step, the most that another loss could save. Compiled, both are None, since the native loss is fused with its
+  neighbours.
+* `peak_bytes`: the most memory that training took on top of the model itself: gradients, the optimizer's state,
+  activations and logits. On a CPU it is resident memory, on Linux only; on a GPU it is the allocator's.
+* `final_loss`: the last step's. `difference`: the largest distance of any step's loss from that of native, eager. If
+  it is beyond TOLERANCE, the record says what is `wrong`.
 
-Every variant has a process of its own, so that memory is apart. They take turns, step by step and each round begun by
-another one, so that what else the machine does hits all alike, and all but one wait. Each has rehearsed a step before,
-and begun anew: neither compiling nor what is allocated only once is measured.
+Every variant has a process of its own, which keeps their memory apart. They take turns, step by step, and another one
+begins each round, so that other load on the machine hits all alike; all but one wait. Each process rehearses a step and
+begins anew, so that neither compiling nor one-time allocations are measured.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.util
 import itertools
@@ -40,7 +41,6 @@ import os
 import re
 import signal
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -51,17 +51,16 @@ from typing import NoReturn
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich import box
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 
 import cross_entropy_ext
 
-from . import command_line, data
+from . import command_line, data, figures, tables
 from . import records as files
+from .command_line import Item
 from .memory import reset_peak, resident
+from .pages import Section
+from .tables import Table, failures, number, quotient, red
 
 NATIVE, OURS, OURS_IN_PLACE, LIGER = "native", "ours", "ours in place", "liger"
 EAGER, COMPILED = "eager", "compiled"
@@ -72,15 +71,15 @@ QUICK, QUICK_MOST = [(NATIVE, EAGER), (OURS, EAGER)], "language model, 32k"
 SEED = 0
 WARM_UP = 2  # steps that count for the losses, but not for the times
 REST = 0.01  # seconds between turns, for the threads of the last one to fall asleep
-# Of the variants' processes, where nobody has set it otherwise.
+# The environment of the variants' processes, where it is not set already.
 #
-# OpenMP's threads spin a while before they sleep: libgomp's for some 10 ms, libomp's for 200. That is into the next
-# turn, and where the machine has other work, on the core that the thread they wait for needs: steps then take many
-# times as long. Here they spin for a millisecond at most, which is enough from one loop of a step to the next.
+# OpenMP's threads spin before they sleep: libgomp's for some 10 ms, libomp's for 200. They would spin into the next
+# turn and, on a busy machine, on the core that the thread they wait for needs, and steps would take many times as long.
+# Here they spin for a millisecond at most, enough from one loop of a step to the next.
 #
-# glibc gives freed memory back to the system and takes it again, page by page, which by the luck of what lies where is
-# up to a fifth of a U-Net's step, another one in every process. Here it is from the beginning where it tends to by
-# itself, with the largest tensors from the system each time, which is their due, and the others from memory it keeps.
+# glibc returns freed memory to the system and takes it again, page by page. Depending on the heap's layout this is up
+# to a fifth of a U-Net's step, and differs between processes. Here its thresholds begin at the values to which they
+# adapt: the largest tensors come from the system each time, the others from memory that glibc keeps.
 ENVIRONMENT = {
     "GOMP_SPINCOUNT": "3000",
     "KMP_BLOCKTIME": "1",
@@ -91,7 +90,6 @@ ENVIRONMENT = {
 TOLERANCE = {"cpu": 1e-3, "cuda": 2e-2}
 
 Batch = tuple[np.ndarray, np.ndarray]
-console = Console(width=max(115, Console().width))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -142,8 +140,8 @@ class LanguageModel(nn.Module):
 
 
 def convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
-    """No bias, which the normalisation would take away again. SiLU rather than ReLU, whose kink makes the last bit of a
-    loss a thousandth of it within 30 steps, and then says nothing about whose loss is right."""
+    """Without bias, which the normalisation would remove. SiLU, since the kink of ReLU amplifies the last bit of a loss
+    to a thousandth of it within 30 steps, which would hide a wrong loss."""
     return nn.Sequential(nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.SiLU())
 
 
@@ -204,12 +202,12 @@ class ResNet(nn.Module):
 
 @dataclass(frozen=True)
 class Size:
-    """Of a model, `model` being its arguments but for the classes, and of its batches."""
+    """The size of a model and of its batches."""
 
     batch: int
     length: int  # of a text in words, or of an image's side in pixels
     steps: int
-    model: dict = field(default_factory=dict)
+    model: dict = field(default_factory=dict)  # the model's arguments except the classes
 
 
 @dataclass(frozen=True)
@@ -218,11 +216,11 @@ class Workload:
     classes: int
     model: Callable[[int, Size], nn.Module]
     batches: Callable[[int, Size], list[Batch]]
-    sizes: dict[str, Size]  # by device, and "quick" where that would show anything new
+    sizes: dict[str, Size]  # by device, and "quick" if it is part of --quick
     options: dict = field(default_factory=dict)  # of the loss
-    training: Callable[..., Training] | None = None  # where it is another than below
-    variants: list[tuple[str, str]] | None = None
-    peers: tuple[str, ...] = ()  # whose losses are tried as well, on a GPU
+    training: Callable[..., Training] | None = None  # instead of Training
+    variants: list[tuple[str, str]] | None = None  # instead of VARIANTS
+    peers: tuple[str, ...] = ()  # losses that are also measured, on a GPU
 
 
 def language_model(vocabulary: int, size: Size) -> nn.Module:
@@ -238,7 +236,7 @@ def resnet(classes: int, size: Size) -> nn.Module:
 
 
 def texts(vocabulary: int, size: Size) -> list[Batch]:
-    """Words from random places, and for each the one that follows."""
+    """Words from random places, and for each the next word as its label."""
     text, random = data.words(vocabulary), np.random.default_rng(SEED)
 
     def batch() -> Batch:
@@ -335,7 +333,7 @@ def make_loss(name: str, options: dict) -> nn.Module:
 
 
 class Clock:
-    """Marks on the way through a step. On a GPU they are events, and nothing has to wait for the device."""
+    """Marks in time during a step. On a GPU they are events, so that nothing waits for the device."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -370,7 +368,7 @@ class Step:
 
 
 class Training:
-    """A model on its way."""
+    """A model in training, with its loss and optimizer."""
 
     def __init__(self, workload: Workload, size: Size, device: str, loss: str, mode: str) -> None:
         torch.manual_seed(SEED)
@@ -422,7 +420,7 @@ class Training:
 
 
 class Peak:
-    """The most memory that was taken since it was made."""
+    """The most memory that was taken since this object was made."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -433,7 +431,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return
-        with contextlib.suppress(OSError, AttributeError):  # there is none but in glibc
+        with contextlib.suppress(OSError, AttributeError):  # only glibc has it
             ctypes.CDLL(None).malloc_trim(0)
         try:
             reset_peak()
@@ -453,7 +451,7 @@ def serve(
 ) -> None:
     """A variant's process: rehearses, says how many parameters there are, makes a step of each batch it is sent, and at
     None says what memory that took. An answer that is a string is an error, and the last."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process ends it
     try:
         training = (workload.training or Training)(workload, size, device, loss, mode)
         training.rehearse(first)
@@ -462,10 +460,10 @@ def serve(
         while (batch := connection.recv()) is not None:
             connection.send(training.step(batch))
         connection.send(peak.bytes())
-    except EOFError:  # who started it is gone
+    except EOFError:  # the parent process is gone
         pass
     except Exception as error:
-        connection.send(files.first_line(error))
+        connection.send(files.reason(error))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -533,29 +531,23 @@ def wanted(workload: Workload, quick: bool, device: str) -> list[tuple[str, str]
     return [*QUICK, (OURS_IN_PLACE, EAGER), (OURS, COMPILED)] if workload.name == QUICK_MOST else QUICK
 
 
-def measure(workload: Workload, size: Size, arguments: argparse.Namespace, progress: Progress) -> list[dict]:
-    """All variants of a model, in turns."""
-    task = progress.add_task(f"{workload.name}: data", total=size.steps)
-    progress.refresh()
+def measure(workload: Workload, size: Size, pairs: list[tuple[str, str]], device: str) -> list[dict]:
+    """The records of these variants of a model, which take turns."""
     batches = workload.batches(workload.classes, size)
-    pairs = wanted(workload, arguments.quick, arguments.device)
     variants = []
     try:
         for loss, mode in pairs:
-            variants.append(start(workload, size, arguments.device, loss, mode, batches[0]))
-        progress.update(task, description=f"{workload.name}: rehearsal", refresh=True)
+            variants.append(start(workload, size, device, loss, mode, batches[0]))
         for variant in variants:
             variant.parameters = variant.receive()
         for done, batch in enumerate(batches):
-            progress.update(task, description=f"{workload.name}: training", completed=done, refresh=True)
             for variant in variants[done % len(pairs) :] + variants[: done % len(pairs)]:
                 time.sleep(REST)
                 variant.turn(batch)
-        progress.update(task, completed=size.steps, refresh=True)
         for variant in variants:
             variant.send(None)
             variant.peak_bytes = variant.receive()
-        return [record(workload, variant, variants[0], batches[0], arguments.device) for variant in variants]
+        return [record(workload, variant, variants[0], batches[0], device) for variant in variants]
     finally:
         for variant in variants:
             variant.close()
@@ -594,50 +586,47 @@ def record(workload: Workload, variant: Variant, reference: Variant, batch: Batc
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The command
+# Tables and pages
 # ------------------------------------------------------------------------------------------------------------
 
 
-def table(records: list[dict]) -> Table:
-    title = "Training steps; faster and of native: against native in the same mode"
-    shown = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    shown.add_column("model, variant", no_wrap=True)
-    for name in ("step ms", "from", "to", "faster", "loss ms", "share", "faster", "MiB", "of native", "differs"):
-        shown.add_column(name, justify="right", no_wrap=True)
+def ratio(one: float | None, other: float | None) -> str:
+    return number(quotient(one, other), ".2f")
+
+
+def table(records: list[dict], detail: bool = False) -> Table:
+    """A row for each variant. With `detail` it is compared with native in the same mode."""
     native = {(r["model"], r["mode"]): r for r in records if r["loss"] == NATIVE and "error" not in r}
-    last = None
+    rows = []
     for record in records:
-        if record["model"] != last:
-            last = record["model"]
-            shown.add_section()
-            shown.add_row(f"[bold]{last}[/]")
-        variant = f"  {record['mode']}, {record['loss']}"
+        row = [record["model"], f"{record['loss']}, {record['mode']}"]
         if "error" in record:
-            console.print(f"[red]{last}, {variant.strip()}: {record['error']}[/]", highlight=False)
-            shown.add_row(variant, "[red]failed[/]")
-        else:
-            shown.add_row(variant, *cells(record, native.get((last, record["mode"]), {})))
-    return shown
+            rows.append([*row, record["error"]])
+            continue
+        share, peak, step = record["loss_share"], record["peak_bytes"], number(record["step_ms"])
+        if detail:
+            step += f" ({number(record['min_ms'])} to {number(record['max_ms'])})"
+        row += [step, number(record["loss_ms"]), number(share, ".0%"), number(peak and peak / 2**20, ".0f")]
+        if detail:
+            base = native.get((record["model"], record["mode"]), {})
+            row += [ratio(base.get(name), record[name]) for name in ("step_ms", "loss_ms")]
+            row.append(ratio(peak, base.get("peak_bytes")))
+            row.append(red(number(record["difference"], ".0e"), "wrong" in record))
+        rows.append(row)
+    header = ["model", "loss", "step, ms", "of it the loss, ms", "share", "peak, MiB"]
+    header += ["step faster", "loss faster", "peak of native", "differs"] * detail
+    return Table(header, rows, 2, "Training steps")
 
 
-def cells(record: dict, native: dict) -> list[str]:
-    def form(name: str, how: str, unit: float = 1) -> str:
-        return "" if record[name] is None else format(record[name] / unit, how)
-
+def blocks(device: str, result: dict) -> list[tables.Block]:
     return [
-        *(form(name, ".1f") for name in ("step_ms", "min_ms", "max_ms")),
-        ratio(native.get("step_ms"), record["step_ms"]),
-        form("loss_ms", ".2f"),
-        form("loss_share", ".1%"),
-        ratio(native.get("loss_ms"), record["loss_ms"]),
-        form("peak_bytes", ".0f", 2**20),
-        ratio(record["peak_bytes"], native.get("peak_bytes")),
-        ("[red]" if "wrong" in record else "") + form("difference", ".0e"),
+        "Whole training steps of small models on real data. Every variant's loss agrees with native's, step by step.",
+        figures.link(device, "training", "Time of a training step, and the loss's share of it"),
+        table(result["records"]),
     ]
 
 
-def ratio(one: float | None, other: float | None) -> str:
-    return f"{one / other:.2f}" if one and other else ""
+SECTION = Section("training", "Training whole models", blocks, draw=figures.draw_training)
 
 
 def main() -> None:
@@ -646,34 +635,23 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, workloads: list[Workload]) -> NoReturn:
-    """Measures those that are wanted, and ends with the command's exit status."""
+    """Measures the wanted workloads, and ends with the command's exit status."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    device = arguments.device
-    path = arguments.json
-    size = "quick" if arguments.quick else device
-    workloads = [one for one in workloads if size in one.sizes and re.search(arguments.only, one.name)]
-    records: list[dict] = []
-    complete = False
-    # Refreshed by hand: a thread that draws would take time from what is measured.
-    with Progress(console=console, auto_refresh=False) as progress, contextlib.suppress(KeyboardInterrupt):
-        for workload in workloads:
-            try:
-                records += measure(workload, workload.sizes[size], arguments, progress)
-            except Exception as error:  # of its data, such as a package that is missing
-                failed = {"model": workload.name, "error": files.first_line(error)}
-                records += [
-                    {**failed, "loss": loss, "mode": mode}
-                    for loss, mode in wanted(workload, arguments.quick, arguments.device)
-                ]
-            files.write(path, device, records, quick=arguments.quick, complete=False)
-        complete = True
-    if records:  # or an interrupted run would leave less than it found
-        files.write(path, device, records, quick=arguments.quick, complete=complete)
-    console.print(table(records))
-    console.print(f"{path}", highlight=False)
-    ours = [record for record in records if record["loss"] not in (NATIVE, LIGER)]
-    sys.exit(0 if complete and not any("error" in record or "wrong" in record for record in ours) else 1)
+    size = "quick" if arguments.quick else arguments.device
+    items = []
+    for one in workloads:
+        if size in one.sizes and re.search(arguments.only, one.name):
+            pairs = wanted(one, arguments.quick, arguments.device)
+            failed = [{"model": one.name, "loss": loss, "mode": mode} for loss, mode in pairs]
+            measured = functools.partial(measure, one, one.sizes[size], pairs, arguments.device)
+            items.append(Item(one.name, failed, measured))
+
+    def shown(records: list[dict]) -> list[tables.Block]:
+        named = ((f"{record['model']}, {record['loss']}, {record['mode']}", record) for record in records)
+        return [table(records, detail=True), failures(named)]
+
+    command_line.measure_all(arguments, items, shown, lambda record: record["loss"] not in (NATIVE, LIGER))
 
 
 if __name__ == "__main__":

@@ -1,38 +1,33 @@
-"""Other numbers for the launch decisions of csrc/cuda/tuning.h, each on the cases that it decides about.
+"""Other values for the launch decisions of csrc/cuda/tuning.h, each on the cases that it affects.
 
     python -m benchmarks.tune [--device cuda] [--only PATTERN] [--seconds S] [--json FILE]
 
-One number at a time, all others as they are; every value takes turns with the others on the same logits, forward and
-backward, and with a copy of them. The table has `copies`, the ratio of medians, a star at the least of a row, and a
-question mark where the value in use is within the noise of it: half the distance between two measurements of that
-value. Results do not depend on the numbers (tests/test_cuda_on_cpu.py), so nothing here writes them: whoever changes
-the table in tuning.h says with which result.
+One number changes at a time. All its values take turns on the same logits, forward and backward, with a copy of them.
+The table has `copies`, the ratio of medians, and a star at the least of a row. A question mark says that the value in
+use is within the noise of the least: half the distance between two measurements of that value. Results of the loss do
+not depend on the numbers (tests/test_cuda_on_cpu.py). This command does not write them; tuning.h is edited by hand.
 
 Records: number, value, in_use, case, shape, dtype, layout, median_ms, min_ms, max_ms, copies.
 """
 
 from __future__ import annotations
 
+import functools
 import re
-import sys
 import time
 from collections.abc import Callable
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 
 from cross_entropy_ext.functional import cross_entropy
 from cross_entropy_ext.runtime import _C
 
 from . import command_line
-from . import records as files
-from .shapes import BF16, Case, make_inputs, make_logits
-from .timing import Timed, count_of_sets, measure, step
+from .command_line import Item
+from .shapes import BF16, Case, make_inputs
+from .tables import Table
+from .timing import Timed, copying, measure, sets_of_logits, step
 
-console = Console(width=max(120, Console().width))
 KiB = 1 << 10
 
 # Rows from 512 bytes to 16 KiB, in both types, where one kernel or another may be the faster.
@@ -77,7 +72,7 @@ NUMBERS: dict[str, tuple[tuple[int, ...], list[Case]]] = {
     "spatial_blocks": ((2, 3, 4, 5, 6, 8), IMAGES),
 }
 
-Tune = Callable[[str, int], int]  # sets a number, and returns what it was
+Tune = Callable[[str, int], int]  # sets a number, and returns its old value
 
 
 def with_number(tune: Tune, name: str, value: int, run: Callable) -> Callable:
@@ -96,8 +91,7 @@ def measured(
 ) -> list[dict]:
     """A record for each value, and a second one for that in use."""
     inputs = make_inputs(case, shape, device)
-    count = count_of_sets(inputs.logits, device)
-    sets = [inputs.logits, *(make_logits(case, shape, device, seed) for seed in range(2, count + 1))]
+    sets = sets_of_logits(case, inputs, device)
     leaves = [logits.detach().requires_grad_() for logits in sets]
     run = step(cross_entropy, inputs, True)
     in_use = tune(name, 1)
@@ -105,8 +99,7 @@ def measured(
     timed = [
         Timed(str(value), with_number(tune, name, value, run), leaves) for value in (*sorted({*values, in_use}), in_use)
     ]
-    out = torch.empty_like(sets[0])
-    copy = Timed("copy", out.copy_, sets)
+    copy = copying(sets)
     measure([*timed, copy], device, time.monotonic() + seconds)
     unit = copy.summary()["median_ms"]
     result = []
@@ -120,16 +113,11 @@ def measured(
 
 
 def table(records: list[dict]) -> Table:
-    shown = Table(box=box.SIMPLE, title="Copies of the logits, forward and backward; (in use), * least", pad_edge=False)
-    for column in ("number", "case", "by value"):
-        shown.add_column(column, overflow="fold")
-    rows: dict[tuple[str, str], list[dict]] = {}
+    by_case: dict[tuple[str, str], list[dict]] = {}
     for record in records:
-        rows.setdefault((record["number"], record["case"]), []).append(record)
-    last = None
-    for (number, case), found in rows.items():
-        if number != last:
-            shown.add_section()
+        by_case.setdefault((record["number"], record["case"]), []).append(record)
+    rows = []
+    for (number, case), found in by_case.items():
         works = [record for record in found if "copies" in record]
         used = [record["copies"] for record in works if record["in_use"]]
         least = min((record["copies"] for record in works), default=0)
@@ -140,38 +128,31 @@ def table(records: list[dict]) -> Table:
             star = "*" if record.get("copies") == least else ""
             close = "?" if record["in_use"] and not star and used and min(used) - least <= noise else ""
             cells.append(f"({text}{star}{close})" if record["in_use"] else text + star)
-        shown.add_row(number if number != last else "", case, "  ".join(cells))
-        last = number
-    return shown
+        rows.append([number, case, "  ".join(cells)])
+    title = "Copies of the logits, forward and backward; (in use), * least"
+    return Table(["number", "case", "by value"], rows, 3, title)
 
 
 def main() -> None:
-    parser = command_line.parser_of(__doc__, "tune", "small inputs, in seconds", "numbers")
-    parser.set_defaults(device="cuda")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each number and case (1)")
-    arguments = command_line.parse(parser)
-    device, quick = arguments.device, arguments.quick
-    if device == "cpu":
-        parser.error("these are numbers of the CUDA kernels")
-    path = arguments.json
-    work = [(name, case) for name, (_, cases) in NUMBERS.items() if re.search(arguments.only, name) for case in cases]
-    records: list[dict] = []
-    with Progress(console=console) as progress:
-        task = progress.add_task("", total=len(work))
-        for name, case in work:
-            progress.update(task, description=f"{name}, {case.name}")
-            try:
-                values, shape = NUMBERS[name][0], case.shape(device, quick)
-                records += measured(_C.tune, name, values, case, shape, device, arguments.seconds)
-            except Exception as error:
-                failed = {"number": name, "value": 0, "in_use": False, "case": case.name}
-                records.append({**failed, "error": files.first_line(error)})
-            torch.cuda.empty_cache()
-            files.write(path, device, records, quick=quick)
-            progress.advance(task)
-    console.print(table(records))
-    console.print(f"{path}", highlight=False)
-    sys.exit(1 if any("error" in record for record in records) else 0)
+    arguments = command_line.parse(
+        command_line.parser_of(
+            __doc__,
+            "tune",
+            "small inputs, in seconds",
+            "numbers",
+            ("cuda",),
+            {"cuda": 1.0, "quick": 1.0},
+            "for each number and case",
+        )
+    )
+    items = []
+    for name, (values, cases) in NUMBERS.items():
+        for case in cases if re.search(arguments.only, name) else []:
+            shape = case.shape(arguments.device, arguments.quick)
+            run = functools.partial(measured, _C.tune, name, values, case, shape, arguments.device, arguments.seconds)
+            failed = {"number": name, "value": 0, "in_use": False, "case": case.name}
+            items.append(Item(f"{name}, {case.name}", [failed], run))
+    command_line.measure_all(arguments, items, lambda records: [table(records)], lambda record: True)
 
 
 if __name__ == "__main__":

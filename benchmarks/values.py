@@ -1,6 +1,6 @@
-"""Right values, before anything is timed: every provider's loss and gradient against float64.
+"""Compares a provider's loss and gradient with float64, before it is timed.
 
-The float64 loss is formed in pieces, so that no case needs twice its memory; the gradient is compared at the first, a
+The float64 loss is computed in pieces, so that no case needs twice its memory. The gradient is compared at the first, a
 middle and the last row or image.
 """
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .shapes import Inputs
 
-# Of the loss, and of the largest element of the gradient. They tell wrong from right, not good from better: that is
-# benchmarks.accuracy's. The native loss's log-probabilities are rounded to bfloat16, which shows in its gradient.
+# Relative to the loss, and to the largest element of the gradient. They tell wrong from right; benchmarks.accuracy
+# compares accuracies. The native loss rounds log-probabilities to bfloat16, which shows in its gradient.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 3e-2, torch.float32: 1e-4, torch.float64: 1e-10}
 
 
@@ -35,17 +35,21 @@ class Expected:
         self.tolerance = TOLERANCE[logits.dtype]
 
     def wrong(self, loss: Tensor, grad: Tensor | None) -> str:
-        """What is, or nothing."""
+        """Says what is wrong, or nothing."""
         value = loss.double().sum().item()
         if not abs(value - self.loss) <= self.tolerance * abs(self.loss):
             return f"the loss is {value:.6g}, not {self.loss:.6g}"
         if grad is None:
             return ""
-        largest = self.grad.abs().max().item()
-        error = (grad[self.some].double() - self.grad).abs().max().item()
-        if not error <= self.tolerance * largest:
-            return f"the gradient is off by {error:.3g}, its largest element is {largest:.3g}"
-        return ""
+        return difference("the gradient", grad[self.some], self.grad, self.tolerance)
+
+
+def difference(name: str, found: Tensor, expected: Tensor, tolerance: float) -> str:
+    """Says how far a tensor is from the expected one, or nothing."""
+    error, largest = (found.double() - expected.double()).abs().max().item(), expected.abs().max().item()
+    if not error <= tolerance * largest:  # a NaN compares false
+        return f"{name} is off by {error:.3g}, its largest element is {largest:.3g}"
+    return ""
 
 
 def _wide(target: Tensor) -> Tensor:
@@ -53,7 +57,7 @@ def _wide(target: Tensor) -> Tensor:
 
 
 def _denominator(inputs: Inputs) -> float:
-    """What a mean divides by."""
+    """The denominator of a mean."""
     if inputs.target.is_floating_point():
         return float(inputs.positions)
     counted = inputs.target[inputs.target != inputs.options.get("ignore_index", -100)]

@@ -2,19 +2,19 @@
 
     python -m benchmarks.vocab_parallel [--quick] [--only PATTERN] [--seconds S] [--json FILE]
 
-Four processes of this machine and gloo, which share its cores evenly. Each has the logits of its own classes, and the
-same targets. Times are of forward and backward, until the last process is done, medians of turns that the providers
-take one after the other; before, their losses and gradients are compared.
+Four processes of this machine share its cores evenly and communicate by gloo. Each has the logits of its own classes;
+all have the same targets. First, losses and gradients are compared. Times are of forward and backward, until the last
+process is done, medians of turns that the providers take one after the other.
 
 Records, a dictionary each: provider, dtype, ranks, shape (of one process), median_ms, min_ms, max_ms, turns, speedup
-(over `loss_parallel`, the median of the ratios of neighbouring turns); and, if it is so, what is `wrong`.
+(over `loss_parallel`, the median of the ratios of neighbouring turns); and what is `wrong`, if anything.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-import statistics
 import time
 from collections.abc import Callable
 
@@ -22,9 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from torch.distributed.tensor.parallel import loss_parallel
@@ -33,18 +30,22 @@ from cross_entropy_ext.distributed import vocab_parallel_cross_entropy
 from cross_entropy_ext.functional import cross_entropy
 
 from . import command_line
-from . import records as files
-from .values import TOLERANCE
+from .command_line import Item
+from .pages import Section, measured_by
+from .tables import Block, Table, duration, number, said
+from .timing import median_ratio, summary_of
+from .values import TOLERANCE, difference
 
 RANKS = 4
 SHAPE, QUICK_SHAPE = (2048, 8000), (128, 500)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SECONDS = {"cpu": 60.0, "quick": 2.0}
 LEAST_TURNS = 5
 THEIRS = "loss_parallel"
 
 
 def providers(mesh: dist.DeviceMesh) -> dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-    """From local logits and targets the loss, and the gradient of these logits."""
+    """Functions from local logits and targets to the loss and the gradient of these logits."""
 
     def ours(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         loss = vocab_parallel_cross_entropy(logits, target, group=mesh.get_group())
@@ -66,21 +67,24 @@ def providers(mesh: dist.DeviceMesh) -> dict[str, Callable[[Tensor, Tensor], tup
     return {"ours": ours, "ours, of a DTensor": ours_of_dtensor, THEIRS: theirs}
 
 
+def fields(provider: str, dtype: str, shape: tuple[int, int]) -> dict:
+    return {"provider": provider, "dtype": dtype, "ranks": RANKS, "shape": list(shape)}
+
+
 def measure(shape: tuple[int, int], name: str, seconds: float) -> list[dict]:
-    """On one of the processes, all of which return the same."""
+    """Runs on each of the processes, all of which return the same records."""
     rank, (rows, classes), dtype = dist.get_rank(), shape, DTYPES[name]
     runs = providers(init_device_mesh("cpu", (RANKS,)))
     random = torch.Generator().manual_seed(rank)
     logits = torch.randn(rows, classes, generator=random).mul_(2).to(dtype).requires_grad_()
     target = torch.randint(RANKS * classes, (rows,), generator=torch.Generator().manual_seed(0))
 
-    records = {which: {"provider": which, "dtype": name, "ranks": RANKS, "shape": list(shape)} for which in runs}
+    records = {which: fields(which, name, shape) for which in runs}
     expected = runs[THEIRS](logits, target)
     for which, run in runs.items():
         for what, found, right in zip(("loss", "gradient"), run(logits, target), expected, strict=True):
-            error, largest = (found.double() - right.double()).abs().max(), right.double().abs().max()
-            if not error <= 2 * TOLERANCE[dtype] * largest:
-                records[which]["wrong"] = f"the {what} differs by {error:.3g}, the largest element is {largest:.3g}"
+            if wrong := difference(f"the {what}", found, right, 2 * TOLERANCE[dtype]):
+                records[which]["wrong"] = wrong
 
     times: dict[str, list[float]] = {which: [] for which in runs}
     begin = time.monotonic()
@@ -96,53 +100,67 @@ def measure(shape: tuple[int, int], name: str, seconds: float) -> list[dict]:
         done.fill_(time.monotonic() > begin + seconds)
         dist.broadcast(done, 0)
     for which, record in records.items():
-        record |= {"median_ms": statistics.median(times[which]), "min_ms": min(times[which])}
-        record |= {"max_ms": max(times[which]), "turns": len(times[which])}
-        record["speedup"] = statistics.median(b / a for a, b in zip(times[which], times[THEIRS], strict=True))
+        record |= {**summary_of(times[which]), "speedup": median_ratio(times[THEIRS], times[which])}
     return list(records.values())
 
 
-def work(rank: int, shape: tuple[int, int], names: list[str], seconds: float, results) -> None:
+def work(rank: int, shape: tuple[int, int], name: str, seconds: float, results) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // RANKS))
     dist.init_process_group("gloo", init_method="env://", rank=rank, world_size=RANKS)
-    found = [record for name in names for record in measure(shape, name, seconds / len(names))]
+    found = measure(shape, name, seconds)
     if rank == 0:
         results.put(found)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def table(records: list[dict]) -> Table:
-    shown = Table(box=box.SIMPLE, title=f"Forward and backward on {RANKS} processes, milliseconds")
-    for name in ("dtype", "of each process", "provider", "median", "min", "max", "speedup"):
-        shown.add_column(name, justify="left" if name in ("dtype", "provider") else "right")
+def measured(shape: tuple[int, int], name: str, seconds: float) -> list[dict]:
+    """The records of a dtype, from new processes."""
+    results = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.spawn(work, (shape, name, seconds, results), nprocs=RANKS)
+    return results.get()
+
+
+def table(records: list[dict], detail: bool = False) -> Table:
+    rows = []
     for record in records:
-        cells = [f"{record[k]:.2f}" for k in ("median_ms", "min_ms", "max_ms", "speedup")]
-        if "wrong" in record:
-            cells[-1] = f"[red]{record['wrong']}[/]"
-        shown.add_row(record["dtype"], "x".join(map(str, record["shape"])), record["provider"], *cells)
-    return shown
+        sizes = f"{record['ranks']} x ({' x '.join(map(str, record['shape']))}), {record['dtype']}"
+        provider = record["provider"] + (f": {said(record)}" if said(record) else "")
+        rows.append([sizes, provider, duration(record, detail), number(record.get("speedup"), ".1f")])
+    header = ["processes x (positions x classes of each)", "", "ms", "times as fast"]
+    return Table(header, rows, 2, "Forward and backward")
+
+
+EXPLAINED = (
+    "Forward and backward of logits whose classes are sharded over processes of this machine, until the last of them "
+    "is done. They share its cores and communicate by gloo. `loss_parallel` is "
+    "`torch.distributed.tensor.parallel.loss_parallel` with the native loss."
+)
+
+
+def blocks(device: str, result: dict) -> list[Block]:
+    return [EXPLAINED, table(result["records"])]
+
+
+def readme(results: dict[str, dict]) -> list[Block]:
+    return [table(results["cpu"]["records"]), EXPLAINED, measured_by(results["cpu"])]
+
+
+SECTION = Section("vocab_parallel", "Sharded classes", blocks, only="cpu", readme=readme)
 
 
 def main() -> None:
-    parser = command_line.parser_of(__doc__, "vocab_parallel", "small logits", "dtypes")
-    parser.add_argument("--seconds", type=float, help="for all turns (60, quick 2)")
-    arguments = command_line.parse(parser)
-    if arguments.device != "cpu":
-        parser.error("it measures processes on a CPU")
-    seconds = arguments.seconds or (2.0 if arguments.quick else 60.0)
+    arguments = command_line.parse(
+        command_line.parser_of(__doc__, "vocab_parallel", "small logits", "dtypes", ("cpu",), SECONDS)
+    )
     names = [name for name in DTYPES if re.search(arguments.only, name)]
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29531")
-    results = multiprocessing.get_context("spawn").SimpleQueue()
-    shape = QUICK_SHAPE if arguments.quick else SHAPE
-    multiprocessing.spawn(work, (shape, names, seconds, results), nprocs=RANKS)
-    records = results.get()
-    path = arguments.json
-    files.write(path, "cpu", records, quick=arguments.quick)
-    console = Console(width=max(120, Console().width))
-    console.print(table(records))
-    console.print(f"{path}", highlight=False)
+    shape, items = QUICK_SHAPE if arguments.quick else SHAPE, []
+    for name in names:
+        run = functools.partial(measured, shape, name, arguments.seconds / len(names))
+        items.append(Item(name, [fields("", name, shape)], run))
+    command_line.measure_all(arguments, items, lambda records: [table(records, detail=True)], lambda record: True)
 
 
 if __name__ == "__main__":

@@ -29,22 +29,24 @@ from cuda_on_cpu import build
 from benchmarks import (
     command_line,
     figures,
+    idiom_cases,
     idioms,
     kernels,
     limits,
     linear,
-    pairs,
+    pages,
     providers,
     records,
     report,
     run,
     scaling,
     shapes,
+    tables,
     timing,
     values,
 )
+from benchmarks.idiom_cases import NOW, PAIRS, TODAY, Pair
 from benchmarks.memory import CpuPeaks
-from benchmarks.pairs import NOW, PAIRS, TODAY, Pair
 from benchmarks.providers import Provider, Refused
 from benchmarks.shapes import CASES, Case
 from cross_entropy_ext.functional import cross_entropy
@@ -57,9 +59,11 @@ BOTH = ("forward+backward", "forward")
 
 def test_readme_says_what_was_recorded():
     readme = (ROOT / "README.md").read_text()
-    begins = (report.BEGIN, report.BEGIN_IDIOMS, report.BEGIN_LINEAR, report.BEGIN_SHARDS)
-    assert [readme.count(begin) for begin in begins] == [1, 1, 1, 1] and readme.count(report.END) == 4
-    assert report.with_blocks(readme) == readme, "run `python -m benchmarks.report`"
+    parts = [section.part for section in report.SECTIONS if section.readme]
+    assert parts == ["run", "idioms", "linear", "vocab_parallel"]
+    for marker in (report.BEGIN, report.END):
+        assert [readme.count(marker.format(part=part)) for part in parts] == [1, 1, 1, 1]
+    assert report.with_parts(readme) == readme, "run `python -m benchmarks.report`"
 
 
 def test_page_says_what_was_recorded():
@@ -69,7 +73,7 @@ def test_page_says_what_was_recorded():
 @pytest.mark.parametrize("device", [device for device in report.devices() if records.read(device, "run")])
 def test_readme_figure_shows_what_was_recorded(device):
     """Its labels, in the order in which they are drawn."""
-    shown = re.findall(r">([^<>]+)</text>", (report.FIGURES / f"{device}-run.svg").read_text())
+    shown = re.findall(r">([^<>]+)</text>", (figures.FOLDER / f"{device}-run.svg").read_text())
     groups = figures.bars(records.read(device, "run"))
     expected = [
         figures.label(group[name]) for _, group in reversed(groups) for name in figures.COLOURS if name in group
@@ -85,21 +89,21 @@ def test_readme_figure_shows_what_was_recorded(device):
 def test_pages_would_differ(changed, monkeypatch):
     """The three tests above can fail: another number, another text."""
     result = records.read("cpu", "run")
-    before = report.summary(result), report.described(result), figures.bars(result)
+    before = run.summary(result), pages.described(result), figures.bars(result)
     if changed == "time":
         for record in result["records"]:
             if record["provider"] == "ours" and "copies" in record:
                 record["copies"] *= 1.3
                 record["median_ms"] *= 1.3
-        assert report.summary(result) != before[0] and figures.bars(result) != before[2]
+        assert run.summary(result) != before[0] and figures.bars(result) != before[2]
     else:
         result["machine"]["threads"] += 1
-        assert report.described(result) != before[1]
+        assert pages.described(result) != before[1]
 
 
 def test_every_case_was_recorded():
     """On the shapes of today, in both directions, right, and next to native and a copy."""
-    groups = report.grouped(records.read("cpu", "run"))
+    groups = run.grouped(records.read("cpu", "run")["records"])
     for case in CASES:
         for direction in BOTH:
             if case.cpu is None:
@@ -114,7 +118,7 @@ def test_every_case_was_recorded():
 
 def test_every_pair_was_recorded():
     """As the code is today, on today's shapes, right, and with no memory but a gradient."""
-    groups = report.pairs_of(records.read("cpu", "idioms"))
+    groups = idioms.grouped(records.read("cpu", "idioms")["records"])
     assert list(groups) == [pair.name for pair in PAIRS]
     for pair in PAIRS:
         group = groups[pair.name]
@@ -123,9 +127,9 @@ def test_every_pair_was_recorded():
             assert "wrong" not in record and record["median_ms"] > 0, record
             assert tuple(record["shape"]) == pair.shape
         for which in (TODAY, NOW):
-            assert group[which]["code"] == pairs.code(pair.function(which)), "run `python -m benchmarks.idioms`"
-        assert report.gradients(group[NOW]) < 1.1 and report.faster(group) > 3
-    costs = report.costs_of(records.read("cpu", "idioms"))
+            assert group[which]["code"] == idiom_cases.code(pair.function(which)), "run `python -m benchmarks.idioms`"
+        assert idioms.gradients(group[NOW]) < 1.1 and idioms.faster(group) > 3
+    costs = idioms.costs_of(records.read("cpu", "idioms")["records"])
     assert [tuple(record["shape"]) for _, record in costs] == list(idioms.COSTS)
     assert not [record for _, record in costs if "wrong" in record]
 
@@ -136,7 +140,7 @@ PRODUCTS = {torch.float32: 1.15, torch.bfloat16: 1.4}
 
 def test_every_linear_case_was_recorded():
     """On today's shapes, right, as fast as promised and with 48 MB besides the gradients."""
-    groups = report.steps_of(records.read("cpu", "linear"))
+    groups = linear.grouped(records.read("cpu", "linear")["records"])
     assert len(groups) == len([case for case in linear.CASES if case.cpu])
     for case in linear.CASES:
         if case.cpu is None:
@@ -147,28 +151,29 @@ def test_every_linear_case_was_recorded():
             assert "wrong" not in record and record["median_ms"] > 0, record
             assert {**record, **case.fields(case.cpu)} == record
         ours = group[linear.OURS]
-        assert ours["products"] <= PRODUCTS[case.dtype] and report.besides(ours) <= 48
+        assert ours["products"] <= PRODUCTS[case.dtype] and linear.besides(ours) <= 48
 
 
 @pytest.mark.parametrize("changed", ["products", "peak_extra_bytes", "error"])
 def test_pages_would_differ_in_linear(changed, monkeypatch):
     result = records.read("cpu", "linear")
-    assert "\n\n".join(report.linear_section("cpu", result)) in report.page()
-    before = report.linear_block(), report.linear_section("cpu", result)
+    before = report.readme_part(linear.SECTION), report.section_of("cpu", linear.SECTION)
+    assert before[1] in report.page()
     record = next(r for r in result["records"] if r["provider"] == linear.OURS)
     if changed == "error":
         record["error"] = "RuntimeError: no"
     else:
         record[changed] = 2 * record[changed] + 2**21
     monkeypatch.setattr(report.files, "read", lambda device, part: result)
-    assert report.linear_block() != before[0] and report.linear_section("cpu", result) != before[1]
+    assert report.readme_part(linear.SECTION) != before[0]
+    assert report.section_of("cpu", linear.SECTION) != before[1]
 
 
 @pytest.mark.parametrize("changed", ["time", "memory", "code", "cost"])
 def test_pages_would_differ_in_idioms(changed, monkeypatch):
     result = records.read("cpu", "idioms")
-    assert "\n\n".join(filter(None, report.idioms_section("cpu", result))) in report.page()
-    before = report.idioms_block(), report.idioms_section("cpu", result)
+    before = report.readme_part(idioms.SECTION), report.section_of("cpu", idioms.SECTION)
+    assert before[1] in report.page()
     record = next(r for r in result["records"] if r.get("which") == (NOW if changed != "cost" else "with"))
     change = {"time": "median_ms", "memory": "peak_extra_bytes", "cost": "over_plain"}.get(changed)
     if change:
@@ -176,7 +181,7 @@ def test_pages_would_differ_in_idioms(changed, monkeypatch):
     else:
         record["code"][0] += " | 1"
     monkeypatch.setattr(report.files, "read", lambda device, part: result)
-    after = report.idioms_block(), report.idioms_section("cpu", result)
+    after = report.readme_part(idioms.SECTION), report.section_of("cpu", idioms.SECTION)
     assert after[0] != before[0] and after[1] != before[1]
     if changed == "code":
         assert " \\| 1`" in after[0]
@@ -184,9 +189,9 @@ def test_pages_would_differ_in_idioms(changed, monkeypatch):
 
 def test_what_failed_is_on_the_page():
     fields = {"table": "pairs", "name": "broken", "shape": [2, 3], "dtype": "float32"}
-    result = {"records": [{**fields, "which": NOW, "error": "RuntimeError: no"}, {**fields, "error": "MemoryError: "}]}
-    assert "* broken, now: RuntimeError: no" in report.wrong_pairs(result)
-    assert report.pairs_of(result)["broken"].keys() == {NOW}
+    found = [{**fields, "which": NOW, "error": "RuntimeError: no"}, {**fields, "error": "MemoryError: "}]
+    assert "* broken, now: RuntimeError: no" in idioms.own_failures(found)
+    assert idioms.grouped(found)["broken"].keys() == {NOW}
 
 
 # -- pairs of code -------------------------------------------------------------------------------------------
@@ -196,11 +201,11 @@ def test_what_failed_is_on_the_page():
 def test_pairs_are_equal_and_a_wrong_one_is_found(pair):
     assert inspect.signature(pair.today) == inspect.signature(pair.now)
     assert pair.shape[1:] == pair.quick[1:] or pair.quick[1] < pair.shape[1]
-    logits, *rest = pairs.draw(pair.arguments, (8, 50), "cpu")
+    logits, *rest = idiom_cases.draw(pair.arguments, (8, 50), "cpu")
     wrong = idioms.Wrong(pair, [logits, *rest])
     logits = logits.clone().requires_grad_()
     for which in (TODAY, NOW):
-        results = pairs.step(pair.function(which), rest)(logits)
+        results = idiom_cases.step(pair.function(which), rest)(logits)
         assert wrong(results) == ""
         assert "gradient" in wrong((*results[:-1], results[-1].roll(1, 1)))
         assert "gradient" in wrong((*results[:-1], results[-1] * float("nan")))
@@ -213,14 +218,14 @@ def test_pairs_are_equal_and_a_wrong_one_is_found(pair):
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: pair.name)
 def test_the_code_that_is_shown_runs(pair, which):
     """The README's lines alone, with nothing but the arguments and the names that are imported."""
-    function, drawn = pair.function(which), pairs.draw(pair.arguments, (8, 50), "cpu")
-    scope = {**vars(pairs), **dict(zip(pair.arguments, drawn, strict=True))}
-    shown = pairs.code(function)
+    function, drawn = pair.function(which), idiom_cases.draw(pair.arguments, (8, 50), "cpu")
+    scope = {**vars(idiom_cases), **dict(zip(pair.arguments, drawn, strict=True))}
+    shown = idiom_cases.code(function)
     exec("\n".join(shown), scope)
     found = function(*drawn)
     assert scope["loss"].equal(found[0] if isinstance(found, tuple) else found)
     assert not any("return" in line for line in shown) and max(map(len, shown)) < 100
-    cell = report.code_cell(shown)
+    cell = idioms.code_cell(shown)
     assert cell.count("`") == 2 * len(shown) and "\n" not in cell
 
 
@@ -249,13 +254,13 @@ TAKE_WEIGHTS = (
 )
 def test_the_columns_of_the_page_are_equal_where_labels_are_padded(pair, weighted):
     """Both, as they are printed, on labels of which some are ignored; and with class weights in every loss."""
-    drawn = dict(zip(pair.arguments, pairs.draw(pair.arguments, (12, 50), "cpu"), strict=True))
+    drawn = dict(zip(pair.arguments, idiom_cases.draw(pair.arguments, (12, 50), "cpu"), strict=True))
     for name, ignored in (("target", slice(0, 12, 3)), ("a", [1, 4]), ("b", [2, 4]), ("indices", [0, 7])):
         if name in drawn:
             drawn[name][ignored] = -100
     if "indices" in drawn:
         drawn["indices"][3, 5:] = -100
-    scope = {**vars(pairs)}
+    scope = {**vars(idiom_cases)}
     if weighted:
         weights = torch.rand(50, generator=torch.Generator().manual_seed(9), dtype=torch.float64) * 5
         for name in ("cross_entropy", "distillation_loss", "mixup_cross_entropy", "nll_loss"):
@@ -402,11 +407,11 @@ def test_peak_of_what_is_known():
 def test_peak_of_a_pair():
     peaks = CpuPeaks()
     shape = (256, 32_000)
-    found = {which: peaks.of_made(pairs.ready, "distillation", which, shape) for which in (TODAY, NOW)}
+    found = {which: peaks.of_made(idiom_cases.ready, "distillation", which, shape) for which in (TODAY, NOW)}
     size = 4 * math.prod(shape)
     assert 1 <= found[NOW] / size < 1.1 and 3 < found[TODAY] / size < 6
-    assert peaks.of_made(pairs.ready, "no such pair", NOW, shape) is None
-    assert peaks.of_made(pairs.ready, "MixUp", NOW, (512, 32_000)) > size  # and goes on
+    assert peaks.of_made(idiom_cases.ready, "no such pair", NOW, shape) is None
+    assert peaks.of_made(idiom_cases.ready, "MixUp", NOW, (512, 32_000)) > size  # and goes on
     peaks.close()
 
 
@@ -453,8 +458,9 @@ def test_a_step_that_fails_or_is_wrong_is_a_record(monkeypatch):
     assert [record["provider"] for record in found] == names
     assert found[1]["error"] == "RuntimeError: no such thing" and found[3]["products"] > 0
     assert found[2]["wrong"].startswith("the loss is") and found[2]["median_ms"] > 0
-    linear.console.print(linear.table([*found, {"case": "a case", "shape": [1, 2, 3], "error": "MemoryError: "}]))
-    text = report.linear_table({"records": found})
+    failed = {"case": "a case", "shape": [1, 2, 3], "provider": "", "error": "MemoryError: "}
+    tables.show([linear.table([*found, failed], detail=True)])
+    text = linear.table(found).markdown()
     assert "explodes: RuntimeError: no such thing | - | - | - |" in text and "wrong: the loss is" in text
 
 
@@ -490,7 +496,7 @@ COMMANDS = [
     "vocab_parallel",
     "scaling",
     "training",
-    "clients",
+    "frameworks",
     "accuracy",
     "kernels",
     "tune",
@@ -578,7 +584,7 @@ def test_run_records_everything(tmp_path):
     assert {"records", "machine", "versions", "command", "date"} <= set(result) and result["complete"]
     assert result["command"] == "python -m benchmarks.run --quick --only ^(MNIST|n-gram)$ --seconds 1"
     assert result["versions"]["torch"] == torch.__version__
-    groups = report.grouped(result)
+    groups = run.grouped(result["records"])
     assert set(groups) == {(case, direction) for case in ("MNIST", "n-gram") for direction in BOTH}
     for (case, direction), group in groups.items():
         expected = {"ours", "native", "copy"} | ({"ours in place"} if "+" in direction else set())
@@ -599,17 +605,17 @@ def test_idioms_record_everything(tmp_path):
     shown = run_module("idioms", "--quick", "--only", "MixUp|sample_weight", "--seconds", "0.5", "--json", str(path))
     result = json.loads(path.read_text())
     assert result["complete"] and result["quick"]
-    group = report.pairs_of(result)["MixUp"]
+    group = idioms.grouped(result["records"])["MixUp"]
     for record in (group[TODAY], group[NOW], group["copy"]):
         assert record["min_ms"] <= record["median_ms"] <= record["max_ms"] and "wrong" not in record
         assert math.isclose(record["copies"], record["median_ms"] / group["copy"]["median_ms"])
     assert group[NOW]["gradient_bytes"] == 4 * math.prod(group[NOW]["shape"])
     if sys.platform == "linux":
-        assert 0 < report.gradients(group[NOW]) < report.gradients(group[TODAY])
-    costs = report.costs_of(result)
+        assert 0 < idioms.gradients(group[NOW]) < idioms.gradients(group[TODAY])
+    costs = idioms.costs_of(result["records"])
     assert [tuple(record["shape"]) for _, record in costs] == list(idioms.QUICK_COSTS)
     assert all(record["over_plain"] > 0 for _, record in costs)
-    assert "MixUp" in shown and "x plain" in shown
+    assert "MixUp" in shown and "with it, ms" in shown
 
 
 @pytest.mark.slow
@@ -618,7 +624,7 @@ def test_linear_records_everything(tmp_path):
     shown = run_module("linear", "--quick", "--only", "32k, float32", "--seconds", "0.1", "--json", str(path))
     result = json.loads(path.read_text())
     assert result["complete"] and result["quick"]
-    ((key, group),) = report.steps_of(result).items()
+    ((key, group),) = linear.grouped(result["records"]).items()
     assert key == ("a vocabulary of 32k, float32", "64x32x4000") and key[0] in shown
     assert {linear.PRODUCTS, linear.NATIVE, linear.SEPARATE, linear.OURS} <= set(group)
     for record in group.values():
@@ -633,13 +639,14 @@ def test_a_pair_that_fails_or_is_wrong_is_a_record():
     def explode(logits, target):
         raise RuntimeError("no such thing\nat all")
 
-    pair = Pair("z", pairs.z_loss_today, explode, (8, 50))
+    pair = Pair("z", idiom_cases.z_loss_today, explode, (8, 50))
     found = {record["which"]: record for record in idioms.pair_records(pair, (8, 50), "cpu", 0.0, CpuPeaks())}
     assert found[NOW]["error"] == "RuntimeError: no such thing" and found[TODAY]["median_ms"] > 0
-    pair = Pair("z", pairs.z_loss_today, lambda logits, target: 2 * F.cross_entropy(logits, target), (8, 50))
+    pair = Pair("z", idiom_cases.z_loss_today, lambda logits, target: 2 * F.cross_entropy(logits, target), (8, 50))
     found = {record["which"]: record for record in idioms.pair_records(pair, (8, 50), "cpu", 0.0, CpuPeaks())}
     assert found[NOW]["wrong"].startswith("the loss is off") and found[NOW]["median_ms"] > 0
-    idioms.console.print(idioms.table([*found.values(), {"name": "a row", "error": "MemoryError: "}]))
+    failed = {"table": "pairs", "name": "a row", "error": "MemoryError: "}
+    tables.show(idioms.console_blocks([*found.values(), failed]))
 
 
 def test_a_provider_that_fails_is_a_record(monkeypatch):
@@ -666,7 +673,7 @@ def test_a_provider_that_fails_is_a_record(monkeypatch):
     assert found["broken package"]["error"].startswith("ZeroDivisionError")
     assert found["wrong"]["wrong"].startswith("the loss is") and found["wrong"]["median_ms"] > 0
     assert found["ours"]["median_ms"] > 0 and "wrong" not in found["ours"]
-    run.console.print(run.table(list(found.values())))  # shows them all
+    tables.show([run.long_table(list(found.values()))])  # shows them all
 
 
 def test_what_overwrites_the_logits_does_not_disturb_the_others():
@@ -700,7 +707,7 @@ def test_a_case_whose_copy_fails_is_still_shown(monkeypatch):
     monkeypatch.undo()
     found = measurement.run(0.0)
     assert found[1]["error"].startswith("ZeroDivisionError") and "copies" not in found[0]
-    run.console.print(run.table(found))
+    tables.show([run.long_table(found)])
 
 
 def test_importable_leaves_out_what_is_missing(monkeypatch):
@@ -762,18 +769,16 @@ def test_every_case_can_be_shown():
     case = dataclasses.replace(CASES[0])
     fields = case.fields(case.cpu)
     timed = {"median_ms": 2.0, "min_ms": 1.0, "max_ms": 3.0, "copies": 2.0, "peak_extra_bytes": None}
-    groups = report.grouped(
-        {
-            "records": [
-                {**fields, "provider": "ours", "direction": BOTH[0], **timed},
-                {**fields, "provider": "native", "direction": BOTH[0], "error": "RuntimeError: out of memory"},
-                {**fields, "provider": "copy", "direction": "copy", **timed, "median_ms": 1.0},
-            ]
-        }
+    groups = run.grouped(
+        [
+            {**fields, "provider": "ours", "direction": BOTH[0], **timed},
+            {**fields, "provider": "native", "direction": BOTH[0], "error": "RuntimeError: out of memory"},
+            {**fields, "provider": "copy", "direction": "copy", **timed, "median_ms": 1.0},
+        ]
     )
-    text = report.run_table(groups, BOTH[0])
+    text = run.direction_table(groups, BOTH[0]).markdown()
     assert "| GPT-2 | 1024x50257 float32 | - | - | 2.00 | - | 1.00 | - | - | 2.00 | - |" in text
-    assert "out of memory" in report.failures(groups)
+    assert "out of memory" in run.own_failures(groups)
 
 
 def test_vocab_parallel_records_everything(tmp_path):
@@ -798,7 +803,7 @@ def test_pages_of_a_gpu(tmp_path, monkeypatch):
         for path in (records.RESULTS / "cpu").glob("*.json"):
             result = json.loads(path.read_text())
             result["machine"] |= machine
-            if machine and path.stem in ("training", "clients"):
+            if machine and path.stem in ("training", "frameworks"):
                 failed = [{key: r[key] for key in ("model", "loss", "mode")} for r in result["records"]]
                 result["records"] = [{**record, "error": "OSError: no such library"} for record in failed]
             if machine and path.stem == "run":
@@ -813,19 +818,19 @@ def test_pages_of_a_gpu(tmp_path, monkeypatch):
         json.dumps({**result, "command": "a command", "records": kernel_records})
     )
     monkeypatch.setattr(records, "RESULTS", results)
-    for name in ("PAGE", "README", "FIGURES"):
-        monkeypatch.setattr(report, name, tmp_path / name)
+    for module, name in ((report, "PAGE"), (report, "README"), (figures, "FOLDER")):
+        monkeypatch.setattr(module, name, tmp_path / name)
     report.README.write_text((ROOT / "README.md").read_text())
     report.main()
     readme, page = report.README.read_text(), report.PAGE.read_text()
     assert 0 < readme.index("nvidia-test-run.svg") < readme.index("cpu-run.svg")
     ours = page[page.index("## NVIDIA Test") :]
-    for text in ("What has to hold", "#### The backward alone", "### Each kernel", "| 0.5000 | 0.2500 | 2.00 |"):
+    for text in ("Limits on an H200", "#### The backward alone", "### Each kernel", "| 0.5000 | 0.2500 | 2.00 |"):
         assert text in ours and text not in page[: page.index("## NVIDIA Test")], text
     assert "* quack: other values than float64's: the loss is 2, not 1 (GPT-2)" in ours
     assert "RuntimeError: launched rows" in ours and "OSError: no such library" in ours
     assert "nvidia-test-run.svg" in ours and "nvidia-test-training.svg" not in ours
-    assert ">9.9</text>" in (report.FIGURES / "nvidia-test-run.svg").read_text()
+    assert ">9.9</text>" in (figures.FOLDER / "nvidia-test-run.svg").read_text()
 
 
 class Event:
@@ -880,7 +885,7 @@ def test_a_backward_alone_has_its_forward_outside_of_the_clock(turns_of_a_gpu):
     assert len(seen) == 2 + timing.LEAST_TURNS["cuda"]
     assert "wrong" not in found["slow"] and 0 < found["slow"]["median_ms"] < 10
     assert "bytes" not in found["slow"] and found["copy"]["bytes"] == 2 * 4 * 160
-    run.console.print(run.table(list(found.values())))
+    tables.show([run.long_table(list(found.values()))])
 
 
 def test_a_copy_of_the_logits_is_restored_after_an_error(turns_of_a_gpu):
@@ -912,7 +917,7 @@ def test_a_peer_that_refuses_a_layout_leaves_the_point(monkeypatch):
     assert records["broken package"]["error"].startswith("ZeroDivisionError")
     assert records["ours"]["ns_per_element"] > 0 and records["copy"]["ns_per_element"] > 0
     assert [record for record in scaling.overhead("cpu", found[2:], 0.0) if "error" not in record] == []
-    scaling.console.print(scaling.table(result))
+    tables.show(scaling.console_blocks(result))
 
 
 def test_limits_hold_or_do_not():
@@ -951,7 +956,7 @@ def test_limits_hold_or_do_not():
     assert linear_limit.holds is None  # a record of linear has no direction
     head = {"case": "Llama 3's head, bfloat16", "provider": "ours", "products": 1.09}
     assert limits.of_linear({"records": [head]})[0].said == "does not hold"
-    run.console.print(limits.table(found))
+    tables.show([limits.table(found, detail=True)])
 
 
 def test_every_limit_is_of_a_case():
@@ -1011,8 +1016,8 @@ def test_counters_are_read(tmp_path):
     assert found[1]["dram_bytes"] == 1_025_000 and found[1]["ms"] == 0.0075 and found[1]["occupancy"] == 43.5
     assert found[1]["dram_ratio"] == 1_025_000 / found[1]["bytes"] and found[2]["dram_ratio"] is None
     assert (found[1]["stall"], found[1]["stall_cycles"], found[1]["registers"]) == ("long_scoreboard", 5.25, None)
-    kernels.console.print(kernels.table_of_counters(found))
-    assert "long_scoreboard" in report.counters_table({"records": found})
+    tables.show([kernels.counters_table(found)])
+    assert "long_scoreboard" in kernels.counters_table(found).markdown()
     with pytest.raises(ValueError, match="not the launches"):
         kernels.counter_records(kernels.counted(path)[1:], cases, quick=True)
     path.write_text("==ERROR== The user does not have permission")
@@ -1117,7 +1122,7 @@ RACED = ["small rows", "rows of a warp", "rows of a block", "rows of a cluster",
 @needs_bash
 def test_acceptance_goes_on_and_packs_everything(acceptance):
     """After a step that fails."""
-    steps = "build tests kernels linear tune scaling idioms accuracy training clients benchmark"
+    steps = "build tests kernels linear tune scaling idioms accuracy training frameworks benchmark"
     environment = acceptance('case "$*" in *benchmarks.linear*) exit 3 ;; esac', STEPS=steps, CASES="one|two")
     found = states(accept(environment, 1))
     assert found == {step: "failed" if step == "linear" else "ok" for step in found} and found.keys() == {

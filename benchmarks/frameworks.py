@@ -1,16 +1,16 @@
-"""End to end: training steps of transformers' models as they are, with the native loss and under `patch_torch()`.
+"""Training steps of transformers' unchanged models, with the native loss and under `patch_torch()`.
 
-    python -m benchmarks.clients [--device cpu|cuda] [--quick] [--only PATTERN] [--json FILE]
+    python -m benchmarks.frameworks [--device cpu|cuda] [--quick] [--only PATTERN] [--json FILE]
 
-`pip install '.[clients]'`. The models are built from a configuration, with random weights, and learn from the data that
-`benchmarks.training` has; they compute their loss themselves, from `labels=`. The vocabularies are those of the models
-that people use, the networks before them small ones: on a GPU the loss has about this share of a step with large ones.
+`pip install '.[clients]'`. The models are built from a configuration, with random weights, and learn from the data of
+`benchmarks.training`. They compute their loss themselves, from `labels=`. The vocabularies are those of the published
+models, the networks before them are small: on a GPU the loss has about this share of a step with large networks.
 
 * `patched` calls cross_entropy_ext.patch_torch() before it begins, and is otherwise the same as `native`.
-* `DDP` is DistributedDataParallel, here of one rank, and `Trainer's DDP` the same as transformers' Trainer makes it by
-  default: with find_unused_parameters=True, for which DDP copies all that the model returns, the logits included.
+* `DDP` is DistributedDataParallel with one rank. `Trainer's DDP` is DDP as transformers' Trainer makes it by default:
+  with find_unused_parameters=True, for which DDP copies all that the model returns, the logits included.
 
-A record is one of `benchmarks.training`, but that nobody can tell the loss's part of a step: the model has it inside.
+A record is one of `benchmarks.training`, without the loss's part of a step, which the model hides.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from torch.nn.parallel import DistributedDataParallel
 import cross_entropy_ext
 
 from . import command_line, data
-from .training import COMPILED, EAGER, NATIVE, SEED, Batch, Clock, Size, Training, Workload, crops, digits, run
+from .pages import Section
+from .tables import Block
+from .training import COMPILED, EAGER, NATIVE, SEED, Batch, Clock, Size, Training, Workload, crops, digits, run, table
 
 PATCHED = "patched"
 IGNORED = -100  # transformers' own, for words
@@ -40,7 +42,7 @@ NO_DROPOUT = {
 
 
 class Client(Training):
-    """A model that is given labels and returns its loss."""
+    """A model that takes labels and returns its loss."""
 
     def __init__(self, workload: Workload, size: Size, device: str, loss: str, mode: str) -> None:
         import transformers
@@ -58,7 +60,7 @@ class Client(Training):
 
 
 class DistributedClient(Client):
-    """The same under DDP, whose world is this process."""
+    """The same under DDP, in a world of one process."""
 
     def __init__(
         self, workload: Workload, size: Size, device: str, loss: str, mode: str, *, find_unused_parameters: bool
@@ -120,7 +122,7 @@ def vit(classes: int, size: Size) -> nn.Module:
 
 
 def segformer(classes: int, size: Size) -> nn.Module:
-    """SegFormer-B0 but for what `size` says."""
+    """SegFormer-B0, with the sizes that `size` gives."""
     import transformers
 
     return transformers.SegformerForSemanticSegmentation(
@@ -138,7 +140,7 @@ def segformer(classes: int, size: Size) -> nn.Module:
 
 
 def sentences(vocabulary: int, size: Size) -> list[Batch]:
-    """Words from random places; the model itself moves the labels by one."""
+    """Words from random places. The model itself shifts the labels by one."""
     text, random = data.words(vocabulary), np.random.default_rng(SEED)
 
     def batch() -> Batch:
@@ -149,7 +151,7 @@ def sentences(vocabulary: int, size: Size) -> list[Batch]:
 
 
 def gaps(vocabulary: int, size: Size) -> list[Batch]:
-    """The same, some words of which are to be guessed."""
+    """The same with some words masked, which are the labels."""
     random = np.random.default_rng(SEED)
 
     def batch(words: np.ndarray) -> Batch:
@@ -230,8 +232,19 @@ WORKLOADS = [
 ]
 
 
+def blocks(device: str, result: dict) -> list[Block]:
+    return [
+        "Whole training steps of transformers' unchanged models, which compute their loss themselves from `labels=`: "
+        "with the native loss, and after `patch_torch()`. Losses agree step by step.",
+        table(result["records"]),
+    ]
+
+
+SECTION = Section("frameworks", "Programs that do not know this package", blocks)
+
+
 def main() -> None:
-    parser = command_line.parser_of(__doc__, "clients", "two tiny models, under a minute", "models")
+    parser = command_line.parser_of(__doc__, "frameworks", "two tiny models, under a minute", "models")
     run(command_line.parse(parser), WORKLOADS)
 
 
