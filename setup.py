@@ -41,7 +41,9 @@ if torch.version.cuda and shutil.which("nvcc") and not glob(f"{cpp.CUDA_HOME}/in
     said = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
     toolkit = re.search("TOP=(.*)", said)
     if not toolkit:
-        sys.exit(f"cross_entropy_ext cannot find nvcc's toolkit: set CUDA_HOME. `nvcc --dryrun` printed: {said.strip()}")
+        sys.exit(
+            f"cross_entropy_ext cannot find nvcc's toolkit: set CUDA_HOME. `nvcc --dryrun` printed: {said.strip()}"
+        )
     cpp.CUDA_HOME = os.path.realpath(toolkit[1])
 
 DEBUG = os.environ.get("DEBUG") == "1"
