@@ -407,7 +407,8 @@ void adapt_gradient_meta_(const Gradients&, const Inputs&, const Options&, const
 
 // The layer's gradients are contiguous.
 at::Tensor layer_gradient_meta(const at::Tensor& tensor, const Layer& layer, bool wanted) {
-  return wanted ? at::empty_symint(tensor.sym_sizes(), tensor.options()) : at::empty({0}, layer.input.options());
+  if (wanted) return at::empty_symint(tensor.sym_sizes(), tensor.options());
+  return at::empty({0}, (tensor.defined() ? tensor : layer.input).options());
 }
 
 LayerForwardBackwardResult layer_forward_backward_meta(const Inputs& inputs, const Options& options,
