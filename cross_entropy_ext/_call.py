@@ -45,7 +45,7 @@ is_mode_enabled = torch._C._is_torch_function_mode_enabled
 
 # The operators as functions of the compiled module.
 direct_cross_entropy = _C.cross_entropy
-direct_loss = _C.loss
+direct_loss_with_numbers = _C.loss_with_numbers
 direct_nll_loss = _C.nll_loss
 
 # The types that the operators understand: plain tensors, and those that compilers trace with.
@@ -187,7 +187,8 @@ def _call_operator(tensors: Tensors, options: Options):
         name = "cross_entropy_with_stats" if options.statistics else "general_cross_entropy"
         return _record(name, tensors[:2], named(tensors, options), others)
     else:
-        results = direct_loss(*packed(tensors, options))
+        function = _C.loss_with_stats if options.statistics else _C.loss
+        return function(*packed(tensors, options))
     return results if options.statistics else results[0]
 
 

@@ -306,9 +306,8 @@ def _in_tensor(value: float | Tensor) -> Tensor:
 
 # ---- packing --------------------------------------------------------------------------------------------------------
 
-# The last integers and numbers of a loss that has none but `cross_entropy`'s arguments.
-DEFAULT_INTEGERS = -1, 0, 0, 0
-DEFAULT_NUMBERS = Options()[Options._fields.index("temperature") : OF_NUMBERS.stop]
+# Numbers that `cross_entropy` has no arguments for.
+TEMPERATURE, ALPHA = Options()[Options._fields.index("temperature") : OF_NUMBERS.stop]
 
 
 def _prepared(tensors: Tensors, options: Options) -> tuple[Tensors, list[float], list[Tensor | None]]:

@@ -42,19 +42,48 @@ using ListOfTensors = std::vector<OptionalTensor>;
 using ListOfIntegers = std::vector<int64_t>;
 using ListOfNumbers = std::vector<double>;
 
-std::vector<at::Tensor> loss_from_python(const at::Tensor& logits, const at::Tensor& target,
-                                         const ListOfTensors& others, const ListOfIntegers& integers,
-                                         const ListOfNumbers& numbers) {
-  const Call call(logits, target, OptionalTensors(others), integers, numbers);
-  return loss(call.inputs, call.options).list(call.options.statistics);
+std::vector<at::Tensor> as_tensors(const ListOfTensors& list) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(list.size());
+  for (const OptionalTensor& tensor : list) tensors.push_back(tensor.value_or(at::Tensor()));
+  return tensors;
+}
+
+at::Tensor loss_from_python(const at::Tensor& logits, const at::Tensor& target, const ListOfTensors& others,
+                            const ListOfIntegers& integers, const ListOfNumbers& numbers) {
+  const Call call(logits, target, as_tensors(others), integers, numbers);
+  return loss(call.inputs, call.options).loss;
+}
+
+std::vector<at::Tensor> stats_from_python(const at::Tensor& logits, const at::Tensor& target,
+                                          const ListOfTensors& others, const ListOfIntegers& integers,
+                                          const ListOfNumbers& numbers) {
+  const Call call(logits, target, as_tensors(others), integers, numbers);
+  return loss(call.inputs, call.options).list(true);
+}
+
+// A loss whose options are numbers, in less time than lists take.
+template <class T, size_t>
+using ForEach = T;
+
+template <size_t... place>
+at::Tensor loss_with_numbers_from_python(const at::Tensor& logits, const at::Tensor& target,
+                                         const OptionalTensor& weight, const OptionalTensor& sample_weight,
+                                         int64_t reduction, int64_t ignore_index, ForEach<double, place>... numbers) {
+  const Inputs inputs{logits, target, weight.value_or(at::Tensor()), {}, sample_weight.value_or(at::Tensor())};
+  return loss(inputs, Options::of({reduction, ignore_index, -1, 0, 0, 0}, {numbers...})).loss;
+}
+
+template <size_t... place>
+constexpr auto loss_with_numbers(std::index_sequence<place...>) {
+  return &loss_with_numbers_from_python<place...>;
 }
 
 std::vector<at::Tensor> linear_loss_from_python(const at::Tensor& input, const at::Tensor& weight,
                                                 const OptionalTensor& bias, const at::Tensor& target,
                                                 const ListOfTensors& others, const ListOfIntegers& integers,
                                                 const ListOfNumbers& numbers, int64_t chunk) {
-  const Call call({input, weight, bias.value_or(at::Tensor())}, target, OptionalTensors(others), integers, numbers,
-                  chunk);
+  const Call call({input, weight, bias.value_or(at::Tensor())}, target, as_tensors(others), integers, numbers, chunk);
   return loss(call.inputs, call.options).list(call.options.statistics);
 }
 
@@ -112,6 +141,9 @@ TORCH_LIBRARY_IMPL(cross_entropy_ext, Tracer, m) {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cross_entropy", torch::wrap_pybind_function_no_gil(&xent::cross_entropy_from_python));
   m.def("loss", torch::wrap_pybind_function_no_gil(&xent::loss_from_python));
+  m.def("loss_with_stats", torch::wrap_pybind_function_no_gil(&xent::stats_from_python));
+  m.def("loss_with_numbers",
+        torch::wrap_pybind_function_no_gil(xent::loss_with_numbers(std::make_index_sequence<xent::kNumbers>())));
   m.def("linear_loss", torch::wrap_pybind_function_no_gil(&xent::linear_loss_from_python));
   m.def("nll_loss", torch::wrap_pybind_function_no_gil(&xent::nll_loss_from_python));
   m.def("build_info", &xent::build_info);

@@ -13,7 +13,7 @@ from .. import _call
 from .._call import (
     PLAIN,
     direct_cross_entropy,
-    direct_loss,
+    direct_loss_with_numbers,
     direct_nll_loss,
     is_dtensor,
     is_dynamo_compiling,
@@ -21,9 +21,9 @@ from .._call import (
     takes_directly,
 )
 from .._options import (
-    DEFAULT_INTEGERS,
-    DEFAULT_NUMBERS,
+    ALPHA,
     REDUCTIONS,
+    TEMPERATURE,
     CrossEntropyStats,
     Options,
     Tensors,
@@ -161,10 +161,20 @@ def cross_entropy(
         if (softcap is None or (type(softcap) is float and softcap > 0)) and (
             sample_weight is None or (type(sample_weight) in PLAIN and sample_weight.is_floating_point())
         ):
-            tensors = [weight] if sample_weight is None else [weight, None, sample_weight]
-            integers = [REDUCTIONS[reduction], ignore_index, *DEFAULT_INTEGERS]
-            numbers = [label_smoothing, z_loss, softcap or 0.0, logit_scale, *DEFAULT_NUMBERS]
-            return direct_loss(input, target, tensors, integers, numbers)[0]
+            return direct_loss_with_numbers(  # written out, too: a call with * takes longer
+                input,
+                target,
+                weight,
+                sample_weight,
+                REDUCTIONS[reduction],
+                ignore_index,
+                label_smoothing,
+                z_loss,
+                softcap or 0.0,
+                logit_scale,
+                TEMPERATURE,
+                ALPHA,
+            )
     options = Options(reduction, ignore_index, loss_dtype, empty, label_smoothing, z_loss, softcap, logit_scale)
     if inplace:
         options = options._replace(inplace=inplace)

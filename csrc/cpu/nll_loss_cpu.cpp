@@ -9,7 +9,6 @@ namespace xent::nll {
 ForwardResult cpu::forward(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
   const Inputs inputs{input, target, weight};
   const Options options = options_of(reduction, ignore_index, loss_dtype);
-  check_nll_forward(inputs, options);
   const auto arithmetic = arithmetic_type(inputs, options);
   const auto kernel_weight = weight_for_kernel(weight, arithmetic);
   const at::Tensor denominator = new_tensor({}, at::kDouble);
@@ -46,7 +45,9 @@ ForwardResult cpu::forward(XENT_NLL_INPUTS, XENT_NLL_OPTIONS, at::ScalarType los
 namespace {
 
 ForwardResult forward_cpu(XENT_NLL_TENSORS, XENT_NLL_OPTIONS, at::ScalarType loss_dtype) {
-  return cpu::forward(input, target, element_of(weights, 0), reduction, ignore_index, loss_dtype);
+  const at::Tensor weight = element_of(weights, 0);
+  check_nll_forward({input, target, weight}, options_of(reduction, ignore_index, loss_dtype));
+  return cpu::forward(input, target, weight, reduction, ignore_index, loss_dtype);
 }
 
 // So that pieces begin with a run of neighbours, or a tile of them.

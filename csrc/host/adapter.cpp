@@ -4,21 +4,24 @@
 
 namespace xent {
 
-Call::Call(const at::Tensor& logits, const at::Tensor& target, const OptionalTensors& others, at::IntArrayRef integers,
+Call::Call(const at::Tensor& logits, const at::Tensor& target, std::vector<at::Tensor> others, at::IntArrayRef integers,
            at::ArrayRef<double> numbers) {
   constexpr size_t kTensors = 4, kAll = kTensors + kNumbers;
   TORCH_CHECK(others.size() <= kAll, "cross_entropy_ext: got ", others.size(), " optional tensors, but there are ",
               kAll);
-  inputs = {logits, target, element_of(others, 0), element_of(others, 1), element_of(others, 2), element_of(others, 3),
-            {}};
   std::vector<at::Tensor> tensors;
-  for (size_t i = kTensors; i < kAll && others.size() > kTensors; ++i) tensors.push_back(element_of(others, i));
+  if (others.size() > kTensors) {
+    others.resize(kAll);
+    tensors.assign(others.begin() + kTensors, others.end());
+  }
+  others.resize(kTensors);
+  inputs = {logits, target, std::move(others[0]), std::move(others[1]), std::move(others[2]), std::move(others[3]), {}};
   options = Options::of(integers, numbers, std::move(tensors));
 }
 
-Call::Call(Layer layer, const at::Tensor& target, const OptionalTensors& others, at::IntArrayRef integers,
+Call::Call(Layer layer, const at::Tensor& target, std::vector<at::Tensor> others, at::IntArrayRef integers,
            at::ArrayRef<double> numbers, int64_t chunk)
-    : Call(logits_placeholder(layer), target, others, integers, numbers) {
+    : Call(logits_placeholder(layer), target, std::move(others), integers, numbers) {
   inputs.layer = std::move(layer);
   options.chunk = chunk;
 }

@@ -39,9 +39,10 @@ struct Call {
   Inputs inputs;
   Options options;
 
-  Call(const at::Tensor& logits, const at::Tensor& target, const OptionalTensors& others, at::IntArrayRef integers,
+  // `others`: weight, companion, sample_weight, denominator and the numbers, up to the last that there is.
+  Call(const at::Tensor& logits, const at::Tensor& target, std::vector<at::Tensor> others, at::IntArrayRef integers,
        at::ArrayRef<double> numbers);
-  Call(Layer layer, const at::Tensor& target, const OptionalTensors& others, at::IntArrayRef integers,
+  Call(Layer layer, const at::Tensor& target, std::vector<at::Tensor> others, at::IntArrayRef integers,
        at::ArrayRef<double> numbers, int64_t chunk);
 };
 
@@ -59,7 +60,7 @@ template <class Result, class... Rest, Result (*kernel)(const Inputs&, const Opt
 struct Adapter<kernel, meta> {
   static Result call(const at::Tensor& logits, const at::Tensor& target, const OptionalTensors& others,
                      at::IntArrayRef integers, at::ArrayRef<double> numbers, Rest... rest) {
-    Call call(logits, target, others, integers, numbers);
+    Call call(logits, target, to_tensors(others), integers, numbers);
     const Options options = options_for_kernel<meta>(std::move(call.options));
     if constexpr (!meta) check_forward(call.inputs, options);
     return kernel(call.inputs, options, rest...);
@@ -69,7 +70,7 @@ struct Adapter<kernel, meta> {
                               const OptionalTensors& linear_bias, const at::Tensor& target,
                               const OptionalTensors& others, at::IntArrayRef integers, at::ArrayRef<double> numbers,
                               int64_t chunk, Rest... rest) {
-    Call call({input, linear_weight, element_of(linear_bias, 0)}, target, others, integers, numbers, chunk);
+    Call call({input, linear_weight, element_of(linear_bias, 0)}, target, to_tensors(others), integers, numbers, chunk);
     const Options options = options_for_kernel<meta>(std::move(call.options));
     if constexpr (!meta) check_forward(call.inputs, options);
     return kernel(call.inputs, options, rest...);
@@ -83,7 +84,7 @@ struct Adapter<kernel, meta> {
                      const at::Tensor& target, const OptionalTensors& others, const at::Tensor& lse,
                      const at::Tensor& denominator, at::IntArrayRef integers, at::ArrayRef<double> numbers,
                      Rest... rest) {
-    Call call(logits, target, others, integers, numbers);
+    Call call(logits, target, to_tensors(others), integers, numbers);
     return kernel({grad_output, unless_scalar(grad_statistics), lse, denominator}, call.inputs,
                   options_for_kernel<meta>(std::move(call.options)), rest...);
   }
@@ -93,7 +94,7 @@ struct Adapter<kernel, meta> {
                               const at::Tensor& target, const OptionalTensors& others, const at::Tensor& lse,
                               const at::Tensor& denominator, at::IntArrayRef integers, at::ArrayRef<double> numbers,
                               int64_t chunk, Rest... rest) {
-    Call call({input, linear_weight, element_of(linear_bias, 0)}, target, others, integers, numbers, chunk);
+    Call call({input, linear_weight, element_of(linear_bias, 0)}, target, to_tensors(others), integers, numbers, chunk);
     return kernel({grad_output, unless_scalar(grad_statistics), lse, denominator}, call.inputs,
                   options_for_kernel<meta>(std::move(call.options)), rest...);
   }

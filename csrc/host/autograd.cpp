@@ -43,32 +43,36 @@ void save(AutogradContext* ctx, at::TensorList slots, at::Tensor lse, at::Tensor
   ctx->save_for_backward(std::move(saved));
 }
 
-// Writes one entry of three numbers, for which a tuple has room: more would cost allocations and lookups. Options that
-// native has no argument for come in more entries, if there are any.
+// Writes one entry of three numbers for a loss that PyTorch has, too: a tuple has room for these, and more would cost
+// allocations and lookups. Other options take two lists.
 void save_options(AutogradContext* ctx, const Options& options) {
   const auto integers = options.integers();
-  const auto [reduction, ignore_index, loss_dtype, flags, class_begin, total_classes] = integers;
-  ctx->saved_data["options"] =
-      std::make_tuple(reduction | (loss_dtype + 1) << 8 | flags << 16, ignore_index, options.label_smoothing);
-  if (options.is_plain() && options.chunk == 0) return;
+  if (options.is_plain() && options.chunk == 0) {
+    const auto [reduction, ignore_index, loss_dtype, flags, class_begin, total_classes] = integers;
+    ctx->saved_data["options"] =
+        std::make_tuple(reduction | (loss_dtype + 1) << 8 | flags << 16, ignore_index, options.label_smoothing);
+    return;
+  }
   const auto numbers = options.numbers();
-  ctx->saved_data["integers"] = std::vector<int64_t>(integers.begin(), integers.end());
+  std::vector<int64_t> saved(integers.begin(), integers.end());
+  saved.push_back(options.chunk);
+  ctx->saved_data["integers"] = std::move(saved);
   ctx->saved_data["numbers"] = std::vector<double>(numbers.begin(), numbers.end());
-  ctx->saved_data["chunk"] = options.chunk;
 }
 
 Options saved_options(AutogradContext* ctx, std::vector<at::Tensor> tensors) {
-  if (const auto numbers = ctx->saved_data.find("numbers"); numbers != ctx->saved_data.end()) {
-    Options options =
-        Options::of(ctx->saved_data["integers"].toIntVector(), numbers->second.toDoubleVector(), std::move(tensors));
-    options.chunk = ctx->saved_data["chunk"].toInt();
-    return options;
+  if (const auto plain = ctx->saved_data.find("options"); plain != ctx->saved_data.end()) {
+    const auto [packed, ignore_index, label_smoothing] = plain->second.to<std::tuple<int64_t, int64_t, double>>();
+    Options defaults;
+    defaults.label_smoothing = label_smoothing;
+    return Options::of({packed & 0xff, ignore_index, (packed >> 8 & 0xff) - 1, packed >> 16, 0, 0}, defaults.numbers());
   }
-  const auto [packed, ignore_index, label_smoothing] =
-      ctx->saved_data["options"].to<std::tuple<int64_t, int64_t, double>>();
-  Options plain;
-  plain.label_smoothing = label_smoothing;
-  return Options::of({packed & 0xff, ignore_index, (packed >> 8 & 0xff) - 1, packed >> 16, 0, 0}, plain.numbers());
+  std::vector<int64_t> integers = ctx->saved_data["integers"].toIntVector();
+  const int64_t chunk = integers.back();
+  integers.pop_back();
+  Options options = Options::of(integers, ctx->saved_data["numbers"].toDoubleVector(), std::move(tensors));
+  options.chunk = chunk;
+  return options;
 }
 
 // Autograd is given the tensors that there are, and does not look into this list of all of them.
@@ -532,20 +536,26 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   }
 };
 
+template <class Is>
+bool any_of(const Inputs& in, const Options& options, const Is& is) {
+  return is(in.logits) || is(in.target) || is(in.weight) || is(in.companion) || is(in.sample_weight) ||
+         is(in.denominator) || is(in.layer.input) || is(in.layer.weight) || is(in.layer.bias) ||
+         std::any_of(options.tensors.begin(), options.tensors.end(), is);
+}
+
 }  // namespace
 
 Outputs loss_autograd(const Inputs& given, const Options& asked) {
   check(given, asked);
-  const variable_list all = to_slots(given, asked);
-  const bool forward_mode = std::any_of(all.begin(), all.end(), has_tangent);
-  if (forward_mode || !is_supported(given, asked)) return fallback(given, asked);
+  if (any_of(given, asked, has_tangent) || !is_supported(given, asked)) return fallback(given, asked);
   Options options = with_loss_type(given, asked);
-  const Inputs inputs = for_kernels(given, options);
-  const bool graph = c10::GradMode::is_enabled() && std::any_of(all.begin(), all.end(), needs_graph);
-  if (!graph) {
+  const bool weighted = has_two_denominators(given, options);
+  const Inputs own = weighted ? for_kernels(given, options) : Inputs();
+  const Inputs& inputs = weighted ? own : given;
+  if (!c10::GradMode::is_enabled() || !any_of(given, asked, needs_graph)) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const auto [loss, lse, denominator] = forward(inputs, options);
-    if (!options.statistics) return Outputs::of({loss});
+    auto [loss, lse, denominator] = forward(inputs, options);
+    if (!options.statistics) return Outputs::only(std::move(loss));
     Outputs outputs = outputs_of(loss, lse, denominator, given, options);
     correct_target_log_prob(outputs, given, options);
     return outputs;

@@ -14,6 +14,7 @@ struct Outputs {
     if (!statistics) return {loss};
     return {loss, lse, target_log_prob, entropy, z_loss, argmax};
   }
+  static Outputs only(at::Tensor loss) { return {std::move(loss), {}, {}, {}, {}, {}}; }
   static Outputs of(at::TensorList list) {
     if (list.size() == 1) return {list[0], {}, {}, {}, {}, {}};
     return {list[0], list[1], list[2], list[3], list[4], list[5]};

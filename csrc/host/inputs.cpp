@@ -73,6 +73,13 @@ at::Tensor element_of(const OptionalTensors& list, size_t place) {
   return place < list.size() ? list.get(place).value_or(at::Tensor()) : at::Tensor();
 }
 
+std::vector<at::Tensor> to_tensors(const OptionalTensors& list) {
+  std::vector<at::Tensor> tensors;
+  tensors.reserve(list.size());
+  for (size_t i = 0; i < list.size(); ++i) tensors.push_back(element_of(list, i));
+  return tensors;
+}
+
 // ---- shapes and types -----------------------------------------------------------------------------------------------
 
 bool is_logits_type(at::ScalarType type) {

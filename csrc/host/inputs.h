@@ -73,6 +73,7 @@ using OptionalTensors = c10::List<OptionalTensor>;
 OptionalTensors as_list(std::vector<at::Tensor> tensors);
 OptionalTensors to_list(const Inputs& inputs, const Options& options);
 at::Tensor element_of(const OptionalTensors& list, size_t place);
+std::vector<at::Tensor> to_tensors(const OptionalTensors& list);
 
 // ---- shapes and types -----------------------------------------------------------------------------------------------
 

@@ -339,7 +339,7 @@ Outputs loss_without_grad(const Inputs& inputs, const Options& options) {
   if (!is_supported(inputs, options)) return fallback(inputs, options);
   const Options typed = with_loss_type(inputs, options);
   const auto [loss, lse, denominator] = forward(for_kernels(inputs, options), typed);
-  if (!options.statistics) return Outputs::of({loss});
+  if (!options.statistics) return Outputs::only(loss);
   Outputs outputs = outputs_of(loss, lse, denominator, inputs, typed);
   correct_target_log_prob(outputs, inputs, options);
   return outputs;
@@ -367,7 +367,7 @@ Outputs loss_autocast(const Inputs& given, const Options& asked) {
     return loss(given, asked);
   }
   const auto [inputs, options] = with_autocast(given, asked);
-  if (is_plain(given, asked) && !is_valid(inputs, options)) return Outputs::of({native_cross_entropy(given, asked)});
+  if (is_plain(given, asked) && !is_valid(inputs, options)) return Outputs::only(native_cross_entropy(given, asked));
   const c10::impl::ExcludeDispatchKeyGuard without_autocast(key);
   return loss(inputs, options);
 }

@@ -9,16 +9,6 @@
 namespace xent {
 namespace {
 
-constexpr const char* kAnyFinite = "a finite number";
-constexpr const char* kNonNegative = "a finite number of at least 0";
-constexpr const char* kPositive = "a finite number above 0";
-constexpr const char* kShare = "between 0 and 1";
-
-bool is_finite(double x) { return std::isfinite(x); }
-bool is_non_negative(double x) { return std::isfinite(x) && x >= 0; }
-bool is_positive(double x) { return std::isfinite(x) && x > 0; }
-bool is_share(double x) { return x >= 0 && x <= 1; }
-
 size_t place_of(double Numbers::* number) {
   size_t place = 0;
   while (kNumberOptions[place].value != number) ++place;
@@ -27,14 +17,14 @@ size_t place_of(double Numbers::* number) {
 
 }  // namespace
 
-const std::array<NumberOption, kNumbers> kNumberOptions{{
-    {"label_smoothing", &Numbers::label_smoothing, kShare, is_share},
-    {"z_loss", &Numbers::z_loss, kNonNegative, is_non_negative},
-    {"softcap", &Numbers::softcap, "None or a finite number above 0", is_non_negative},  // zero is None
-    {"logit_scale", &Numbers::logit_scale, kAnyFinite, is_finite},
-    {"temperature", &Numbers::temperature, kPositive, is_positive},
-    {"alpha", &Numbers::alpha, kShare, is_share},
-}};
+bool NumberOption::is_in_range(double x) const {
+  switch (range) {
+    case kAnyFinite: return std::isfinite(x);
+    case kNonNegative: return std::isfinite(x) && x >= 0;
+    case kPositive: return std::isfinite(x) && x > 0;
+    default: return x >= 0 && x <= 1;
+  }
+}
 
 std::array<int64_t, Options::kIntegers> Options::integers() const {
   const int64_t flags = int64_t{empty_is_zero} | int64_t{inplace} << 1 | int64_t{statistics} << 2 | int64_t{kl} << 3 |
@@ -104,13 +94,6 @@ Options Options::without_weights(at::ScalarType type) const {
   return result;
 }
 
-bool Options::is_plain_but_for(size_t numbers) const {
-  constexpr Numbers kDefaults;
-  if (statistics || target_kind != TargetKind::kNone || is_shard()) return false;
-  return std::all_of(kNumberOptions.begin() + numbers, kNumberOptions.end(),
-                     [&](const NumberOption& number) { return this->*number.value == kDefaults.*number.value; });
-}
-
 void check_options(const Options& options) {
   if (!options.tensors.empty()) {
     // A compiler or a transform leaves values open. The kernels check the values that they get.
@@ -132,7 +115,7 @@ void check_options(const Options& options) {
   if (plain) return;
   for (const NumberOption& number : kNumberOptions) {
     const double value = options.*number.value;
-    TORCH_CHECK_VALUE(number.is_in_range(value), number.name, " must be ", number.range, ", but got ", value);
+    TORCH_CHECK_VALUE(number.is_in_range(value), number.name, " must be ", number.words, ", but got ", value);
   }
 }
 

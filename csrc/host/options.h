@@ -14,17 +14,29 @@ namespace xent {
 // ATen's numbering.
 enum Reduction : int64_t { kNone = 0, kMean = 1, kSum = 2 };
 
-// One of `Numbers`, as operators, checks and graphs see it. options.cpp has the table of all of them: an option that is
-// a number is a field of Numbers and a row of that table.
+// One of `Numbers`, as operators, checks and graphs see it.
 struct NumberOption {
+  enum Range { kAnyFinite, kNonNegative, kPositive, kShare };
+
   const char* name;
   double Numbers::* value;
-  const char* range;            // in words, for the error
-  bool (*is_in_range)(double);  // of the value that a kernel gets
+  Range range;        // of the value that a kernel gets
+  const char* words;  // for the error
+
+  bool is_in_range(double x) const;
 };
 constexpr size_t kNumbers = sizeof(Numbers) / sizeof(double);
-// The numbers of a loss that PyTorch has come first, and then those of losses with kernels of their own.
-extern const std::array<NumberOption, kNumbers> kNumberOptions;
+
+// An option that is a number is a field of Numbers and a row of this table. The numbers of a loss that PyTorch has come
+// first, and then those of losses with kernels of their own.
+inline constexpr std::array<NumberOption, kNumbers> kNumberOptions{{
+    {"label_smoothing", &Numbers::label_smoothing, NumberOption::kShare, "between 0 and 1"},
+    {"z_loss", &Numbers::z_loss, NumberOption::kNonNegative, "a finite number of at least 0"},
+    {"softcap", &Numbers::softcap, NumberOption::kNonNegative, "None or a finite number above 0"},  // zero is None
+    {"logit_scale", &Numbers::logit_scale, NumberOption::kAnyFinite, "a finite number"},
+    {"temperature", &Numbers::temperature, NumberOption::kPositive, "a finite number above 0"},
+    {"alpha", &Numbers::alpha, NumberOption::kShare, "between 0 and 1"},
+}};
 
 struct Options : Numbers {
   int64_t reduction = kMean, ignore_index = -100;
@@ -63,10 +75,10 @@ struct Options : Numbers {
   Options without_weights(at::ScalarType type) const;
 
   // Returns true for a loss that PyTorch has, too.
-  bool is_plain() const { return is_plain_but_for(kOfPyTorch) && tensors.empty(); }
+  bool is_plain() const { return is_plain_but_for<kOfPyTorch>() && tensors.empty(); }
 
   // Returns true if there are kernels for just this loss; the general ones take all others.
-  bool has_own_kernels() const { return is_plain_but_for(kOfOwnKernels); }
+  bool has_own_kernels() const { return is_plain_but_for<kOfOwnKernels>(); }
 
   bool is_shard() const { return total_classes != 0; }
 
@@ -77,7 +89,16 @@ struct Options : Numbers {
  private:
   // Numbers at the begin of kNumberOptions.
   static constexpr size_t kOfPyTorch = 1, kOfOwnKernels = 2;
-  bool is_plain_but_for(size_t numbers) const;
+
+  template <size_t numbers>
+  bool is_plain_but_for() const {
+    constexpr Numbers kDefaults;
+    if (statistics || target_kind != TargetKind::kNone || is_shard()) return false;
+    for (size_t i = numbers; i < kNumbers; ++i) {
+      if (this->*kNumberOptions[i].value != kDefaults.*kNumberOptions[i].value) return false;
+    }
+    return true;
+  }
 };
 
 // Raises an error for values out of range. The values of tensors are checked where they can be read.
