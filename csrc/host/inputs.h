@@ -25,13 +25,13 @@ struct Layer {
 
 // Every tensor but `logits` and `target` may be undefined.
 struct Inputs {
-  at::Tensor logits;         // (N, C, d1..dK); of a layer only a placeholder, which has no memory
-  at::Tensor target;         // class indices, probabilities, the classes of pairs, or the teacher's logits
-  at::Tensor weight;         // of classes
-  at::Tensor companion;      // the probabilities of pairs, or the labels that go with a teacher
-  at::Tensor sample_weight;  // a factor for each position
-  at::Tensor denominator;    // of a mean, instead of what its positions weigh: a float64 scalar
-  Layer layer;               // makes the logits, if it is defined
+  at::Tensor logits;              // (N, C, d1..dK); of a layer only a placeholder, which has no memory
+  at::Tensor target;              // class indices, probabilities, the classes of pairs, or the teacher's logits
+  at::Tensor weight = {};         // of classes
+  at::Tensor companion = {};      // the probabilities of pairs, or the labels that go with a teacher
+  at::Tensor sample_weight = {};  // a factor for each position
+  at::Tensor denominator = {};    // of a mean, instead of what its positions weigh: a float64 scalar
+  Layer layer = {};               // makes the logits, if it is defined
 
   const at::Tensor& pair_probs() const { return companion; }
   const at::Tensor& labels() const { return companion; }
