@@ -162,7 +162,7 @@ struct BackwardFunction : torch::autograd::Function<BackwardFunction> {
     variable_list given, inputs;
     std::vector<size_t> places;
     for (size_t i = 0; i < saved.size(); ++i) {
-      const bool is_number = i >= kFirstSlot + kFirstNumber, requires_grad = needs_graph(saved[i]);
+      const bool is_number = i >= size_t{kFirstSlot} + kFirstNumber, requires_grad = needs_graph(saved[i]);
       const bool differentiable = saved[i].defined() && saved[i].is_floating_point() && (!is_number || requires_grad);
       given.push_back(!differentiable ? saved[i]
                       : requires_grad ? own_node(saved[i])

@@ -302,7 +302,8 @@ Outputs fallback(const Inputs& given, const Options& asked) {
   const Options known = options.without_tensors();
   if (options.target_kind == TargetKind::kNone && !is_valid(natives, known)) {
     const at::Tensor loss = native_cross_entropy(natives, known);
-    if (options.is_plain() && !inputs.sample_weight.defined() && !inputs.denominator.defined()) return {loss};
+    if (options.is_plain() && !inputs.sample_weight.defined() && !inputs.denominator.defined())
+      return Outputs::only(loss);
   }
   return composite(inputs, options);
 }
