@@ -299,7 +299,7 @@ def test_measuring_other_numbers(kernels: ModuleType) -> None:
         assert [record["value"] for record in found if record["in_use"]] == [in_use, in_use]
         assert all(record["copies"] > 0 for record in found) and kernels.tune(name, in_use) == in_use
         records += found
-    assert tune.table(records).row_count == len(tune.NUMBERS)
+    assert len(tune.table(records).rows) == len(tune.NUMBERS)
 
 
 def test_numbers_that_there_are_not(kernels: ModuleType) -> None:
