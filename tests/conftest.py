@@ -64,15 +64,20 @@ def backend(request: pytest.FixtureRequest) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks as `long` the cases that `thin` leaves out: all but those on every n-th diagonal of the grid, or with n = 0
     all. Each value of a parameter stays, as long as another parameter has n values."""
+    seen: dict[tuple, dict[tuple, int]] = {}  # of each test and parameter its values, numbered
+
+    def number(item: pytest.Item, names: str | tuple[str, ...]) -> int:
+        names = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+        values = seen.setdefault((item.path, item.originalname, *names), {})
+        return values.setdefault(tuple(id(item.callspec.params[name]) for name in names), len(values))
+
     for item in items:
         thin = item.get_closest_marker("thin")
         if thin is None:
             continue
-        every, indices = thin.args[0], item.callspec.indices
-        emulated = item.callspec.params.get("backend") == "emulator"
-        if emulated:  # other cases than on the CPU
-            every = thin.kwargs.get("emulator", every)
-        names = [mark.args[0] for mark in item.iter_markers("parametrize")]
-        first_of_each = [name.split(",")[0].strip() if isinstance(name, str) else name[0] for name in names]
-        if every == 0 or (emulated + sum(indices[name] for name in first_of_each)) % every:
+        every = thin.args[0]
+        diagonal = sum(number(item, mark.args[0]) for mark in item.iter_markers("parametrize"))
+        if item.callspec.params.get("backend") == "emulator":  # other cases than on the CPU
+            every, diagonal = thin.kwargs.get("emulator", every), diagonal + 1
+        if every == 0 or diagonal % every:
             item.add_marker("long")

@@ -510,7 +510,7 @@ def test_export_for_inference_names():
     assert 2 in (*node.args, *node.kwargs.values())
 
 
-@pytest.mark.thin(2)
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["labels", "options"])
 def test_aot_inductor(name, tmp_path):
@@ -665,7 +665,7 @@ def test_masked_classes_have_no_part_in_gradients_of_numbers(name):
     close(found, quotient, 1e-8)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", [n for n in NUMBERS if n not in ("label_smoothing", "linear")])
 def test_gradients_of_numbers(name):
     """First and second derivatives of every number, eager and compiled, at zero, too; as of native operations."""
@@ -799,6 +799,7 @@ def test_draft_export(name):
 # -- the operators themselves --------------------------------------------------------------------------------
 
 
+@pytest.mark.thin(2)
 @every_sample
 def test_opcheck_public(sample):
     """Schema, fake kernels, autograd registration and dynamic AOT dispatch of the public operator."""

@@ -381,7 +381,7 @@ every_schedule = pytest.mark.parametrize(("order", "seed"), SCHEDULES)
 scheduled = pytest.mark.parametrize(("device", "dtype", "shape", "layout"), SCHEDULED, ids=str)
 
 
-@pytest.mark.thin(5)
+@pytest.mark.thin(8)
 @every_schedule
 @scheduled
 def test_schedules(kernels: ModuleType, device: str, dtype: torch.dtype, shape, layout, order: str, seed: int) -> None:
@@ -397,7 +397,7 @@ def test_schedules(kernels: ModuleType, device: str, dtype: torch.dtype, shape, 
                 assert torch.equal(got, right), (objective.id, reduction)
 
 
-@pytest.mark.thin(5)
+@pytest.mark.thin(8)
 @every_schedule
 @scheduled
 def test_schedules_in_place(

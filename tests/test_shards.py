@@ -60,7 +60,7 @@ OF_SHARDS = [
 ]
 
 
-@pytest.mark.thin(2, emulator=5)
+@pytest.mark.thin(3, emulator=8)
 @pytest.mark.parametrize("target", OF_SHARDS, ids=lambda t: t.id)
 @pytest.mark.parametrize("case", SHAPES, ids=lambda c: c.id)
 def test_shards_of_every_target(case, target: Target) -> None:
@@ -77,7 +77,7 @@ def test_shards_of_every_target(case, target: Target) -> None:
         check_call(function, logits, *arguments, upstream=upstream, **options, **rule)
 
 
-@pytest.mark.thin(1, emulator=4)
+@pytest.mark.thin(2, emulator=5)
 @pytest.mark.parametrize("layout", ["rows", "planes"])
 @pytest.mark.parametrize("classes", [2, 10, 300])
 @every_dtype
@@ -115,7 +115,7 @@ def test_confidence_survives_shards(dtype: torch.dtype, classes: int, layout: st
             check_call(stats, logits, target, upstream=upstream, **rule | {"reduction": "mean"})
 
 
-@pytest.mark.thin(1, emulator=5)
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("shape", [(6, 21), (5, 300), (3, 4099), (2, 21, 16), (2, 300, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=name_of)
 def test_masked_shards(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
