@@ -14,6 +14,7 @@ CPP_FILES  = $(shell find csrc tests -name '*.h' -o -name '*.inl' -o -name '*.cp
 help:
 	@echo 'make demo       train two small language models with the native loss and with this one'
 	@echo 'make test       run the tests            TESTS="tests/test_x.py -k name" chooses, PYTEST="-n 2" are options'
+	@echo 'make test-all   run the exhaustive grids too'
 	@echo 'make sanitize   run the tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer (Linux, gcc)'
 	@echo 'make benchmarks measure everything on this CPU and write docs/benchmarks.md. Half an hour'
 	@echo 'make gpu        on a machine with a CUDA GPU: build, test, check and measure with the Python there is'
@@ -28,7 +29,11 @@ help:
 demo: build
 	$(BIN)/python examples/language_model.py
 
+# Without the cases that are marked `long`.
 test: build
+	$(BIN)/python -m pytest $(PYTEST) -m "not long" $(TESTS)
+
+test-all: build
 	$(BIN)/python -m pytest $(PYTEST) $(TESTS)
 
 # Always asks ninja, which knows every header and flag; nothing to do takes two seconds, most of it to import torch.
@@ -98,4 +103,4 @@ distclean: clean
 	rm -rf $(VENV)
 
 always:
-.PHONY: help demo test build wheel lint format sanitize gpu kernels benchmarks clean distclean always
+.PHONY: help demo test test-all build wheel lint format sanitize gpu kernels benchmarks clean distclean always

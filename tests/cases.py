@@ -383,3 +383,9 @@ def numbered(
 ) -> tuple[list[int], list[float]]:
     """The options of the plain loss as the private operators take them; `loss_dtype` is an at::ScalarType."""
     return [reduction, ignore_index, loss_dtype, 0, 0, 0], [label_smoothing, 0.0, 0.0, 1.0, 1.0, 1.0]
+
+
+def grad_output_for(logits: Tensor, reduction: str, key: object) -> Tensor:
+    """Neither one nor constant: a missing or misplaced factor shows."""
+    positions = [size for d, size in enumerate(logits.shape) if d != (1 if logits.dim() > 1 else 0)]
+    return torch.randn(positions if reduction == "none" else (), generator=generator("grad_output", key))

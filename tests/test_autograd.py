@@ -40,6 +40,8 @@ from cross_entropy_ext.functional import cross_entropy_with_stats
 HALF = (torch.float16, torch.bfloat16)
 ONE = torch.tensor(1.0, dtype=torch.float64)
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 
 def differentiable_inputs(sample):
     """(function of the tensors that can be differentiated, those tensors)"""
@@ -60,12 +62,14 @@ def differentiable_inputs(sample):
 # -- derivatives ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin(1, emulator=2)
 @every_sample
 def test_gradcheck(sample):
     function, tensors = differentiable_inputs(sample)
     assert torch.autograd.gradcheck(function, tensors, check_batched_grad=True, check_undefined_grad=True)
 
 
+@pytest.mark.thin(1, emulator=3)
 @every_sample
 def test_gradgradcheck(sample):
     function, tensors = differentiable_inputs(sample)
@@ -78,6 +82,7 @@ def test_gradients_equal_native(sample):
     close(grads(cross_entropy, logits, target, options), grads(native, logits, target, options))
 
 
+@pytest.mark.thin(1, emulator=3)
 @every_sample
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gradients_in_smaller_types(sample, dtype):
@@ -757,6 +762,7 @@ def step_on(base, view, target, options, scale=1.0, **extras):
 INPLACE = [s for s in SAMPLES if s.name != "small_labels"]
 
 
+@pytest.mark.thin(1, emulator=4)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALF], ids=str)
 @pytest.mark.parametrize("sample", INPLACE, ids=lambda s: s.name)
 def test_inplace_equals_plain(sample, dtype):

@@ -63,6 +63,7 @@ def compiled(function, backend="aot_eager", **kwargs):
 # -- torch.compile -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin(2)
 @backends
 @every_sample
 def test_compiled_equals_eager(sample, backend):
@@ -193,6 +194,7 @@ def test_compiled_training(backend, inplace):
     close(runs[1], runs[0], tolerance=1e-11)
 
 
+@pytest.mark.thin(2)
 @backends
 @named("mean", "row_slices", "transposed", "channels_last", "soft_weights_smoothing")
 def test_compiled_inplace(sample, backend):
@@ -465,6 +467,7 @@ HEADS = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", HEADS)
 def test_export(name, strict):
@@ -507,6 +510,7 @@ def test_export_for_inference_names():
     assert 2 in (*node.args, *node.kwargs.values())
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["labels", "options"])
 def test_aot_inductor(name, tmp_path):
@@ -661,6 +665,7 @@ def test_masked_classes_have_no_part_in_gradients_of_numbers(name):
     close(found, quotient, 1e-8)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", [n for n in NUMBERS if n not in ("label_smoothing", "linear")])
 def test_gradients_of_numbers(name):
     """First and second derivatives of every number, eager and compiled, at zero, too; as of native operations."""
@@ -794,6 +799,7 @@ def test_draft_export(name):
 # -- the operators themselves --------------------------------------------------------------------------------
 
 
+@pytest.mark.thin(2)
 @every_sample
 def test_opcheck_public(sample):
     """Schema, fake kernels, autograd registration and dynamic AOT dispatch of the public operator."""
@@ -806,6 +812,7 @@ def test_opcheck_public(sample):
         torch.library.opcheck(op, (logits, target.requires_grad_()), arguments)
 
 
+@pytest.mark.thin(2)
 @few
 def test_opcheck_private(sample):
     """The same of the operators that a compiled graph holds."""

@@ -2,8 +2,9 @@
 multiprocessor, which instructions they are made of, and that the host code fits torch's CUDA headers.
 
 A unit is all kernels of one type and one kind of target, for one architecture. UNITS has every type, every kind and
-every architecture; `make kernels` (XENT_COMPILE_ALL=1) has all their combinations, and takes a quarter of an hour. The
-kernels in TIGHT are compiled alone, which takes seconds. A build with CUDA warns of what spills (setup.py).
+every architecture; `make kernels` (XENT_COMPILE_ALL=1) has all their combinations, and takes a quarter of an hour.
+`make test` has the units in FEW, which take half a minute each. The kernels in TIGHT are compiled alone, which takes
+seconds. A build with CUDA warns of what spills (setup.py).
 """
 
 from __future__ import annotations
@@ -112,13 +113,19 @@ UNITS = [
 if os.environ.get("XENT_COMPILE_ALL") == "1":
     UNITS = [Unit(*unit) for unit in itertools.product((90, 80, 86, 89, 100, 120), TYPES, KINDS)]
 
-each_unit = pytest.mark.parametrize("unit", UNITS, ids=str)
+FEW = [Unit(90, "bfloat16", "index"), Unit(80, "float32", "general")]
+
+
+def each(units: list[Unit]) -> pytest.MarkDecorator:
+    cases = [pytest.param(unit, marks=() if unit in FEW else pytest.mark.long) for unit in units]
+    return pytest.mark.parametrize("unit", cases, ids=str)
+
+
+each_unit = each(UNITS)
 # Whose instructions are looked at: in names of their own they differ from one architecture to the next.
-each_unit_of_sm_90 = pytest.mark.parametrize("unit", [unit for unit in UNITS if unit.arch == 90], ids=str)
+each_unit_of_sm_90 = each([unit for unit in UNITS if unit.arch == 90])
 # And whose loops: what a general task asks for is a loop within them, or a division.
-each_plain_unit_of_sm_90 = pytest.mark.parametrize(
-    "unit", [unit for unit in UNITS if unit.arch == 90 and unit.kind != "general"], ids=str
-)
+each_plain_unit_of_sm_90 = each([unit for unit in UNITS if unit.arch == 90 and unit.kind != "general"])
 
 
 def all_kernels(unit: Unit) -> str:
@@ -547,7 +554,7 @@ PER_VECTOR = {
 @pytest.mark.parametrize(
     "variant", ["rows of a warp", "rows of a block", "rows of a cluster", "spatial, copied"], ids=lambda v: v
 )
-@pytest.mark.parametrize("unit", [Unit(90, *key) for key in PER_VECTOR], ids=str)
+@each([Unit(90, *key) for key in PER_VECTOR])
 def test_instructions_of_a_vector(unit: Unit, variant: str, compiled) -> None:
     """One exponential for each element in each of the two loops, and little else: while an H200 moves 16 bytes in and
     16 out, it has time for some 200 instructions of a thread."""

@@ -16,7 +16,7 @@ from cases import DTYPES, name_of
 from compositions import cross_entropy as composed
 from differentiable import alike, close, same
 from oracle_targets import Upstream, check_call
-from test_targets import EVERYTHING, STATISTICS, Draw, logits_of
+from target_cases import EVERYTHING, STATISTICS, Draw, logits_of
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
@@ -272,6 +272,7 @@ COMPILED = [(form, "aot_eager") for form in FORMS]
 COMPILED += [pytest.param(form, "inductor", marks=pytest.mark.slow) for form in ("labels", "soft-weighted", "pairs")]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("form", "backend"), COMPILED)
 def test_compiled(form: str, backend: str) -> None:
     """One graph for whatever the denominator is, be it a number that changes or a tensor."""

@@ -14,7 +14,7 @@ import torch
 from cases import DTYPES, OBJECTIVES, Case, generator, name_of
 from distributed_tasks import same_bits
 from oracle_targets import Upstream, check_call
-from test_targets import TARGETS, Target, logits_of
+from target_cases import TARGETS, Target, logits_of
 from torch import Tensor
 
 from cross_entropy_ext import functional as ext
@@ -187,6 +187,7 @@ def on(world: World, target: Target) -> Target:
     return replace(target, function=world.function(target.function.__name__))
 
 
+@pytest.mark.thin(2)
 @every_world
 @pytest.mark.parametrize("target", EVERY, ids=lambda t: t.id)
 def test_every_option(pool: processes.Pool, target: Target, ranks: int) -> None:

@@ -29,8 +29,8 @@ import pytest
 import torch
 from cases import INTEGERS, generator, name_of
 from oracle import ROUNDINGS, Exact, assert_as_exact
+from oracle_nll import reference as nll_reference
 from oracle_targets import Call, Upstream, assert_argmax
-from test_nll import reference as nll_reference
 from torch import Tensor
 from torch.func import grad_and_value, jacfwd, vmap
 

@@ -130,6 +130,7 @@ def test_programs_say_what_they_show(name):
     assert len(source.splitlines()) < 160
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_parallel_training(load, tmp_path):
     """On one process and on two in three ways; under torchrun, as users start it."""

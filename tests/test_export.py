@@ -213,6 +213,7 @@ def exported(case: Case, strict: bool = False) -> torch.export.ExportedProgram:
     return torch.export.export(Model(case), tensors, dynamic_shapes=(shapes,), strict=strict)
 
 
+@pytest.mark.thin(3)
 @every_case
 def test_decompositions(name: str) -> None:
     """An export has one operator of ours, whatever is decomposed otherwise; its decompositions are core ATen's."""
@@ -332,6 +333,7 @@ def as_onnx(model: nn.Module, example: tuple[Tensor, ...], path: Path, dynamo: b
 exporters = pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
 
 
+@pytest.mark.thin(2)
 @exporters
 @few
 def test_onnx(name: str, dynamo: bool, tmp_path: Path) -> None:

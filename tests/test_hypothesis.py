@@ -3,8 +3,10 @@ run."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
+import pytest
 import torch
 from cases import DTYPES, INTEGERS, place
 from hypothesis import HealthCheck, given, settings
@@ -20,7 +22,21 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=list(HealthCheck),
 )
-fixed = settings.get_profile("fixed")
+
+
+def examples(most: int) -> Callable[[Callable], Callable]:
+    """Runs a test on a fifth of `most` drawn examples, and in `make test-all` on all of them."""
+
+    def decorate(test: Callable) -> Callable:
+        @pytest.mark.parametrize("number", [most // 5, pytest.param(most, marks=pytest.mark.long)])
+        def run(number: int) -> None:
+            settings(settings.get_profile("fixed"), max_examples=number)(given(st.data())(test))()
+
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        return run
+
+    return decorate
+
 
 class_counts = st.one_of(st.integers(1, 40), st.sampled_from([63, 64, 65, 127, 128, 129, 255, 300, 1025]))
 seeds = st.integers(0, 2**32 - 1)
@@ -98,8 +114,7 @@ def options(draw: st.DrawFn, x: Tensor) -> dict[str, object]:
 RULE = {"as_native": False, "roundings": 32}
 
 
-@settings(fixed, max_examples=500)
-@given(st.data())
+@examples(500)
 def test_class_indices(data: st.DataObject) -> None:
     x = data.draw(logits())
     classes = x.size(1 if x.dim() > 1 else 0)
@@ -117,8 +132,7 @@ def test_class_indices(data: st.DataObject) -> None:
     check(x, y, weight, **RULE, ignore_index=ignore_index, **data.draw(options(x)))
 
 
-@settings(fixed, max_examples=300)
-@given(st.data())
+@examples(300)
 def test_probabilities(data: st.DataObject) -> None:
     x = data.draw(logits())
     classes = x.size(1 if x.dim() > 1 else 0)
@@ -129,8 +143,7 @@ def test_probabilities(data: st.DataObject) -> None:
     check(x, q, weight, **RULE, **data.draw(options(x)))
 
 
-@settings(fixed, max_examples=200)
-@given(st.data())
+@examples(200)
 def test_minus_infinity_and_ignored_nan(data: st.DataObject) -> None:
     """Masked classes are fine unless they are asked for, and nothing at an ignored position is ever read."""
     x = data.draw(logits()).clone()

@@ -333,6 +333,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.id)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_values(case: Case, target: Target) -> None:
@@ -350,6 +351,8 @@ def test_layouts(case: Case, target: Target) -> None:
         target.check(case, dtype, chunk=5)
 
 
+@pytest.mark.thin(2, emulator=5)
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize("target", TARGETS, ids=lambda t: t.id)
 @pytest.mark.parametrize("chunk", [1, 8, 36, 37, 1000], ids=lambda chunk: f"chunk-{chunk}")
 def test_chunks(target: Target, chunk: int) -> None:
@@ -556,6 +559,7 @@ def test_no_grad() -> None:
             same(loss.clone(), loss_of(leaves, target, reduction=reduction, **chunked(8)).detach())
 
 
+@pytest.mark.usefixtures("backend")
 @every_reduction
 def test_second_backward(reduction: str) -> None:
     """The same bits again, for this grad_output and after another one; gradients that were handed out stay."""
@@ -865,6 +869,7 @@ BACKENDS = [(name, "aot_eager") for name in COMPILED]
 BACKENDS += [pytest.param(name, "inductor", marks=pytest.mark.slow) for name in ("labels-denominator-tensor", "soft")]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("name", "backend"), BACKENDS)
 def test_compiled(fresh_compiler: None, name: str, backend: str) -> None:
     """One frame, one operator of ours in the forward and no product beside it; values and gradients of eager; another

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import CASES, DTYPES, INTEGERS, Case, expand, generator, name_of, place
-from oracle import Exact, arithmetic_of, assert_as_exact, same_strides, storage_bytes
+from oracle_nll import check, log_probabilities, target_for, weight_for
 from torch import Tensor, nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
@@ -33,84 +33,15 @@ FORWARD = torch.ops.cross_entropy_ext._nll_loss_forward.default
 BACKWARD = torch.ops.cross_entropy_ext._nll_loss_backward.default
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-def axis_of(input: Tensor) -> int:
-    return 1 if input.dim() > 1 else 0
-
-
-def positions_of(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (shape[0], *shape[2:]) if len(shape) > 1 else ()
-
-
-def log_probabilities(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    values = torch.randn(shape, generator=generator(shape), dtype=torch.double)
-    return values.log_softmax(axis_of(values)).to(dtype)
-
-
-def target_for(input: Tensor, *, ignored: float = 0.0, dtype: torch.dtype = torch.long, ignore: int = -100) -> Tensor:
-    random, shape = generator(tuple(input.shape), ignored), positions_of(tuple(input.shape))
-    target = torch.randint(max(1, input.size(axis_of(input))), shape, generator=random)
-    return target.masked_fill_(torch.rand(shape, generator=random) < ignored, ignore).to(dtype)
-
-
-def weight_for(input: Tensor) -> Tensor:
-    return (0.25 + torch.rand(input.size(axis_of(input)), generator=generator("weight"))).to(input.dtype)
-
-
-def reference(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, grad_output: Tensor
-) -> tuple[Exact, Exact]:
-    """Loss and gradient in float64."""
-    axis, y = axis_of(input), target.long()
-    counts = y != ignore_index
-    index = y.where(counts, 0)
-    w = torch.ones(input.size(axis), dtype=torch.double) if weight is None else weight.double()
-    w = w[index].where(counts, 0)
-    own = input.detach().double().movedim(axis, -1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
-    loss = (-w * own).where(counts & (w != 0), 0)
-    scale = loss.abs()
-    g = grad_output.double()
-    if reduction != "none":
-        loss, scale = loss.sum(), scale.sum()
-    if reduction == "mean":
-        condition = (w.abs().sum() / w.sum().abs()).nan_to_num(1.0, posinf=1.0)
-        loss, scale, g = loss / w.sum(), scale / w.sum().abs() * condition, g / w.sum()
-    values = (-w * g).where(counts, 0)
-    gradient = torch.zeros(input.shape, dtype=torch.double).movedim(axis, -1)
-    gradient = gradient.scatter(-1, index.unsqueeze(-1), values.unsqueeze(-1)).movedim(-1, axis)
-    return Exact(loss, scale), Exact(gradient, gradient.abs())
-
-
-def check(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    *,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    reason: str = "",
-) -> None:
-    """Loss and gradient are exact up to rounding, of the input's dtype and strides; nothing else was written."""
-    arguments = [t for t in (input, target, weight) if t is not None]
-    before = [storage_bytes(t).clone() for t in arguments]
-    leaf = input.detach().requires_grad_()
-    loss = ext.nll_loss(leaf, target, weight, ignore_index=ignore_index, reduction=reduction)
-    g = torch.randn(loss.shape, generator=generator(reason)).to(loss.dtype)
-    (gradient,) = torch.autograd.grad(loss, leaf, g)
-    for tensor, old in zip(arguments, before, strict=True):
-        assert torch.equal(storage_bytes(tensor), old), f"an argument's storage was written to ({reason})"
-    assert loss.dtype == gradient.dtype == input.dtype and loss.is_contiguous()
-    assert same_strides(gradient, torch.empty_like(input)), reason
-    exact_loss, exact_gradient = reference(input, target, weight, ignore_index, reduction, g)
-    assert_as_exact(loss, exact_loss, None, arithmetic=arithmetic_of(input), name=f"loss ({reason})")
-    assert_as_exact(gradient, exact_gradient, None, arithmetic=arithmetic_of(input), name=f"gradient ({reason})")
+on_every_backend = pytest.mark.usefixtures("backend")
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
 # 'core': repeated for every instruction set, and by the emulated CUDA kernels.
 
 
+@pytest.mark.thin(1, emulator=4)
+@on_every_backend
 @dtypes
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_core_nll_values(case: Case, dtype: torch.dtype) -> None:
@@ -121,6 +52,7 @@ def test_core_nll_values(case: Case, dtype: torch.dtype) -> None:
         check(logits, ignored, weight_for(logits), reduction=reduction, reason=f"{case.reason}, {reduction}, weighted")
 
 
+@on_every_backend
 @dtypes
 def test_core_nll_tiles(dtype: torch.dtype) -> None:
     """The gradient's memory is [outer][classes][inner]: around what is written together of each."""
@@ -155,6 +87,7 @@ def test_core_nll_streams(dtype: torch.dtype) -> None:
         check(logits, target_for(logits, ignored=0.1), reduction="none", reason=str(shape))
 
 
+@on_every_backend
 @pytest.mark.parametrize("integer", INTEGERS, ids=name_of)
 @shapes
 def test_core_nll_integers(shape: tuple[int, ...], integer: torch.dtype) -> None:
@@ -165,11 +98,13 @@ def test_core_nll_integers(shape: tuple[int, ...], integer: torch.dtype) -> None
         check(input, target, ignore_index=2, reduction="sum", reason=f"{integer}, one class ignored")
 
 
+@on_every_backend
 def test_core_nll_uint8_ignores_255() -> None:
     input = log_probabilities(6, 5, 4)
     check(input, target_for(input, ignored=0.4, dtype=torch.uint8, ignore=255), ignore_index=255)
 
 
+@on_every_backend
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("shape", [(0, 5), (2, 5, 0), (0, 5, 4), (0, 5, 3, 4)], ids=str)
 def test_core_nll_of_nothing(shape: tuple[int, ...], reduction: str) -> None:
@@ -179,6 +114,7 @@ def test_core_nll_of_nothing(shape: tuple[int, ...], reduction: str) -> None:
     assert torch.autograd.grad(loss.sum(), input)[0].shape == shape
 
 
+@on_every_backend
 @dtypes
 @shapes
 def test_core_nll_all_ignored(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -191,6 +127,7 @@ def test_core_nll_all_ignored(shape: tuple[int, ...], dtype: torch.dtype) -> Non
         assert not torch.autograd.grad(loss.sum(), input)[0].any()
 
 
+@on_every_backend
 @dtypes
 def test_core_nll_ignored_positions_are_not_read(dtype: torch.dtype) -> None:
     for shape in SHAPES[1:]:
@@ -207,6 +144,7 @@ def test_core_nll_ignored_positions_are_not_read(dtype: torch.dtype) -> None:
             assert not results[1][1][ignored].any()
 
 
+@on_every_backend
 def test_core_nll_one_class_whose_stride_means_nothing() -> None:
     for shape, stride in [((3, 1), (1, 0)), ((3, 1), (1, 7)), ((2, 1, 4), (4, 0, 1)), ((2, 1, 4), (4, 5, 1))]:
         input = torch.randn(8).as_strided(shape, stride)
@@ -214,6 +152,7 @@ def test_core_nll_one_class_whose_stride_means_nothing() -> None:
             check(input, target_for(input, ignored=0.3), reduction=reduction, reason=f"{shape} {stride}")
 
 
+@on_every_backend
 def test_core_nll_special_values() -> None:
     """-inf and NaN at the target are the loss; a class that weighs nothing adds nothing, even at -inf."""
     input = torch.tensor([[-torch.inf, 0.0], [nan, -1.0], [-1.0, -2.0]])
@@ -225,6 +164,7 @@ def test_core_nll_special_values() -> None:
     assert ext.nll_loss(input, target, weight).item() == 2
 
 
+@on_every_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("shape", [(100_000, 3), (2, 3, 250, 200)], ids=str)
 def test_core_nll_large_half_mean(shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -678,13 +618,16 @@ def test_nll_module_samples(dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="the instruction set is already chosen")
 @pytest.mark.parametrize("level", ["default", "avx2", "avx512"])
-def test_nll_every_instruction_set(level: str) -> None:
+def test_nll_every_instruction_set(level: str, request: pytest.FixtureRequest) -> None:
     """The 'core' tests above once more in a process that is told which instructions to use."""
     if level != "default" and not getattr(torch.cpu, f"_is_{level}_supported")():
         pytest.skip(f"this processor has no {level}")
+    if level == torch.backends.cpu.get_cpu_capability().lower():
+        pytest.skip("the tests above use it")
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": level}
     environment.pop("PYTEST_ADDOPTS", None)
-    options = ["-q", "--maxfail=5", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist", "-k", "test_core_"]
-    command = [sys.executable, "-m", "pytest", *options, __file__]
+    options = ["-q", "--maxfail=5", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    chosen = ["-k", "test_core_ and not emulator", "-m", request.config.option.markexpr]
+    command = [sys.executable, "-m", "pytest", *options, *chosen, __file__]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:]

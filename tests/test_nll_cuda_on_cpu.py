@@ -1,5 +1,5 @@
-"""The CUDA kernels of the negative log likelihood in the emulator: test_nll's values, the gradient's tiles around each
-of their sizes, schedules, and what the kernels report."""
+"""The CUDA kernels of the negative log likelihood in the emulator: the gradient's tiles around each of their sizes,
+schedules, and what the kernels report. The values are in test_nll.py."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from types import ModuleType
 
 import pytest
 import torch
+from backends import DEVICES, SCHEDULES, needs_emulator
 from cases import DTYPES, generator, name_of, place
-from test_cuda_on_cpu import DEVICES, SCHEDULES, kernels, module, pytestmark  # noqa: F401
-from test_nll import *  # noqa: F403
-from test_nll import check, log_probabilities, target_for, weight_for
+from oracle_nll import check, log_probabilities, target_for, weight_for
 
 from cross_entropy_ext import functional as ext
 
-# Of the CPU, or larger than an emulator has time for.
-for name in [name for name in globals() if name.startswith("test_") and not name.startswith("test_core_nll_")]:
-    del globals()[name]
-del globals()["test_core_nll_streams"]
+pytestmark = [needs_emulator, pytest.mark.usefixtures("kernels")]
 
 TILE, RUN = 8192, 1024  # elements; inner positions
 
@@ -40,7 +36,7 @@ TILE, RUN = 8192, 1024  # elements; inner positions
     ],
     ids=str,
 )
-def test_nll_gradient_tiles(kernels: ModuleType, dtype: torch.dtype, shape: tuple[int, ...]) -> None:  # noqa: F811
+def test_nll_gradient_tiles(kernels: ModuleType, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     logits = torch.randn(shape, generator=generator(shape)).to(dtype)
     for device in ("h200", "one"):
         kernels.set_device(*DEVICES[device])
@@ -50,7 +46,7 @@ def test_nll_gradient_tiles(kernels: ModuleType, dtype: torch.dtype, shape: tupl
 
 
 @pytest.mark.parametrize(("order", "seed"), SCHEDULES)
-def test_nll_schedules(kernels: ModuleType, order: str, seed: int) -> None:  # noqa: F811
+def test_nll_schedules(kernels: ModuleType, order: str, seed: int) -> None:
     """A missing barrier lets zeros overwrite an element."""
     for shape in [(900, 10), (3, TILE + 7), (2, 19, 1100), (2, 300, 40)]:
         logits = torch.randn(shape, generator=generator(shape)).requires_grad_()
@@ -63,7 +59,7 @@ def test_nll_schedules(kernels: ModuleType, order: str, seed: int) -> None:  # n
 
 
 @pytest.mark.parametrize("shape", [(6, 10), (2, 21, 16), (11,)], ids=str)
-def test_nll_reports_a_target_that_is_no_class(kernels: ModuleType, shape: tuple[int, ...]) -> None:  # noqa: F811
+def test_nll_reports_a_target_that_is_no_class(kernels: ModuleType, shape: tuple[int, ...]) -> None:
     """Its loss is NaN and its gradient zero; then an IndexError, once."""
     input = log_probabilities(*shape).requires_grad_()
     target = target_for(input)

@@ -78,6 +78,7 @@ def test_a_binary_that_does_not_fit(tmp_path: Path, binary: str | None, says: st
     assert done.returncode == 1 and last.startswith("ImportError") and says in last and "pip install" in last
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_example_runs(tmp_path: Path) -> None:
     """Both models, shortened; exit status 0 only if the losses of every step agree."""

@@ -10,12 +10,13 @@ import torch
 from cases import DTYPES, generator, name_of
 from oracle_targets import Upstream, check_call
 from shards import ARGMAX, ENTROPY, LSE, LSE_LOST, MASS, TARGET_LOG_PROB, numbered, ops, sharded, sizes_of
-from test_targets import EVERYTHING, MARGINS, SHAPES, STATISTICS, TARGETS, Draw, Target, confident, logits_of
+from target_cases import EVERYTHING, MARGINS, SHAPES, STATISTICS, TARGETS, Draw, Target, confident, logits_of
 from torch import Tensor
 
 from cross_entropy_ext import functional as ext
 
 inf, nan = math.inf, math.nan
+pytestmark = pytest.mark.usefixtures("backend")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 COUNTS = (1, 2, 3, 5)
 # Of the arithmetic: each shard's lse is rounded, and theirs together.
@@ -59,6 +60,7 @@ OF_SHARDS = [
 ]
 
 
+@pytest.mark.thin(3, emulator=8)
 @pytest.mark.parametrize("target", OF_SHARDS, ids=lambda t: t.id)
 @pytest.mark.parametrize("case", SHAPES, ids=lambda c: c.id)
 def test_shards_of_every_target(case, target: Target) -> None:
@@ -75,6 +77,7 @@ def test_shards_of_every_target(case, target: Target) -> None:
         check_call(function, logits, *arguments, upstream=upstream, **options, **rule)
 
 
+@pytest.mark.thin(2, emulator=5)
 @pytest.mark.parametrize("layout", ["rows", "planes"])
 @pytest.mark.parametrize("classes", [2, 10, 300])
 @every_dtype
@@ -112,6 +115,7 @@ def test_confidence_survives_shards(dtype: torch.dtype, classes: int, layout: st
             check_call(stats, logits, target, upstream=upstream, **rule | {"reduction": "mean"})
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("shape", [(6, 21), (5, 300), (3, 4099), (2, 21, 16), (2, 300, 3)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=name_of)
 def test_masked_shards(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -332,6 +336,7 @@ def test_what_a_shard_has_of_the_target() -> None:
                 assert fake[1].shape == saved.shape
 
 
+@pytest.mark.backends("cpu")
 def test_bad_targets_of_shards() -> None:
     """A class is bad where no shard has it: then in all of them."""
     logits = torch.zeros(4, 5)

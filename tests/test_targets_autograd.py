@@ -293,6 +293,7 @@ def test_gradcheck_of_every_target(problem: Problem) -> None:
     )
 
 
+@pytest.mark.thin(2)
 @every_problem
 def test_gradgradcheck_of_every_target(problem: Problem) -> None:
     call, tensors = problem.of(ext, problem.arguments())
@@ -651,6 +652,7 @@ def compiler() -> Iterator[Callable]:
     torch._dynamo.reset()
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
 @every_problem
 def test_compiled_targets(problem: Problem, dynamic: bool | None, compiler: Callable) -> None:
@@ -750,6 +752,7 @@ def test_compiled_errors(compiler: Callable) -> None:
             compiler(call)(x, bad)
 
 
+@pytest.mark.thin(2)
 @every_problem
 def test_opcheck_of_every_target(problem: Problem) -> None:
     """Schema, fake kernels, autograd registration and dynamic AOT dispatch of whichever operator is called."""

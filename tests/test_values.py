@@ -22,11 +22,11 @@ from cases import (
     Objective,
     expand,
     generator,
+    grad_output_for,
     name_of,
     place,
 )
 from oracle import arithmetic_of, assert_as_exact, check, reference, run
-from torch import Tensor
 
 from cross_entropy_ext import CrossEntropyLoss
 from cross_entropy_ext import functional as ext
@@ -34,18 +34,14 @@ from cross_entropy_ext import functional as ext
 inf, nan = math.inf, math.nan
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 reductions = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-
-
-def grad_output_for(logits: Tensor, reduction: str, key: object) -> Tensor:
-    """Neither one nor constant: a missing or misplaced factor shows."""
-    positions = [size for d, size in enumerate(logits.shape) if d != (1 if logits.dim() > 1 else 0)]
-    return torch.randn(positions if reduction == "none" else (), generator=generator("grad_output", key))
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Shapes and layouts. 'core': repeated for every instruction set by the last test of this file.
 
 
+@pytest.mark.thin(1, emulator=3)
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.id)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_core_cases(case: Case, objective: Objective) -> None:
@@ -57,6 +53,7 @@ def test_core_cases(case: Case, objective: Objective) -> None:
         check(logits, target, weight, grad_output=grad_output, reason=reason, **objective.options())
 
 
+@pytest.mark.thin(1, emulator=3)
 @pytest.mark.parametrize("classes", [2, 7, 16, 19, 33, 96, 97, 160, 161])
 @pytest.mark.parametrize("layout", ["planes", "rows", "padded rows"])
 def test_core_tiles_of_positions(layout: str, classes: int) -> None:
@@ -85,6 +82,7 @@ def test_core_tiles_of_positions(layout: str, classes: int) -> None:
         check(logits, q, grad_output=grad_output_for(logits, "mean", key), reason=str(key))
 
 
+@pytest.mark.thin(2, emulator=4)
 @dtypes
 @pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
 def test_core_index_targets_of_every_integer_dtype_and_layout(dtype: torch.dtype, layout: str) -> None:
@@ -119,6 +117,7 @@ def test_index_targets_of_every_integer_dtype_at_ranks_one_and_two(integer: torc
             check(logits, place(target, step={0: 3}, offset=1), reduction="none")
 
 
+@pytest.mark.thin(2, emulator=4)
 @pytest.mark.parametrize("soft_dtype", DTYPES, ids=name_of)
 @dtypes
 def test_core_probabilities_in_any_dtype_and_layout(dtype: torch.dtype, soft_dtype: torch.dtype) -> None:
@@ -202,6 +201,7 @@ IGNORED = {
 }
 
 
+@pytest.mark.thin(3, emulator=7)
 @pytest.mark.parametrize("e", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("ignored", IGNORED)
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -227,6 +227,7 @@ def test_options_with_class_indices(reduction: str, weights: str, ignored: str, 
             )
 
 
+@pytest.mark.thin(2, emulator=5)
 @pytest.mark.parametrize("e", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @reductions
@@ -363,6 +364,7 @@ def test_logits_of_every_magnitude(dtype: torch.dtype, scale: float) -> None:
         check(logits, torch.rand(shape, generator=generator(1)).to(dtype), reduction="none")
 
 
+@pytest.mark.thin(1, emulator=2)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
 @pytest.mark.parametrize("shape", [(300_000, 4), (3, 4, 400, 250)], ids=["rows", "image"])
 def test_sums_of_halves_are_exact(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -532,6 +534,7 @@ def test_core_ignored_positions_are_not_read(form: str) -> None:
                     assert (ours["input"].masked_select(ignored.unsqueeze(1)) == 0).all()
 
 
+@pytest.mark.thin(1, emulator=3)
 @pytest.mark.parametrize("classes", [32, 33, 47, 64, 129, 500])
 def test_core_rows_in_any_number_with_ignored_ones_anywhere(classes: int) -> None:
     """Rows that make their gradient in the forward have neighbours under way with them: the first and the last
@@ -821,6 +824,7 @@ def test_backward_twice_accumulates_the_same() -> None:
 # The same bits, always.
 
 
+@pytest.mark.backends("cpu")
 @pytest.mark.parametrize(
     "shape",
     [(4099, 101), (3, 70001), (7, 19, 63, 65), (2, 70001, 3), (300_007, 3), (1, 3, 640, 479)],
@@ -891,12 +895,15 @@ def supported_instruction_sets() -> dict[str, bool]:
     }
 
 
+@pytest.mark.backends("cpu")
 @pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="the instruction set is already chosen")
 @pytest.mark.parametrize("level", ["default", "avx2", "avx512"])
-def test_every_instruction_set(level: str) -> None:
+def test_every_instruction_set(level: str, request: pytest.FixtureRequest) -> None:
     """The 'core' tests above once more in a process that is told which instructions to use."""
     if not supported_instruction_sets()[level]:
         pytest.skip(f"this processor has no {level}")
+    if level == torch.backends.cpu.get_cpu_capability().lower():
+        pytest.skip("the tests above use it")
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": level}
     environment.pop("PYTEST_ADDOPTS", None)
     shown = subprocess.run(
@@ -919,7 +926,9 @@ def test_every_instruction_set(level: str) -> None:
         "-p",
         "no:xdist",
         "-k",
-        "test_core_",
+        "test_core_ and not emulator",
+        "-m",
+        request.config.option.markexpr,
     ]
     done = subprocess.run(
         [*command, "-o", "addopts=", str(Path(__file__))],
